@@ -1,0 +1,55 @@
+# One word each. `.venv` is made when it is missing or when the lock file has changed; nothing else is installed anywhere.
+PYTHON ?= python3
+# Asked for by itself, before anything that needs it: pip's index decides which build (CUDA or CPU) this machine gets.
+TORCH ?= torch==2.13.0
+# Test processes, each of one thread; 0 runs all tests in one. Which is faster depends on the machine: docs/log.md has what was measured.
+WORKERS ?= 2
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := .venv/.installed
+
+.PHONY: demo test check fix bench docs lock clean
+
+demo: $(STAMP)  ## the whole road on built-in data; the report is demo/report.html
+	@$(BIN)/microtome demo --out demo
+
+test: $(STAMP)  ## every test that this machine can run
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+check: $(STAMP)  ## format, lint, types, docs, tests: in the order that fails fastest
+	@$(BIN)/ruff format --check --quiet . || { echo "make check: some files are not formatted; run \`make fix\`"; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/python -m tools.docs --check
+	@$(MAKE) --no-print-directory test
+
+fix: $(STAMP)  ## format, and mend what the linter can mend
+	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+bench: $(STAMP)  ## every benchmark, one after another
+	@set -e; found=0; for file in benchmarks/*.py; do \
+	  case "$$file" in benchmarks/_*|"benchmarks/*.py") continue;; esac; \
+	  found=1; echo "== $$file"; $(BIN)/python "$$file"; \
+	done; [ $$found = 1 ] || echo "make bench: there are no benchmarks in benchmarks/ yet"
+
+docs: $(STAMP)  ## README's map of files, docs/cli.md, docs/settings.md, written from the code
+	@$(BIN)/python -m tools.docs
+
+lock: $(STAMP)  ## requirements.lock, written from what .venv holds now
+	@$(BIN)/python -m tools.lock
+
+clean:  ## caches and build leftovers; .venv and results stay
+	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+
+# The stamp comes last, so that an installation that was interrupted is taken up again.
+$(STAMP): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' here; install Python 3.11 or 3.12, or name it: make PYTHON=/path/to/python3"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: Python 3.11 or newer is needed, '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.11"; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making .venv with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear .venv; }
+	@echo "installing $(TORCH) (some minutes the first time)"; $(PIP) install -qq "$(TORCH)"
+	@echo "installing $$(grep -c == requirements.lock) pinned packages"; $(PIP) install -qq --no-deps -r requirements.lock
+	@echo "installing microtome from this folder"; $(PIP) install -qq --no-deps --no-build-isolation -e .
+	@$(PIP) check >/dev/null || { $(PIP) check; echo "make: the packages do not fit together; see the lines above"; exit 1; }
+	@touch $@

@@ -1,0 +1,244 @@
+"""The legend that follows from the values found in the labels and from what a document says about them."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from microtome.data.case import NOT_ANNOTATED, Declared, LabelValue
+from microtome.data.labels import LabelScan
+from microtome.data.legend import Legend, code_of, format_value, value_of
+from microtome.errors import ConfigError, DataError
+
+# More different values than this are objects, not classes.
+MOST_CLASSES = 32
+# 255 beside class numbers below this is what Pascal VOC and Cityscapes call void.
+VOID, MOST_VOID_CLASSES = 255, 40
+# A value this far from a class's own still is that class, where a picture was smeared.
+REACH = 32
+BLACK_WHITE = (0, 255)
+# No smearing leaves as few values as this; a value rarer than this share is no class by itself.
+FEW_VALUES, LEAST_SHARE = 4, 0.001
+
+
+@dataclass(frozen=True, kw_only=True)
+class LegendRules:
+    """What decides about the legend beside the values.
+
+    Attributes:
+        declared: classes as a document names them.
+        instances: whether values are objects, as `microtome.yaml` says; None: the values decide.
+        per_instance: whether each file is one object's mask.
+        object_name: what an object is called where nobody says.
+    """
+
+    declared: Declared = field(default_factory=Declared)
+    instances: bool | None = None
+    per_instance: bool = False
+    object_name: str = "object"
+
+
+def make_legend(scans: Sequence[LabelScan], rules: LegendRules) -> Legend:
+    """The legend of a dataset.
+
+    Declared classes count as declared. Otherwise every value found is a class in ascending order, except that
+    -1, and 255 beside small class numbers, are not annotated (declare `not_annotated: []` where they are classes);
+    more than 32 different values are objects; the smeared values of JPEG masks are taken as the nearest frequent one.
+
+    Raises:
+        ConfigError: as many names are declared as values are not found.
+        DataError: all that was found is "not annotated".
+    """
+    found = _merged(scans)
+    centres = None if rules.per_instance else _smeared_centres(found, jpeg=any(scan.format == "jpeg" for scan in scans))
+    if _are_instances(found, rules, smeared=centres is not None):
+        return _instance_legend(found, rules)
+    declared = rules.declared
+    if any(declared.classes.values()):
+        return _declared_legend(found, declared, snap=centres is not None and centres <= _declared_codes(declared, found.colour))
+    codes = sorted(found.counts if centres is None else centres)
+    ignored, why = _ignored(found, codes, declared)
+    unseen = {code_of(value, found.colour) for value in ignored}
+    legend = _found_legend(found, [code for code in codes if code not in unseen], declared)
+    return replace(legend, ignored=ignored, reason=legend.reason + why, snap=centres is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """The values of all labels together: code -> voxels, and what kind of file they stand in."""
+
+    counts: Mapping[int, int]
+    colour: bool
+    eight_bit: bool
+
+    def points(self) -> tuple[np.ndarray, np.ndarray]:
+        """The values as points (n, 1 or 3), the most frequent first, and the share of voxels of each."""
+        codes = np.array(sorted(self.counts, key=lambda code: (-self.counts[code], code)), np.int64)
+        shares = np.array([self.counts[int(code)] for code in codes], float) / sum(self.counts.values())
+        points = np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=1) if self.colour else codes[:, None]
+        return points, shares
+
+
+def _merged(scans: Sequence[LabelScan]) -> _Found:
+    """All counts in one; numbers become greys where any file holds colours."""
+    colour = any(scan.colour for scan in scans)
+    counts: Counter[int] = Counter()
+    for scan in scans:
+        for code, times in scan.counts.items():
+            same = code if colour == scan.colour else code_of(code, colour)
+            if same is None:
+                raise DataError(
+                    scan.files[0], expected="colours, as in the other labels", got=f"the number {code}", do="export it as colours too"
+                )
+            counts[same] += times
+    return _Found(counts=counts, colour=colour, eight_bit=all(scan.eight_bit for scan in scans))
+
+
+def _are_instances(found: _Found, rules: LegendRules, *, smeared: bool) -> bool:
+    """Whether a value is an object rather than a class."""
+    if rules.instances is not None:
+        return rules.instances
+    if rules.per_instance:
+        return True
+    return not any(rules.declared.classes.values()) and not smeared and len(found.counts) - (0 in found.counts) > MOST_CLASSES
+
+
+def _smeared_centres(found: _Found, *, jpeg: bool) -> set[int] | None:
+    """The values that were meant where a picture format or smoothing put others between them; None where it did not."""
+    if not found.eight_bit or len(found.counts) <= FEW_VALUES:
+        return None
+    if not found.colour and _black_and_white(found.counts, jpeg=jpeg):
+        return set(BLACK_WHITE)
+    return _frequent(found) if jpeg else None
+
+
+def _black_and_white(counts: Mapping[int, int], *, jpeg: bool) -> bool:
+    """Whether grey values are those of a mask of 0 and 255 with smeared edges."""
+    total = sum(counts.values())
+    dark, light = (sum(times for code, times in counts.items() if abs(code - end) <= REACH) / total for end in BLACK_WHITE)
+    if jpeg:
+        return dark + light >= 0.95 and min(dark, light) >= LEAST_SHARE
+    between = [code for code in counts if code not in BLACK_WHITE]
+    black, white = (counts.get(end, 0) / total for end in BLACK_WHITE)
+    # Objects numbered up to 255 also fill the range, but then 255 is no more frequent than the others.
+    lone_white = white >= LEAST_SHARE and white >= 5 * max(counts[code] for code in between) / total
+    return black + white >= 0.8 and lone_white and len({code // 64 for code in between}) == 4 and len(between) > 2 * FEW_VALUES
+
+
+def _frequent(found: _Found) -> set[int] | None:
+    """Values well apart that are frequent by themselves and have 95 % of all voxels around them; None if there are none."""
+    points, shares = found.points()
+    centres: list[np.ndarray] = []
+    covered = np.zeros(len(points), bool)
+    for index in np.flatnonzero(shares >= LEAST_SHARE):
+        if not covered[index]:
+            centres.append(points[index])
+            covered |= np.abs(points - points[index]).max(axis=1) <= REACH
+    if len(centres) < 2 or shares[covered].sum() < 0.95:
+        return None
+    return {int(sum(int(part) << 8 * (len(centre) - 1 - place) for place, part in enumerate(centre))) for centre in centres}
+
+
+def _instance_legend(found: _Found, rules: LegendRules) -> Legend:
+    """Background and object."""
+    given = list(rules.declared.classes)
+    if len(given) > 2:
+        got = f"{len(given)} names: {', '.join(given)}"
+        raise ConfigError(rules.declared.source, expected="background and one class of objects", got=got, do="set `instances: false`")
+    names = ("background", *(given or [rules.object_name]))[-2:]
+    objects = len(found.counts) - (0 in found.counts)
+    if rules.instances:
+        reason = "each value is an object (`instances: true`)"
+    else:
+        reason = "one mask file an object" if rules.per_instance else f"{objects} different values: objects, not classes"
+    return Legend(
+        names=(names[0], names[1]),
+        values=((0,), (255,)),
+        ignored=rules.declared.ignored or (),
+        kind="instances",
+        background=0,
+        reason=reason,
+    )
+
+
+def _declared_codes(declared: Declared, colour: bool) -> set[int | None]:
+    """Codes of every declared value."""
+    return {code_of(value, colour) for values in (*declared.classes.values(), declared.ignored or ()) for value in values}
+
+
+def _declared_legend(found: _Found, declared: Declared, *, snap: bool) -> Legend:
+    """The classes of a document, in the order of their values."""
+    ignored = declared.ignored or ()
+    classes = {name: tuple(v for v in values if v not in ignored) for name, values in declared.classes.items()}
+    ordered = sorted(((values, name) for name, values in classes.items() if values), key=lambda pair: _rgb(pair[0][0]))
+    if not ordered:
+        raise ConfigError(declared.source, expected="a class that is annotated", got=f"not_annotated {ignored}", do="mend `not_annotated`")
+    colours = found.colour or any(isinstance(value, tuple) for values, _ in ordered for value in values)
+    words = ", ".join(f"{name} {'+'.join(format_value(value) for value in values)}" for values, name in ordered)
+    return Legend(
+        names=tuple(name for _, name in ordered),
+        values=tuple(values for values, _ in ordered),
+        ignored=ignored,
+        kind="colours" if colours else "values",
+        background=next((index for index, (values, _) in enumerate(ordered) if _has_zero(values)), None),
+        reason=f"named in {Path(declared.source).name}: {words}" + _not_annotated(ignored, ""),
+        snap=snap,
+    )
+
+
+def _ignored(found: _Found, codes: Sequence[int], declared: Declared) -> tuple[tuple[LabelValue, ...], str]:
+    """Values that mean "not annotated", and why."""
+    if declared.ignored is not None:
+        return declared.ignored, _not_annotated(declared.ignored, f" by {Path(declared.source).name}")
+    if found.colour:
+        return (), ""
+    others = [code for code in codes if code not in (VOID, NOT_ANNOTATED)]
+    ignored: tuple[LabelValue, ...] = (NOT_ANNOTATED,) if NOT_ANNOTATED in codes and others else ()
+    consecutive = others == list(range(others[0], others[0] + len(others))) and others[0] in (0, 1) if others else False
+    if VOID in codes and len(others) >= 2 and others[0] >= 0 and (consecutive or others[-1] < MOST_VOID_CLASSES):
+        ignored += (VOID,)
+    return ignored, _not_annotated(ignored, " by custom; state `not_annotated: []` in microtome.yaml if that is a class")
+
+
+def _not_annotated(ignored: Sequence[LabelValue], why: str) -> str:
+    """The end of a reason that says what is left out."""
+    return f"; {', '.join(format_value(value) for value in ignored)} means not annotated{why}" if ignored else ""
+
+
+def _found_legend(found: _Found, codes: Sequence[int], declared: Declared) -> Legend:
+    """A class for each value, in ascending order."""
+    values = [value_of(code, found.colour) for code in codes]
+    listed = ", ".join(format_value(value) for value in values)
+    if not values:
+        raise DataError(declared.source or "labels", expected="annotated voxels", got="none in any label", do="mend `not_annotated`")
+    if declared.classes and len(declared.classes) != len(values):
+        got = f"{len(declared.classes)} names for {len(values)} values: {listed}"
+        raise ConfigError(declared.source, expected="a name for each value in the labels", got=got, do="write `classes:` as `name: value`")
+    zero = next((index for index, value in enumerate(values) if _has_zero((value,))), None)
+    plain = ("background", "foreground") if zero == 0 and len(values) == 2 else tuple(_name(value) for value in values)
+    return Legend(
+        names=tuple(declared.classes) or plain,
+        values=tuple((value,) for value in values),
+        kind="colours" if found.colour else "values",
+        background=zero,
+        reason=f"the labels hold the {'colours' if found.colour else 'values'} {listed}",
+    )
+
+
+def _name(value: LabelValue) -> str:
+    """What a class is called where nobody says."""
+    if _has_zero((value,)):
+        return "background"
+    return format_value(value) if isinstance(value, tuple) else f"label {value}"
+
+
+def _has_zero(values: Sequence[LabelValue]) -> bool:
+    """Whether a class is that of 0 or black."""
+    return any(value in (0, (0, 0, 0)) for value in values)
+
+
+def _rgb(value: LabelValue) -> tuple[int, int, int]:
+    """A value that can be compared with colours and numbers alike."""
+    return value if isinstance(value, tuple) else (value, value, value)

@@ -1,0 +1,322 @@
+"""A folder as people have it -> Dataset: named cases, a legend of classes, and arrays on request."""
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from microtome.data.case import NOT_ANNOTATED, Case, Declared, Finding, LabelValue, Layout
+from microtome.data.classes import LegendRules, make_legend
+from microtome.data.description import DatasetConfig, load_description, unknown_name
+from microtome.data.documents import channel_groups
+from microtome.data.labels import LabelScan, class_counts, label_findings, read_label_image, scan_labels
+from microtome.data.layouts import find_layout, image_side
+from microtome.data.legend import Legend, label_codes
+from microtome.data.names import natural, some, unique_names
+from microtome.data.reading import checked_label, cut, fit_channels, read_case_image, stack_channels, with_spacing
+from microtome.errors import DataError, DataWarning
+from microtome.images.files import probe_image, stem_of
+from microtome.images.image import Header, Image, Palette
+
+__all__ = [
+    "NOT_ANNOTATED",
+    "Case",
+    "Dataset",
+    "DatasetConfig",
+    "Finding",
+    "LabelValue",
+    "Legend",
+    "fit_channels",
+    "list_images",
+    "open_dataset",
+    "read_case_image",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """The cases of a folder and all that is known of them without their images' pixels.
+
+    Attributes:
+        root: the folder.
+        layout: how files were found and paired, in words.
+        cases: all of them, labelled or not, in natural order of their names.
+        legend: its classes.
+        findings: what a person should know before training.
+        config: its `microtome.yaml`.
+        channel_names: a name for each channel of `read_image`.
+        class_counts: case -> voxels of each class, and last those not annotated; of every readable label.
+        headers: case -> header of its first image, of every labelled case whose image can be read.
+        per_instance: whether each label file is the mask of one object.
+        unreadable: labelled cases of which a file cannot be read; each is among the findings.
+    """
+
+    root: Path
+    layout: str
+    cases: tuple[Case, ...]
+    legend: Legend
+    findings: tuple[Finding, ...] = ()
+    config: DatasetConfig = field(default_factory=DatasetConfig)
+    channel_names: tuple[str, ...] = ()
+    class_counts: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    headers: Mapping[str, Header] = field(default_factory=dict)
+    per_instance: bool = False
+    unreadable: frozenset[str] = frozenset()
+
+    @property
+    def labelled(self) -> tuple[Case, ...]:
+        """The cases that can be trained on or scored: with a label, and all their files readable."""
+        return tuple(case for case in self.cases if case.labels and case.name not in self.unreadable)
+
+    def read_image(self, case: Case) -> Image:
+        """The image of a case, (C, *S), C as in `channel_names`, at the spacing that `microtome.yaml` states, its sections only.
+
+        Grey among colour pictures becomes three equal channels.
+
+        Raises:
+            DataError: a file cannot be read, or its channels do not fit.
+            ConfigError: the stated spacing has another number of axes.
+        """
+        image = stack_channels(case)
+        if self.channel_names:
+            image = fit_channels(image, len(self.channel_names))
+        return cut(with_spacing(image, self.config.spacing_mm), case.sections)
+
+    def read_label(self, case: Case) -> np.ndarray:
+        """The label map of a labelled case, (*S) int16: classes of the legend, NOT_ANNOTATED elsewhere; its sections only.
+
+        Raises:
+            DataError: a file cannot be read, or the label is not on the image's grid.
+        """
+        label = self._label_image(case)
+        if self.per_instance:
+            label = replace(label, array=(label.array > 0).view(np.uint8))
+        return self.legend.decode(label)
+
+    def read_instances(self, case: Case) -> np.ndarray | None:
+        """The objects of a labelled case, (*S) int32: 0 background, one number an object; None if labels are classes.
+
+        What is not annotated is NOT_ANNOTATED here too.
+
+        Raises:
+            DataError: as `read_label`.
+        """
+        if self.legend.kind != "instances":
+            return None
+        codes, colour = label_codes(self._label_image(case))
+        if codes.dtype.itemsize >= 4 and codes.max(initial=0) > np.iinfo(np.int32).max:
+            # Numbers beyond int32 keep their order and lose their gaps.
+            unique = np.union1d(codes, [0])
+            objects = np.searchsorted(unique, codes).astype(np.int32)
+        else:
+            objects = codes.astype(np.int32)
+        objects[self.legend.lookup(codes, colour=colour) == NOT_ANNOTATED] = NOT_ANNOTATED
+        return objects
+
+    def _label_image(self, case: Case) -> Image:
+        """The label file or files as one image on the grid of the case's image."""
+        if not case.labels:
+            raise DataError(case.name, expected="a labelled case", got="no label file", do="take a case of `labelled`")
+        label, _ = read_label_image(case, palette=_palette(self.legend), per_instance=self.per_instance)
+        return cut(checked_label(case, label), case.sections)
+
+
+def open_dataset(path: Path) -> Dataset:
+    """Find the cases of a folder, pair images with labels by name, and read every label once for its classes.
+
+    Understands images/ + labels/ (or masks/, annotations/, ...), pairs side by side in one folder, a folder a case,
+    Kaggle's one mask an instance, the Medical Segmentation Decathlon and nnU-Net raw data; `microtome.yaml`
+    in the folder says what cannot be seen.
+
+    Raises:
+        DataError: no such folder; nothing in it that pairs; not one label that can be read.
+        ConfigError: `microtome.yaml` says something that cannot be.
+
+    Warns:
+        DataWarning: volumes without a voxel size, once a dataset.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        got = "a file" if root.exists() else "nothing there"
+        raise DataError(root, expected="a folder of images and labels", got=got, do="give the folder that holds both")
+    config, named_by = load_description(root)
+    layout = find_layout(root, config, named_by)
+    layout = replace(layout, cases=_grouped(layout.cases, config, named_by))
+    labelled = [case for case in layout.cases if case.labels]
+    declared = _declared(config, layout, named_by)
+    with warnings.catch_warnings(record=True) as caught:
+        # What a reader assumes is a finding here; reading the file again for its pixels warns.
+        warnings.simplefilter("always", DataWarning)
+        scans, faults = _scan(labelled, declared, layout)
+        headers, image_faults = _probe(labelled)
+    if not scans:
+        raise next(iter(faults.values()))
+    rules = LegendRules(declared=declared, instances=config.instances, per_instance=layout.per_instance, object_name=layout.object_name)
+    legend = make_legend(scans, rules)
+    names, channel_findings = _channel_names(headers, labelled, layout)
+    findings = [
+        *layout.findings,
+        *(_unreadable(case, case.images, image_faults[case.name]) for case in labelled if case.name in image_faults),
+        *(_unreadable(case, case.labels, faults[case.name]) for case in labelled if case.name in faults),
+        *(Finding(severity="note", code="assumed", message=text) for text in dict.fromkeys(str(warning.message) for warning in caught)),
+        *label_findings(scans, legend, Path(declared.source).name if declared.classes else ""),
+        *channel_findings,
+        *_geometry_findings(headers, labelled, config),
+    ]
+    return Dataset(
+        root=root,
+        layout=layout.sentence,
+        cases=layout.cases,
+        legend=legend,
+        findings=tuple(findings),
+        config=config,
+        channel_names=names,
+        class_counts=MappingProxyType({scan.case: class_counts(scan, legend) for scan in scans}),
+        headers=MappingProxyType(headers),
+        per_instance=layout.per_instance,
+        unreadable=frozenset(faults.keys() | image_faults.keys()),
+    )
+
+
+def list_images(path: Path, channels: int = 1) -> tuple[Case, ...]:
+    """The images of a file, a folder or a dataset as unlabelled cases, to predict them; labels are left out.
+
+    Args:
+        path: an image file, or a folder that is searched with its subfolders.
+        channels: files `x_0000`, `x_0001`, ... are one case where there are as many of them as channels.
+
+    Raises:
+        DataError: nothing there, or no image.
+    """
+    path = Path(path)
+    if path.is_file():
+        return (Case(name=stem_of(path), images=(path,), group=stem_of(path)),)
+    files = image_side(path) if path.is_dir() else []
+    if not files:
+        got = "no image in it" if path.is_dir() else "nothing there"
+        raise DataError(path, expected="an image file or a folder of images", got=got, do="give PNG, JPEG, TIFF or NIfTI files")
+    members = _channel_files(files, channels)
+    named = [group[0].with_name(name) for group, name in members]
+    cases = (Case(name=n, images=f, group=n) for n, (f, _) in zip(unique_names(path, named), members, strict=True))
+    return tuple(sorted(cases, key=lambda case: natural(case.name)))
+
+
+def _channel_files(files: Sequence[Path], channels: int) -> list[tuple[tuple[Path, ...], str]]:
+    """The files of each case, and a file name for it without the number of a channel."""
+    folders: dict[Path, list[Path]] = {}
+    for path in files:
+        folders.setdefault(path.parent, []).append(path)
+    found: list[tuple[tuple[Path, ...], str]] = []
+    for members in folders.values():
+        for name, group in channel_groups(members).items():
+            expected = [f"{name}_{number:04d}" for number in range(channels)]
+            if [stem_of(path) for path in group] == expected:
+                found.append((tuple(group), name + group[0].name.removeprefix(expected[0])))
+            else:
+                found.extend(((path,), path.name) for path in group)
+    return found
+
+
+def _grouped(cases: Sequence[Case], config: DatasetConfig, named_by: str) -> tuple[Case, ...]:
+    """The cases with the group that `groups:` or `group_by:` gives them, their own name by default."""
+    known = {case.name for case in cases}
+    for kind, names in (("groups", [name for members in config.groups.values() for name in members]), ("validation", config.validation)):
+        for name in names:
+            if name not in known:
+                raise unknown_name(named_by, kind, name, known)
+    stated = {name: group for group, members in config.groups.items() for name in members}
+
+    def group_of(name: str) -> str:
+        match = re.search(config.group_by, name) if config.group_by else None
+        return stated.get(name) or (match[1] if match else None) or name
+
+    return tuple(replace(case, group=group_of(case.name)) for case in cases)
+
+
+def _declared(config: DatasetConfig, layout: Layout, named_by: str) -> Declared:
+    """What `microtome.yaml` says of the classes, and where it is silent the layout's own document."""
+    if config.classes:
+        return Declared(classes=config.classes, ignored=config.not_annotated, source=named_by)
+    if config.not_annotated is not None:
+        return Declared(classes=layout.declared.classes, ignored=config.not_annotated, source=layout.declared.source or named_by)
+    return layout.declared
+
+
+def _palette(legend: Legend) -> Palette:
+    """How palette files of this legend are read."""
+    return "colours" if legend.kind == "colours" else "indices"
+
+
+def _scan(cases: Sequence[Case], declared: Declared, layout: Layout) -> tuple[list[LabelScan], dict[str, DataError]]:
+    """Every label, palettes as numbers unless the classes are colours."""
+    stated = any(isinstance(value, tuple) for values in declared.classes.values() for value in values)
+    scans, faults = scan_labels(cases, palette="colours" if stated else "indices", per_instance=layout.per_instance)
+    if not stated and any(scan.colour for scan in scans) and not all(scan.colour for scan in scans):
+        return scan_labels(cases, palette="colours", per_instance=layout.per_instance)
+    return scans, faults
+
+
+def _probe(cases: Sequence[Case]) -> tuple[dict[str, Header], dict[str, DataError]]:
+    """The header of each case's first image, and the faults of those without; channels of all files are summed."""
+
+    def probe(case: Case) -> Header | DataError:
+        try:
+            headers = [probe_image(path) for path in case.images]
+        except DataError as error:
+            return error
+        return replace(headers[0], channels=sum(header.channels for header in headers))
+
+    with ThreadPoolExecutor() as pool:
+        results = dict(zip((case.name for case in cases), pool.map(probe, cases), strict=True))
+    headers = {name: result for name, result in results.items() if isinstance(result, Header)}
+    return headers, {name: result for name, result in results.items() if isinstance(result, DataError)}
+
+
+def _unreadable(case: Case, files: tuple[Path, ...], error: DataError) -> Finding:
+    """The finding that a file cannot be read."""
+    return Finding(severity="error", code="unreadable", case=case.name, message=" ".join(str(error).split()), files=files)
+
+
+def _channel_names(headers: Mapping[str, Header], cases: Sequence[Case], layout: Layout) -> tuple[tuple[str, ...], list[Finding]]:
+    """Names of the channels that most images have, and what is to be said of the others."""
+    counts = Counter(header.channels for header in headers.values())
+    if not counts:
+        return layout.channel_names, []
+    usual = 3 if counts.keys() == {1, 3} else max(counts, key=lambda channels: (counts[channels], channels))
+    names = tuple(f"channel {number}" for number in range(1, usual + 1))
+    if len(layout.channel_names) == usual:
+        names = layout.channel_names
+    elif usual in (1, 3):
+        names = ("grey",) if usual == 1 else ("red", "green", "blue")
+    odd = [case for case in cases if case.name in headers and headers[case.name].channels != usual]
+    if not odd:
+        return names, []
+    fits = counts.keys() == {1, 3}
+    message = f"{len(odd)} of {len(headers)} images have {headers[odd[0].name].channels} channels and not {usual}: "
+    message += some((case.images[0].name for case in odd), 3) + ("; grey is taken as red = green = blue" if fits else "")
+    files = tuple(case.images[0] for case in odd)
+    return names, [Finding(severity="note" if fits else "error", code="mixed-channels", message=message, files=files)]
+
+
+def _geometry_findings(headers: Mapping[str, Header], cases: Sequence[Case], config: DatasetConfig) -> list[Finding]:
+    """Volumes without a voxel size, which also warn, and pictures among volumes."""
+    found = []
+    volumes = [case for case in cases if case.name in headers and len(headers[case.name].shape_vox) == 3]
+    unknown = [case.images[0] for case in volumes if not headers[case.name].spacing_known]
+    if unknown and config.spacing_mm is None:
+        message = f"{unknown[0]}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}: no voxel size in the file, 1 mm is assumed; "
+        message += "state `spacing_mm: [z, y, x]` in microtome.yaml"
+        warnings.warn(message, DataWarning, stacklevel=3)
+        found.append(Finding(severity="warning", code="no-spacing", message=message, files=tuple(unknown)))
+    if volumes and len(volumes) < len(headers):
+        picture = next(case for case in cases if case.name in headers and len(headers[case.name].shape_vox) == 2)
+        message = f"volumes ({volumes[0].images[0].name}) and pictures ({picture.images[0].name}) in one dataset; state in "
+        message += "microtome.yaml which are meant (`images:`, `labels:` or `pairs:`)"
+        found.append(Finding(severity="error", code="mixed-dimensions", message=message, files=(volumes[0].images[0], picture.images[0])))
+    return found

@@ -1,0 +1,161 @@
+"""`microtome.yaml`: the small file beside the images that says what cannot be seen in them."""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from microtome.config import Config, load_yaml, parse_config
+from microtome.data.case import LabelValue
+from microtome.errors import ConfigError, DataError
+
+NAMES = ("microtome.yaml", "microtome.yml")
+
+
+def _label_value(value: Any) -> LabelValue:
+    """A number, or a colour as "#rrggbb" or as three numbers."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str) and re.fullmatch(r"#[0-9a-fA-F]{6}", value):
+        return int(value[1:3], 16), int(value[3:5], 16), int(value[5:7], 16)
+    if isinstance(value, list | tuple) and len(value) == 3 and all(isinstance(part, int) and 0 <= part <= 255 for part in value):
+        return value[0], value[1], value[2]
+    raise ValueError(f'a whole number or a colour in quotes ("#ff8800"), not {value!r}')
+
+
+def _label_values(value: Any) -> tuple[LabelValue, ...]:
+    """One value or a list of them."""
+    return tuple(_label_value(each) for each in (value if isinstance(value, list | tuple) else [value]))
+
+
+def _classes(value: Any) -> Any:
+    """`[names]`, `{name: value or values}` or `{value: name}` -> {name: values}."""
+    if isinstance(value, list):
+        if len({str(name) for name in value}) < len(value):
+            raise ValueError(f"each name once, not {value}")
+        return {str(name): () for name in value}
+    if not isinstance(value, dict):
+        raise ValueError("a list of names or `name: value` lines")
+    if all(isinstance(key, int) for key in value):
+        names = dict.fromkeys(str(name) for name in value.values())
+        return {name: tuple(key for key, other in value.items() if str(other) == name) for name in names}
+    return {str(name): _label_values(values) for name, values in value.items()}
+
+
+def _words(value: Any) -> Any:
+    """`{key: word}` with single words as lists of one."""
+    return {str(k): (v,) if isinstance(v, str) else v for k, v in value.items()} if isinstance(value, dict) else value
+
+
+class DatasetConfig(Config):
+    """The content of `microtome.yaml`; every name may be left out."""
+
+    classes: Annotated[Mapping[str, tuple[LabelValue, ...]], BeforeValidator(_classes)] = Field(
+        default_factory=dict, description="name: value, or several values, or a colour; or only the names in the order of the values"
+    )
+    not_annotated: Annotated[tuple[LabelValue, ...] | None, BeforeValidator(lambda v: v if v is None else _label_values(v))] = Field(
+        default=None, description="values of voxels that nobody looked at; an empty list: there are none"
+    )
+    spacing_mm: tuple[float, ...] | None = Field(default=None, description="voxel size along Z, Y, X (or Y, X), whatever the files say")
+    images: str | None = Field(default=None, description="subfolder or glob of the images (`scans`, `scans/*_t1.nii.gz`)")
+    labels: str | None = Field(default=None, description="subfolder or glob of the labels")
+    pairs: Annotated[Mapping[str, tuple[str, ...]], BeforeValidator(_words)] = Field(
+        default_factory=dict, description="image: label, where names do not show which belong together"
+    )
+    instances: bool | None = Field(default=None, description="true: each value is an object, not a class")
+    groups: Annotated[Mapping[str, tuple[str, ...]], BeforeValidator(_words)] = Field(
+        default_factory=dict, description="group: [cases] that a split keeps together (a patient)"
+    )
+    group_by: str | None = Field(default=None, description="regular expression on a case's name; its first bracket is the group")
+    validation: tuple[str, ...] = Field(default=(), description="the cases that validate, instead of a fold")
+    validation_sections: tuple[int, int] | None = Field(
+        default=None, description="of a single stack: first section that validates, and past the last"
+    )
+
+    @field_validator("spacing_mm")
+    @classmethod
+    def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
+        if value is not None and (len(value) not in (2, 3) or not all(0 < size < float("inf") for size in value)):
+            raise ValueError("two or three positive numbers, one an axis")
+        return value
+
+    @field_validator("group_by")
+    @classmethod
+    def _has_group(cls, value: str | None) -> str | None:
+        try:
+            brackets = 1 if value is None else re.compile(value).groups
+        except re.error as error:
+            raise ValueError(f"a regular expression ({error})") from None
+        if brackets < 1:
+            raise ValueError("a regular expression with a bracket around the group, such as `(patient\\d+)_`")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _refuse_repeats("class", self.classes)
+        _refuse_repeats("group", self.groups)
+        if len({bool(values) for values in self.classes.values()}) > 1:
+            raise ValueError("a value for every class, or for none")
+        if self.validation_sections and not 0 <= self.validation_sections[0] < self.validation_sections[1]:
+            raise ValueError("validation_sections as [first, past the last]")
+        return self
+
+
+def load_description(folder: Path) -> tuple[DatasetConfig, str]:
+    """The folder's `microtome.yaml` and its path for messages; an empty config where there is none.
+
+    Raises:
+        ConfigError: not YAML, an unknown name, a value that cannot be.
+    """
+    path = next((folder / name for name in NAMES if (folder / name).is_file()), folder / NAMES[0])
+    if not path.is_file():
+        return DatasetConfig(), str(path)
+    values = load_yaml(path)
+    return parse_config(DatasetConfig, {} if values is None else values, path), str(path)
+
+
+def inside(root: Path, name: str, named_by: str | Path) -> Path:
+    """The file that a document names, which must lie in the dataset's folder.
+
+    Raises:
+        DataError: an absolute name, one that climbs out with `..`, or a link that leads out.
+    """
+    path = root / name
+    try:
+        safe = not Path(name).is_absolute() and path.resolve().is_relative_to(root.resolve())
+    except (ValueError, OSError, RuntimeError):
+        # A null byte, a name too long, or a circle of links.
+        safe = False
+    if not safe:
+        raise DataError(named_by, expected=f"names of files inside {root}", got=repr(name), do="copy that file into the folder")
+    return path
+
+
+def existing(root: Path, name: str, named_by: str | Path) -> Path:
+    """Like `inside`, for a file that must be there.
+
+    Raises:
+        DataError: outside, or not there.
+    """
+    path = inside(root, name, named_by)
+    if not path.is_file():
+        raise DataError(named_by, expected=f"a file {name!r} in {root}", got="no such file", do="mend the name or add the file")
+    return path
+
+
+def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a case that a document names and the folder does not have."""
+    names = sorted(known)
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return ConfigError(where, expected=f"`{kind}` to name cases out of {shown}", got=repr(name), do="mend the name")
+
+
+def _refuse_repeats(kind: str, members: Mapping[str, tuple[Any, ...]]) -> None:
+    """A value belongs to one class, a case to one group."""
+    owner: dict[Any, str] = {}
+    for name, values in members.items():
+        for value in values:
+            if owner.setdefault(value, name) != name:
+                raise ValueError(f"one {kind} for {value!r}, not both {owner[value]!r} and {name!r}")

@@ -1,0 +1,222 @@
+"""Which cases train and which validate: by group, with every class on both sides where that can be, from a seed."""
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from microtome.data.case import NOT_ANNOTATED, Case
+from microtome.data.dataset import Dataset
+from microtome.data.names import natural, some
+from microtome.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """The two parts of a dataset's labelled cases.
+
+    Attributes:
+        train: what is learned from.
+        validation: what is scored during training; empty for `all`.
+    """
+
+    train: tuple[Case, ...]
+    validation: tuple[Case, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """Cases that stay together, and the classes that occur in them."""
+
+    name: str
+    cases: tuple[Case, ...]
+    classes: frozenset[int]
+
+
+def split_dataset(dataset: Dataset, fold: str = "1/5", seed: int = 0) -> Split:
+    """Split the labelled cases, never a group, the same way for the same names, classes and seed, whatever the order of files.
+
+    `validation:` and `validation_sections:` of `microtome.yaml` come before a fold. A dataset of one case is cut
+    along its slowest axis (sections of a volume, rows of a picture): part 1 of N is the last block. With fewer groups
+    than N there are as many folds as groups.
+
+    Args:
+        dataset: with at least one labelled case.
+        fold: "K/N", part K of N validates; "all": everything trains and nothing validates.
+        seed: of what is random in the choice of folds.
+
+    Raises:
+        ConfigError: the fold cannot be read or does not exist here; `validation:` tears a group apart or leaves nothing.
+        DataError: no labelled case.
+    """
+    cases = sorted(dataset.labelled, key=lambda case: natural(case.name))
+    if not cases:
+        raise DataError(dataset.root, expected="labelled cases", got=f"{len(dataset.cases)} cases without readable labels", do="add labels")
+    part, parts = _parse(fold)
+    if parts == 1:
+        return Split(train=tuple(cases), validation=())
+    if dataset.config.validation_sections:
+        return _fixed_sections(dataset, cases, dataset.config.validation_sections)
+    if dataset.config.validation:
+        return _fixed_cases(dataset, cases)
+    if len(cases) == 1:
+        return _sections(dataset, cases[0], part, parts)
+    groups = _groups(cases, dataset.class_counts)
+    if len(groups) == 1:
+        got = f"one group, {groups[0].name!r}, of {len(cases)} cases"
+        raise ConfigError(dataset.root, expected="two groups at least", got=got, do="train with --fold all or state `validation:`")
+    folds = _folds(groups, _available(part, parts, len(groups), "groups"), seed)
+    chosen = {case.name for group in folds[part - 1] for case in group.cases}
+    return _by_names(cases, chosen)
+
+
+def _parse(fold: str) -> tuple[int, int]:
+    """K and N; 1 and 1 for "all"."""
+    if fold == "all":
+        return 1, 1
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", fold)
+    part, parts = (int(match[1]), int(match[2])) if match else (0, 0)
+    if parts < 2 or not 1 <= part <= parts:
+        raise ConfigError("fold", expected='"K/N" with K from 1 to N and N of 2 or more, or "all"', got=repr(fold), do="try 1/5")
+    return part, parts
+
+
+def _available(part: int, parts: int, units: int, what: str) -> int:
+    """The number of folds that so many units allow."""
+    if part > min(parts, units):
+        got = f"{part}/{parts}, and there are {units} {what}"
+        raise ConfigError("fold", expected=f"a part of at most {units}", got=got, do=f"take a fold from 1/{parts} to {units}/{parts}")
+    return min(parts, units)
+
+
+def _by_names(cases: Iterable[Case], chosen: set[str]) -> Split:
+    """The split with the chosen cases in validation."""
+    cases = tuple(cases)
+    return Split(
+        train=tuple(case for case in cases if case.name not in chosen), validation=tuple(case for case in cases if case.name in chosen)
+    )
+
+
+def _fixed_cases(dataset: Dataset, cases: Sequence[Case]) -> Split:
+    """The split that `validation:` states."""
+    chosen = set(dataset.config.validation)
+    named_by = dataset.root / "microtome.yaml"
+    labelled = {case.name for case in cases}
+    unlabelled = [name for name in dataset.config.validation if name not in labelled]
+    if unlabelled:
+        got = some(unlabelled)
+        raise ConfigError(named_by, expected="labelled cases in `validation`", got=got, do="take them out or add their labels")
+    split = _by_names(cases, chosen)
+    torn = {case.group for case in split.train} & {case.group for case in split.validation}
+    if torn or not split.train:
+        got = f"group {sorted(torn)[0]!r} in both parts" if torn else "every case in `validation`"
+        raise ConfigError(named_by, expected="groups that train and groups that validate", got=got, do="mend `validation`")
+    return split
+
+
+def _groups(cases: Sequence[Case], class_counts: Mapping[str, tuple[int, ...]]) -> list[_Group]:
+    """The groups in natural order; the last count of a case is of what is not annotated, no class."""
+    members: dict[str, list[Case]] = defaultdict(list)
+    for case in cases:
+        members[case.group or case.name].append(case)
+    return [
+        _Group(
+            name=name,
+            cases=tuple(group),
+            classes=frozenset(index for case in group for index, n in enumerate(class_counts.get(case.name, ())[:-1]) if n),
+        )
+        for name, group in sorted(members.items(), key=lambda item: natural(item[0]))
+    ]
+
+
+@dataclass(kw_only=True)
+class _Fold:
+    """A fold while groups are dealt out: its groups, how many of them have each class, and its number of cases."""
+
+    groups: list[_Group] = field(default_factory=list)
+    classes: Counter[int] = field(default_factory=Counter)
+    cases: int = 0
+
+    def add(self, group: _Group) -> None:
+        """Take a group in."""
+        self.groups.append(group)
+        self.classes.update(group.classes)
+        self.cases += len(group.cases)
+
+
+def _folds(groups: Sequence[_Group], parts: int, seed: int) -> list[list[_Group]]:
+    """Groups dealt out so that each fold has its share of each class and of the cases; the rarest class first.
+
+    Of equally good folds the last is taken, so that a class which only one group has is learned from in the first fold.
+
+    References:
+        Sechidis et al. 2011, On the stratification of multi-label data, doi:10.1007/978-3-642-23808-6_10.
+    """
+    # The groups come sorted, so that the shuffle follows from the seed alone.
+    waiting = [groups[int(index)] for index in np.random.default_rng(seed).permutation(len(groups))]
+    sizes = Counter(index for group in groups for index in group.classes)
+    dealt = [_Fold() for _ in range(parts)]
+    while waiting:
+        left = Counter(index for group in waiting for index in group.classes)
+        rarest = min(left, key=lambda index: (left[index], index), default=None)
+        for group in waiting:
+            if rarest is None or rarest in group.classes:
+                _best_fold(group, dealt, sizes, rarest).add(group)
+        waiting = [group for group in waiting if rarest is not None and rarest not in group.classes]
+    return [fold.groups for fold in dealt]
+
+
+def _best_fold(group: _Group, dealt: Sequence[_Fold], sizes: Mapping[int, int], rarest: int | None) -> _Fold:
+    """The fold that needs a group most; an empty one always does."""
+
+    def need(place: int) -> tuple[int, int, int]:
+        fold = dealt[place]
+        # With this group the fold would hold all that there is of these classes, and training on the others none.
+        alone = sum(0 < fold.classes[index] == sizes[index] - 1 for index in group.classes)
+        return alone, fold.classes[rarest] if rarest is not None else 0, fold.cases
+
+    return dealt[min(reversed(range(len(dealt))), key=need)]
+
+
+def _sections(dataset: Dataset, case: Case, part: int, parts: int) -> Split:
+    """A single case cut along its slowest axis into blocks with equally many annotated sections."""
+    label = dataset.read_label(case)
+    annotated = np.flatnonzero((label != NOT_ANNOTATED).reshape(len(label), -1).any(axis=1))
+    if len(annotated) < 2:
+        got = f"{len(annotated)} of {len(label)}"
+        raise ConfigError(case.name, expected="two annotated sections or rows at least", got=got, do="train with --fold all")
+    parts = _available(part, parts, len(annotated), "annotated sections")
+    # Part 1 is the last block: round(k n / N) counted from the end.
+    first, past = (len(annotated) - round(k * len(annotated) / parts) for k in (part, part - 1))
+    return _cut(case, len(label), _border(annotated, first, len(label)), _border(annotated, past, len(label)))
+
+
+def _border(annotated: np.ndarray, index: int, sections: int) -> int:
+    """The section at which a block that begins with annotated section number `index` begins: half way from the one before."""
+    if index == 0:
+        return 0
+    return sections if index == len(annotated) else int(annotated[index - 1] + annotated[index] + 1) // 2
+
+
+def _fixed_sections(dataset: Dataset, cases: Sequence[Case], sections: tuple[int, int]) -> Split:
+    """The split that `validation_sections:` states."""
+    named_by = dataset.root / "microtome.yaml"
+    if len(cases) != 1:
+        got = f"{len(cases)} labelled cases"
+        raise ConfigError(named_by, expected="a single stack for `validation_sections`", got=got, do="use `validation: [case, ...]`")
+    label = dataset.read_label(cases[0])
+    if sections[1] > len(label) or sections[1] - sections[0] == len(label):
+        expected = f"`validation_sections` within the {len(label)} sections of {cases[0].name}, and some that train"
+        raise ConfigError(named_by, expected=expected, got=str(list(sections)), do="mend `validation_sections`")
+    return _cut(cases[0], len(label), *sections)
+
+
+def _cut(case: Case, sections: int, first: int, past: int) -> Split:
+    """The case's sections from `first` to before `past` validate, the rest trains."""
+    before, within, after = (
+        replace(case, name=f"{case.name}[{a}:{b}]", group=case.group or case.name, sections=(a, b))
+        for a, b in ((0, first), (first, past), (past, sections))
+    )
+    return Split(train=tuple(part for part, size in ((before, first), (after, sections - past)) if size), validation=(within,))

@@ -1,0 +1,66 @@
+"""The whole road on built-in data: sparse 3D annotation -> training -> dense prediction -> scores -> report, then 2D cells."""
+
+from pathlib import Path
+
+from microtome.data.dataset import open_dataset
+from microtome.data.synthetic import DemoData, write_demo_data
+from microtome.errors import ConfigError
+from microtome.evaluation.evaluate import evaluate
+from microtome.evaluation.pages import scores_html
+from microtome.files import write_json, write_text
+from microtome.inference.predictor import load, predict_files
+from microtome.terminal import Terminal
+from microtome.training.rehearsal import make_plan
+from microtome.training.run import train
+
+# Of the minutes, for each of the two trainings; the rest is data, prediction and scores.
+SHARE_3D, SHARE_2D = 0.55, 0.3
+
+
+def run_demo(out: Path, minutes: float, terminal: Terminal) -> None:
+    """Make the data, train on it, predict what no one annotated, score it against the truth, say where the reports are.
+
+    Raises:
+        ConfigError: `out` is not empty.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(out, expected="a new or empty folder", got="one with files in it", do="remove it or give another --out")
+    terminal.say("making two volumes of tubules annotated in 8 sections each, one unseen volume, and pictures of cells ...")
+    data = write_demo_data(out / "data")
+    terminal.say("\n3D: a network that learns from a few annotated sections")
+    _train(data.tubules, out / "runs" / "tubules", minutes * SHARE_3D, terminal)
+    terminal.say("\n2D: cells")
+    _train(data.cells, out / "runs" / "cells", minutes * SHARE_2D, terminal)
+    terminal.say("")
+    for line in _scores(data, out):
+        terminal.say(line)
+    for name in ("tubules", "cells"):
+        terminal.say(f"report: {(out / 'runs' / name / 'report.html').resolve()}")
+
+
+def _train(folder: Path, run: Path, minutes: float, terminal: Terminal) -> None:
+    """Plan and train as `microtome train` does."""
+    dataset = open_dataset(folder)
+    terminal.say_dataset(dataset)
+    plan = make_plan(dataset, minutes=minutes)
+    terminal.say_plan(plan)
+    with terminal.training(plan) as on_event:
+        train(dataset, plan, run, on_event=on_event)
+
+
+def _scores(data: DemoData, out: Path) -> list[str]:
+    """Predict and score what training did not see; a line for each comparison."""
+    rows = (
+        ("tubules", data.tubules / "images", data.tubules_truth, "tubules_dense", "all voxels of the two sparsely annotated volumes"),
+        ("tubules", data.tubules_unseen, data.tubules_unseen_truth, "tubules_unseen", "a volume without any annotation"),
+        ("cells", data.cells_unseen, data.cells_unseen_truth, "cells_unseen", "pictures of cells without masks"),
+    )
+    lines = []
+    for run, images, truth, name, words in rows:
+        folder = out / "predictions" / name
+        predict_files(load(out / "runs" / run), [images], folder)
+        result = evaluate(folder, truth)
+        write_json(out / "scores" / f"{name}.json", result)
+        write_text(out / "scores" / f"{name}.html", scores_html(result))
+        lines.append(f"dense IoU {result['summary']['iou']['mean']:.3f}  Dice {result['summary']['dice']['mean']:.3f}  {words}")
+    return lines

@@ -1,0 +1,36 @@
+"""The errors a user can meet; every one says what was expected, what was found and what to do."""
+
+from pathlib import Path
+
+
+class MicrotomeError(Exception):
+    """Base of all errors meant for a person. `exit_code` is what the command line returns.
+
+    The four parts make the one line that is shown: `where: expected E, got G; do this`.
+    """
+
+    exit_code = 1
+
+    def __init__(self, where: str | Path, *, expected: str, got: str, do: str) -> None:
+        self.where, self.expected, self.got, self.do = str(where), expected, got, do
+        super().__init__(f"{where}: expected {expected}, got {got}; {do}")
+
+
+class DataError(MicrotomeError):
+    """A file or folder is not what it has to be."""
+
+    exit_code = 2
+
+
+class ConfigError(MicrotomeError):
+    """A plan, an option or a `microtome.yaml` says something that cannot be done."""
+
+    exit_code = 2
+
+
+class RunError(MicrotomeError):
+    """Good data and good words, but the run could not go on (disk full, loss not finite, ...)."""
+
+
+class DataWarning(UserWarning):
+    """Something about a file was assumed; the message names the file and the assumption."""

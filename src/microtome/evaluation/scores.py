@@ -1,0 +1,216 @@
+"""Two label maps -> rows of numbers; rows -> the summary that `metrics.json` holds."""
+
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from microtome.data.case import NOT_ANNOTATED
+from microtome.data.legend import Legend
+from microtome.evaluation import metrics
+from microtome.evaluation.bootstrap import COVERAGE, RESAMPLES, mean_interval
+from microtome.geometry import Spacing
+
+METRICS = ("dice", "iou", "hd95_mm", "assd_mm", "nsd", "precision", "recall", "volume_mm3", "pixel_accuracy")
+DISTANCES = ("hd95_mm", "assd_mm")
+
+CONVENTIONS = MappingProxyType(
+    {
+        "not_annotated": "voxels that the truth does not annotate are removed from both masks before anything is computed; "
+        "the edge of what is annotated counts as surface, like the border of the image",
+        "surface": "voxels of the mask with a face-neighbour outside it; beyond the border of the image all is outside; "
+        "distances are Euclidean, in mm, between voxel centres",
+        "hd95_mm": "the larger of the two directed 95th percentiles",
+        "assd_mm": "mean over all surface voxels of both masks together",
+        "nsd": "share of the surface voxels of both masks within the tolerance of the other surface",
+        "volume_mm3": "of the prediction, beside volume_truth_mm3 (2D: area in mm²); the worst is the one furthest from the truth",
+        "pixel_accuracy": "share of annotated voxels with the right class, background included; the same number in each row of a case",
+        "summary": "mean over the foreground classes of a case, then over the cases where that is defined (their number is beside it)",
+        "interval": f"{COVERAGE:.0%} percentile bootstrap over cases, {RESAMPLES} resamples, fixed seed; too narrow with few cases",
+        "sd": "sample standard deviation (n - 1)",
+        "undefined": "null in a row; left out of means and counted beside them",
+    }
+)
+
+EMPTY_CASES = MappingProxyType(
+    {
+        "both_empty": "dice, iou, nsd, precision, recall, hd95_mm, assd_mm undefined",
+        "truth_empty": "dice, iou, nsd, precision 0; recall, hd95_mm, assd_mm undefined",
+        "prediction_empty": "dice, iou, nsd, recall 0; precision, hd95_mm, assd_mm undefined",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseScore:
+    """The numbers of one class in one case.
+
+    Attributes:
+        values: a number for each of `METRICS`, NaN where undefined.
+        volume_truth_mm3: what `volume_mm3` should be.
+        tolerance_mm: what `nsd` was computed with.
+    """
+
+    case: str
+    class_name: str
+    values: dict[str, float]
+    volume_truth_mm3: float
+    tolerance_mm: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The row of `cases` in `metrics.json`."""
+        numbers = {name: _number(value) for name, value in self.values.items()}
+        extra = {"volume_truth_mm3": self.volume_truth_mm3, "tolerance_mm": self.tolerance_mm}
+        return {"case": self.case, "class": self.class_name, **numbers, **extra}
+
+
+def score_case(
+    truth: np.ndarray, prediction: np.ndarray, spacing_mm: Spacing, legend: Legend, tolerance_mm: float | None = None, *, case: str = ""
+) -> list[CaseScore]:
+    """One row for each class of the legend, background included.
+
+    Args:
+        truth: classes (*S), `NOT_ANNOTATED` where nothing is known; at least one voxel must be annotated.
+        prediction: classes (*S); a negative value is no class and wrong wherever there is truth.
+        spacing_mm: voxel size along S.
+        legend: names the classes.
+        tolerance_mm: of `nsd`; None: the largest voxel side.
+        case: its name in the rows.
+    """
+    if not np.any(truth != NOT_ANNOTATED):
+        raise ValueError(f"{case or 'the case'} has no annotated voxel: there is nothing to score")
+    tolerance_mm = max(spacing_mm) if tolerance_mm is None else tolerance_mm
+    prediction = np.where(truth == NOT_ANNOTATED, NOT_ANNOTATED, prediction)
+    accuracy = metrics.pixel_accuracy(truth, prediction)
+    rows = []
+    for index, name in enumerate(legend.names):
+        masks = truth == index, prediction == index
+        values = {**_mask_scores(masks[0], masks[1], spacing_mm, tolerance_mm), "pixel_accuracy": accuracy}
+        volume = metrics.volume_mm3(masks[0], spacing_mm)
+        rows.append(CaseScore(case=case, class_name=name, values=values, volume_truth_mm3=volume, tolerance_mm=tolerance_mm))
+    return rows
+
+
+def summarise(
+    rows: Sequence[CaseScore], legend: Legend, *, tolerance_mm: float | None = None, in_voxels: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The content of `metrics.json`: summary, classes, cases, worst, conventions, versions.
+
+    Args:
+        rows: of `score_case`, any number of cases.
+        legend: the one the rows were made with.
+        tolerance_mm: as it was asked for; None: each case's largest voxel side.
+        in_voxels: cases whose voxel size is not known, so that their distances are in voxels.
+    """
+    chosen = legend.foreground if legend.background is not None else range(len(legend.names))
+    foreground = {legend.names[index] for index in chosen}
+    by_case: dict[str, list[CaseScore]] = {}
+    for row in rows:
+        by_case.setdefault(row.case, []).append(row)
+    means = {
+        name: np.array([_mean([row.values[name] for row in group if row.class_name in foreground]) for group in by_case.values()])
+        for name in METRICS
+    }
+    # Cases in which no foreground is expected and none was found are not bad: they come last.
+    order = np.argsort(np.nan_to_num(means["dice"], nan=np.inf), kind="stable")
+    shown = [row for row in rows if row.class_name in foreground]
+    return {
+        "summary": {name: _summary(values, shown, name) for name, values in means.items()},
+        "classes": {name: _class_scores([row for row in rows if row.class_name == name]) for name in legend.names},
+        "cases": [row.to_json() for row in rows],
+        "worst": [list(by_case)[index] for index in order],
+        "conventions": _conventions(rows, sorted(foreground), tolerance_mm, in_voxels),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("microtome", "numpy", "scipy")}},
+    }
+
+
+def _mask_scores(truth: np.ndarray, prediction: np.ndarray, spacing_mm: Spacing, tolerance_mm: float) -> dict[str, float]:
+    """All metrics of one pair of masks (*S)."""
+    distances = metrics.surface_distances(truth, prediction, spacing_mm)
+    return {
+        "dice": metrics.dice(truth, prediction),
+        "iou": metrics.iou(truth, prediction),
+        "hd95_mm": metrics.hd95_mm(distances),
+        "assd_mm": metrics.assd_mm(distances),
+        "nsd": metrics.nsd(distances, tolerance_mm),
+        "precision": metrics.precision(truth, prediction),
+        "recall": metrics.recall(truth, prediction),
+        "volume_mm3": metrics.volume_mm3(prediction, spacing_mm),
+    }
+
+
+def _summary(values: np.ndarray, rows: Sequence[CaseScore], name: str) -> dict[str, float | int | None]:
+    """Mean and interval of one number a case (cases,), over how many cases, and how many rows had to be left out of it."""
+    mean, low, high = mean_interval(values)
+    undefined = sum(not math.isfinite(row.values[name]) for row in rows)
+    return {
+        "mean": _number(mean),
+        "low": _number(low),
+        "high": _number(high),
+        "cases": int(np.isfinite(values).sum()),
+        "undefined": undefined,
+    }
+
+
+def _class_scores(rows: Sequence[CaseScore]) -> dict[str, dict[str, Any]]:
+    """Mean, SD, median and worst of each metric over the cases of one class."""
+    return {name: _spread(rows, name) for name in METRICS}
+
+
+def _spread(rows: Sequence[CaseScore], name: str) -> dict[str, Any]:
+    """Mean, SD, median and worst of one metric over the rows where it is defined, and how many are not."""
+    defined = [row for row in rows if math.isfinite(row.values[name])]
+    values = np.array([row.values[name] for row in defined])
+    worst = max(defined, key=lambda row: _badness(row, name), default=None)
+    return {
+        "mean": _number(_mean(values)),
+        "sd": float(values.std(ddof=1)) if values.size > 1 else None,
+        "median": float(np.median(values)) if values.size else None,
+        "worst": worst.values[name] if worst else None,
+        "worst_case": worst.case if worst else None,
+        "undefined": len(rows) - len(defined),
+    }
+
+
+def _badness(row: CaseScore, name: str) -> float:
+    """A number that is larger for a worse value of this metric."""
+    value = row.values[name]
+    if name == "volume_mm3":
+        return abs(value - row.volume_truth_mm3)
+    return value if name in DISTANCES else -value
+
+
+def _conventions(
+    rows: Sequence[CaseScore], foreground: Sequence[str], tolerance_mm: float | None, in_voxels: Sequence[str]
+) -> dict[str, Any]:
+    """What must be known to read the numbers, in words."""
+    used = sorted({row.tolerance_mm for row in rows})
+    cases = {row.case for row in rows}
+    return {
+        "unit": "mm" if not in_voxels else "voxel" if cases == set(in_voxels) else "mm, except in the cases of `in_voxels`",
+        "in_voxels": list(in_voxels),
+        "tolerance_mm": used[0] if len(used) == 1 else [used[0], used[-1]],
+        "tolerance": "the largest voxel side of each case (smallest and largest if they differ)"
+        if tolerance_mm is None
+        else "as asked for",
+        "foreground": list(foreground),
+        "empty_cases": dict(EMPTY_CASES),
+        **CONVENTIONS,
+    }
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    """The mean of the defined values; NaN if there are none."""
+    defined = np.asarray(values, float)
+    defined = defined[np.isfinite(defined)]
+    return float(defined.mean()) if defined.size else math.nan
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN: undefined is null."""
+    return float(value) if math.isfinite(value) else None

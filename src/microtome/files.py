@@ -1,0 +1,68 @@
+"""Writing files so that a kill at any instant leaves the old file or the new one, never half of either."""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from microtome.errors import RunError
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, with the same suffixes; on success flushed and renamed to `path`.
+
+    Whatever the body raises, the temporary file is removed and `path` stays as it was.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written; names the file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last because writers choose their format by it (.nii.gz, .png, ...).
+    handle, name = tempfile.mkstemp(prefix=".part-", suffix="-" + path.name, dir=path.parent)
+    os.close(handle)
+    part = Path(name)
+    # mkstemp makes private files; a result is as readable as any other file of this user.
+    part.chmod(0o666 & ~_umask())
+    try:
+        yield part
+        _flush(part)
+        part.replace(path)
+        _flush(path.parent)
+    except OSError as error:
+        raise RunError(
+            path, expected="a folder that can be written", got=f"{error.strerror or error}", do="free space or choose another --out"
+        ) from error
+    finally:
+        with suppress(FileNotFoundError):
+            part.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path` in one step."""
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as readable JSON to `path` in one step; NaN is not JSON and raises ValueError."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def _flush(path: Path) -> None:
+    """Ask the kernel to put a file, or a folder's list of names, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    """The process's file-creation mask, which can only be read by setting it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask

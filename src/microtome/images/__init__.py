@@ -1,0 +1,1 @@
+"""A file on disk <-> Image(array, spacing, affine, axes)."""

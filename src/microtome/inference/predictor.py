@@ -1,0 +1,143 @@
+"""A trained model and image files -> label files in the images' own format and geometry."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from microtome.bundle import Bundle, load_bundle
+from microtome.data.case import Case
+from microtome.data.dataset import fit_channels, list_images, read_case_image
+from microtome.errors import DataError
+from microtome.files import write_json
+from microtome.images.files import label_suffix, read_image, write_labels
+from microtome.images.image import Image
+from microtome.inference.engines import TorchEngine, pick_device, recycle_memory, to_device
+from microtome.inference.predict import predict_labels
+
+LISTING = "predictions.json"
+
+
+class Predictor:
+    """A bundle ready to label images.
+
+    Args:
+        bundle: as `load_bundle` gives it.
+        device: "auto", "cpu", "cuda".
+        tta: average over the mirrored versions of each tile, along the axes that training mirrored.
+    """
+
+    def __init__(self, bundle: Bundle, *, device: str = "auto", tta: bool = False) -> None:
+        recycle_memory()
+        self.bundle, self.device = bundle, pick_device(device)
+        self.network = to_device(bundle.network(), self.device, bundle.plan.dims)
+        axes = bundle.plan.augment.flip_axes if tta else ()
+        self.engine = TorchEngine(network=self.network, device=self.device, precision=bundle.plan.precision, mirror_axes=axes)
+
+    def __call__(self, image: Image | Path | str) -> np.ndarray:
+        """The class of each voxel, (*S) int16, counted as in `bundle.legend.names`.
+
+        Raises:
+            DataError: other channels or axes than the model was trained on.
+        """
+        if not isinstance(image, Image):
+            image = read_image(Path(image))
+        plan = self.bundle.plan
+        image = fit_channels(image, plan.channels)
+        self._check(image)
+        spacing_mm = image.spacing_mm if image.spacing_known else plan.assumed_spacing_mm or image.spacing_mm
+        return predict_labels(image.array, spacing_mm, plan=plan, network=self.network, engine=self.engine)  # type: ignore[arg-type]
+
+    def _check(self, image: Image) -> None:
+        """Refuse an image of another kind than the training images."""
+        plan = self.bundle.plan
+        if len(image.shape_vox) != len(plan.spacing_mm):
+            got = f"{len(image.shape_vox)} axes"
+            raise DataError(
+                image.path, expected=f"{len(plan.spacing_mm)} axes as in training", got=got, do="use a model trained on such images"
+            )
+
+
+def load(run: Path | str, *, device: str = "auto", tta: bool = False) -> Predictor:
+    """The trained model of a run folder."""
+    return Predictor(load_bundle(Path(run)), device=device, tta=tta)
+
+
+def predict_files(
+    predictor: Predictor, inputs: Sequence[Path], out: Path, *, on_done: Callable[[str, int, int], None] = lambda name, done, of: None
+) -> list[Path]:
+    """Label every image among `inputs` (files, folders, datasets) into `out`; returns the files written.
+
+    Each file appears when it is complete. A file that cannot be labelled stops nothing: the others are written first.
+
+    Raises:
+        DataError: no images, two that would have the same name in `out`, or (after all others) images that failed.
+    """
+    cases = list(_cases(inputs, predictor.bundle.plan.channels))
+    _check_names(cases, out)
+    written, failed = [], []
+    for number, case in enumerate(cases, start=1):
+        try:
+            written.append(write_prediction(predictor, case, out))
+        except DataError as error:
+            failed.append(error)
+        on_done(case.name, number, len(cases))
+    if failed and len(failed) < len(cases):
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise DataError(failed[0].where, expected=failed[0].expected, got=failed[0].got + more, do=f"the other {len(written)} are in {out}")
+    if failed:
+        raise failed[0]
+    return written
+
+
+def write_prediction(predictor: Predictor, case: Case, out: Path) -> Path:
+    """Predict one case and write it, with the values that its training labels had, under the case's name."""
+    image = read_case_image(case)
+    path = out / (safe_name(case.name) + label_suffix(image))
+    write_labels(path, predictor.bundle.legend.encode(predictor(image)), like=image)
+    list_prediction(out, path, case, predictor.bundle)
+    return path
+
+
+def list_prediction(out: Path, path: Path, case: Case, bundle: Bundle) -> None:
+    """Note in `predictions.json` what the file is a prediction of, so that `evaluate` can pair it and read its values."""
+    listing = out / LISTING
+    content = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {}
+    legend = bundle.legend.to_json()
+    if content.get("legend") != legend:
+        content = {"legend": legend, "cases": {}}
+    content["cases"][path.relative_to(out).as_posix()] = {"case": case.name, "input": str(case.images[0])}
+    write_json(listing, content)
+
+
+def safe_name(name: str) -> str:
+    """A case's name as a file name: `stack[20:25]` becomes `stack_20-25`; folders stay folders."""
+    return name.replace("[", "_").replace(":", "-").replace("]", "")
+
+
+def _cases(inputs: Sequence[Path], channels: int) -> Iterator[Case]:
+    """The images that paths mean."""
+    for path in inputs:
+        if not path.exists():
+            raise DataError(path, expected="an image or a folder", got="nothing there", do="check the path")
+        yield from list_images(path, channels=channels)
+
+
+def _check_names(cases: Sequence[Case], out: Path) -> None:
+    """Refuse inputs whose results would overwrite each other or themselves."""
+    seen: dict[str, Path] = {}
+    for case in cases:
+        name = safe_name(case.name)
+        if name in seen:
+            raise DataError(
+                case.images[0],
+                expected="images with different names",
+                got=f"the name of {seen[name]}",
+                do="predict them in two calls with two --out folders",
+            )
+        if case.images[0].resolve().parent == (out / name).resolve().parent:
+            raise DataError(
+                out, expected="another folder than the images'", got="theirs", do="give another --out, or images would be overwritten"
+            )
+        seen[name] = case.images[0]

@@ -1,0 +1,119 @@
+"""What every network is to the rest of the program: its request, the sizes it takes, its checks.
+
+Axes in tensor names, here and in every file of this folder: `B` batch, `C` channels, `K` classes,
+`S` the spatial axes, YX or ZYX.
+"""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from microtome.config import NetworkConfig
+from microtome.errors import ConfigError
+from microtome.geometry import format_shape
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkSpec:
+    """What a network is built from.
+
+    Attributes:
+        name: as the registry lists it; error messages begin with it.
+        dims: spatial axes, 2 or 3.
+        in_channels: channels of the image.
+        classes: channels of the logits.
+        config: sizes set by a plan; the default leaves all as in the paper.
+        variant: one of the variants that the network's file describes; empty: the first.
+    """
+
+    name: str
+    dims: int
+    in_channels: int
+    classes: int
+    config: NetworkConfig = field(default_factory=NetworkConfig)
+    variant: str = ""
+
+    def __post_init__(self) -> None:
+        if self.in_channels < 1 or self.classes < 1:
+            got = f"{self.in_channels} channels and {self.classes} classes"
+            raise ConfigError(
+                self.name, expected="at least one channel and one class", got=got, do="check the dataset's channels and legend"
+            )
+        if any(width < 1 for width in self.config.widths):
+            raise ConfigError(self.name, expected="positive widths", got=str(self.config.widths), do="change `network.widths`")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The image sizes a network takes along each axis of S: minimum, minimum + step, minimum + 2 step, ..."""
+
+    minimum: tuple[int, ...]
+    step: tuple[int, ...]
+
+    def valid(self, n: int, axis: int) -> bool:
+        """Whether `n` voxels along that axis fit."""
+        return n >= self.minimum[axis] and (n - self.minimum[axis]) % self.step[axis] == 0
+
+    def nearest(self, n: int, axis: int) -> tuple[int, int]:
+        """The largest size <= n and the smallest size >= n; both the minimum where n is below it."""
+        minimum, step = self.minimum[axis], self.step[axis]
+        over = max(n - minimum, 0)
+        return minimum + over // step * step, minimum + -(-over // step) * step
+
+
+class Network(nn.Module):
+    """A network: image_BCS -> logits_BKS, unnormalised (no softmax, no sigmoid).
+
+    Attributes:
+        spec: what it was built from.
+        sizes: the image sizes that it takes.
+        context_vox: border that the output lacks on each side of each axis; 0 for padded convolutions.
+    """
+
+    def __init__(self, spec: NetworkSpec, sizes: Sizes, context_vox: int = 0) -> None:
+        super().__init__()
+        self.spec, self.sizes, self.context_vox = spec, sizes, context_vox
+
+    @property
+    def dims(self) -> int:
+        """Spatial axes, 2 or 3."""
+        return self.spec.dims
+
+    @property
+    def in_channels(self) -> int:
+        """Channels of the image."""
+        return self.spec.in_channels
+
+    @property
+    def classes(self) -> int:
+        """Channels of the logits."""
+        return self.spec.classes
+
+    def valid_size(self, n: int, axis: int) -> bool:
+        """Whether the network takes `n` voxels along that axis of S."""
+        return self.sizes.valid(n, axis)
+
+    def nearest_sizes(self, n: int, axis: int) -> tuple[int, int]:
+        """The largest size <= n and the smallest size >= n that fit; both the smallest of all where n is below it."""
+        return self.sizes.nearest(n, axis)
+
+    def check_image(self, image_BCS: Tensor) -> None:
+        """Refuse an image that does not fit; each `forward` begins with it.
+
+        Raises:
+            ConfigError: wrong number of axes or channels, or a size that does not fit (the nearest that do are named).
+        """
+        shape = tuple(image_BCS.shape)
+        axes = "ZYX"[-self.dims :]
+        if len(shape) != self.dims + 2 or shape[1] != self.in_channels:
+            expected = f"images (B, {self.in_channels}, {', '.join(axes)})"
+            raise ConfigError(self.spec.name, expected=expected, got=str(shape), do="build the network for these channels and axes")
+        if not all(self.valid_size(n, axis) for axis, n in enumerate(shape[2:])):
+            fits = [f"{axes[axis]} {_either(self.nearest_sizes(n, axis))}" for axis, n in enumerate(shape[2:])]
+            got = format_shape(shape[2:])
+            raise ConfigError(self.spec.name, expected=f"a size that fits: {', '.join(fits)}", got=got, do="pad or crop to such a size")
+
+
+def _either(sizes: tuple[int, int]) -> str:
+    """`188` or `188 or 204`."""
+    return " or ".join(str(n) for n in sorted(set(sizes)))

@@ -1,0 +1,144 @@
+"""The networks by name: what each is, and `build`.
+
+To add a network: its file, and one entry in `NETWORKS`.
+"""
+
+import difflib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from microtome.config import NetworkConfig
+from microtome.errors import ConfigError
+from microtome.models.modern_unet import ModernUNet
+from microtome.models.network import Network, NetworkSpec
+from microtome.models.unet import UNet
+from microtome.models.unet3d import UNet3D
+from microtome.models.unet_same import UNetSame
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A network that can be built.
+
+    Attributes:
+        name: what users type.
+        title: of the paper (or page) that describes it.
+        authors: of that paper.
+        year: of that paper.
+        reference: where to read it: arXiv number or DOI; empty where it has neither.
+        dims: the numbers of spatial axes it works in.
+        variants: the first is the default; empty: there is one form only.
+        settings: the fields of `NetworkConfig` that it obeys.
+        builder: makes it.
+    """
+
+    name: str
+    title: str
+    authors: str
+    year: int
+    reference: str = ""
+    dims: tuple[int, ...]
+    variants: tuple[str, ...] = ()
+    settings: frozenset[str] = frozenset({"widths"})
+    builder: Callable[[NetworkSpec], Network]
+
+
+def _listed(*entries: Entry) -> Mapping[str, Entry]:
+    return MappingProxyType({entry.name: entry for entry in entries})
+
+
+NETWORKS = _listed(
+    Entry(
+        name="modern_unet",
+        title="nnU-Net: a self-configuring method for deep learning-based biomedical image segmentation",
+        authors="F. Isensee, P. F. Jaeger, S. A. A. Kohl, J. Petersen, K. H. Maier-Hein",
+        year=2021,
+        reference="doi 10.1038/s41592-020-01008-z",
+        dims=(2, 3),
+        settings=frozenset(NetworkConfig.model_fields) - {"name"},
+        builder=ModernUNet,
+    ),
+    Entry(
+        name="unet",
+        title="U-Net: Convolutional Networks for Biomedical Image Segmentation",
+        authors="O. Ronneberger, P. Fischer, T. Brox",
+        year=2015,
+        reference="arXiv 1505.04597",
+        dims=(2,),
+        variants=("paper", "release"),
+        builder=UNet,
+    ),
+    Entry(
+        name="unet_same",
+        title="U-Net: Convolutional Networks for Biomedical Image Segmentation",
+        authors="O. Ronneberger, P. Fischer, T. Brox; padded and with batch norm as in the Paperspace worked example",
+        year=2015,
+        reference="arXiv 1505.04597",
+        dims=(2,),
+        builder=UNetSame,
+    ),
+    Entry(
+        name="unet3d",
+        title="3D U-Net: Learning Dense Volumetric Segmentation from Sparse Annotation",
+        authors="Ö. Çiçek, A. Abdulkadir, S. S. Lienkamp, T. Brox, O. Ronneberger",
+        year=2016,
+        reference="arXiv 1606.06650",
+        dims=(3,),
+        variants=("paper", "no_bn"),
+        builder=UNet3D,
+    ),
+)
+
+
+def find(name: str) -> Entry:
+    """The entry of that name.
+
+    Raises:
+        ConfigError: there is none; the nearest names are given.
+    """
+    if name in NETWORKS:
+        return NETWORKS[name]
+    near = difflib.get_close_matches(name, NETWORKS, n=3, cutoff=0.4)
+    do = f"did you mean {' or '.join(f'`{other}`' for other in near)}?" if near else "choose one of them"
+    raise ConfigError("network", expected=f"one of {', '.join(NETWORKS)}", got=f"`{name}`", do=do)
+
+
+def build(name: str, *, dims: int, in_channels: int, classes: int, config: NetworkConfig | None = None, variant: str = "") -> Network:
+    """A network with fresh weights, in training mode.
+
+    Args:
+        name: one of `NETWORKS` (`config.name` is not looked at).
+        dims: spatial axes of the images, 2 or 3.
+        in_channels: channels of the images.
+        classes: channels of the logits.
+        config: sizes; without it all is as in the paper.
+        variant: one of the entry's variants; empty: its first.
+
+    Returns:
+        image_BCS -> logits_BKS; see `Network` for its attributes, `ModernUNet` for deep supervision.
+
+    Raises:
+        ConfigError: an unknown name or variant, dimensions it does not have, or a setting that it would not obey.
+    """
+    entry = find(name)
+    if dims not in entry.dims:
+        others = [other.name for other in NETWORKS.values() if dims in other.dims]
+        expected = " or ".join(f"{n}D" for n in entry.dims)
+        do = f"use one of {', '.join(others)}" if others else "images are 2D or 3D"
+        raise ConfigError(name, expected=f"{expected} images", got=f"{dims}D", do=do)
+    if variant and variant not in entry.variants:
+        expected = f"one of the variants {', '.join(entry.variants)}" if entry.variants else "no variant"
+        raise ConfigError(name, expected=expected, got=f"`{variant}`", do="change or leave out the variant")
+    config = config or NetworkConfig()
+    _check_settings(entry, config)
+    return entry.builder(NetworkSpec(name=name, dims=dims, in_channels=in_channels, classes=classes, config=config, variant=variant))
+
+
+def _check_settings(entry: Entry, config: NetworkConfig) -> None:
+    """Refuse a setting that the network would pass over in silence."""
+    for field, info in NetworkConfig.model_fields.items():
+        value = getattr(config, field)
+        if field != "name" and field not in entry.settings and value != info.default:
+            expected = f"settings that it has ({', '.join(sorted(entry.settings))})"
+            raise ConfigError(entry.name, expected=expected, got=f"`{field}: {value}`", do=f"remove `network.{field}` or use modern_unet")

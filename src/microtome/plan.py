@@ -1,0 +1,279 @@
+"""What the data are + what the machine can do + the minutes there are -> Plan; each choice carries its reason.
+
+Every rule is a small function from measured facts to (value, reason). `training.rehearsal.make_plan` then times real
+steps of the drafted plan and fits `steps` and `batch` to the minutes.
+"""
+
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+
+from microtome.config import AugmentConfig, NetworkConfig, NormalisationConfig, Plan
+from microtome.fingerprint import Fingerprint
+from microtome.geometry import Shape, Spacing, anisotropy, format_shape, resampled_shape
+from microtome.models.registry import build
+
+T = TypeVar("T")
+Dims = Literal[2, 3]
+Precision = Literal["fp32", "bf16"]
+
+# Bytes that a training step holds for each voxel of a batch and each channel of the finest level: measured on the modern
+# U-Net in 2D and 3D with autograd's saved activations, gradients and workspace (benchmarks/step_memory.py).
+BYTES_A_VOXEL = MappingProxyType({"bf16": 60, "fp32": 90})
+# Voxels of a batch: below it, convolutions do not fill two cores and batch statistics become unsteady.
+BATCH_VOXELS = MappingProxyType({2: 8 * 256**2, 3: 4 * 56**3})
+# Sections further apart than this many pixels show other things than their neighbours.
+THICK_SECTIONS = 4.0
+# A class thinner than this many voxels is lost between them.
+THINNEST_VOX = 6.0
+FIXED_REASONS = MappingProxyType(
+    {
+        "foreground": "half of the patches lie on a class drawn evenly, so that rare classes are seen",
+        "dice_weight": "cross-entropy alone neglects small classes, Dice alone is noisy; both ignore what is not annotated",
+        "optimiser": "AdamW with a high rate that falls to zero learns fastest in short runs; weights are averaged over the last steps",
+        "overlap": "tiles overlap by a quarter and are blended by Gaussian weights: more costs time and gains little",
+        "assumed_spacing_mm": "the median of the training images",
+        "validations": "a look at whole images now and then; the best is kept",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What there is to spend.
+
+    Attributes:
+        minutes: wall time of the whole run; None: as long as the plan's steps take.
+        memory_bytes: memory that training may use.
+        gpu: whether a GPU does the work.
+        bf16: whether the processor multiplies bfloat16 in hardware.
+    """
+
+    minutes: float | None
+    memory_bytes: int
+    gpu: bool = False
+    bf16: bool = False
+
+
+def draft_plan(data: Fingerprint, resources: Resources, *, network: str = "modern_unet", seed: int = 0, fold: str = "1/5") -> Plan:
+    """A whole plan but for its timing: `steps` is a guess until real steps have been timed."""
+    reasons = dict(FIXED_REASONS)
+
+    def noted(field: str, choice: tuple[T, str]) -> T:
+        value, reasons[field] = choice
+        return value
+
+    dims = noted("dims", choose_dims(data))
+    precision = noted("precision", choose_precision(resources))
+    spacing = noted("spacing_mm", choose_spacing(data, dims, _largest_patch(resources, dims)))
+    shape = resampled_shape(data.shape_vox, data.spacing_mm, spacing)[-dims:]
+    patch = noted("patch_vox", choose_patch(shape, resources, dims))
+    topology = noted("network", choose_network(network, patch, spacing[-dims:], resources))
+    patch = noted("patch_vox", fit_patch(patch, topology, data, reasons["patch_vox"]))
+    return Plan(
+        dims=dims,
+        channels=data.channels,
+        classes=data.classes,
+        spacing_mm=spacing,
+        assumed_spacing_mm=data.spacing_mm,
+        normalisation=noted("normalisation", choose_normalisation(data)),
+        network=topology,
+        patch_vox=patch,
+        batch=noted("batch", choose_batch(patch, topology, resources, precision)),
+        augment=noted("augment", choose_augment(data, patch, spacing[-dims:])),
+        steps=1000,
+        minutes=resources.minutes,
+        precision=precision,
+        overlap=0.25,
+        seed=seed,
+        fold=fold,
+        reasons=reasons,
+    )
+
+
+def choose_dims(data: Fingerprint) -> tuple[Dims, str]:
+    """2D for pictures and for stacks of thick sections, 3D for volumes."""
+    if len(data.shape_vox) == 2:
+        return 2, "the images are two-dimensional"
+    if data.shape_vox[0] < 8:
+        return 2, f"the stacks have only {data.shape_vox[0]} sections: each is seen as a picture"
+    if data.spacing_known:
+        ratio, how = anisotropy(data.spacing_mm), "by the spacing in the files"
+    else:
+        ratio, how = data.section_lag or 1.0, "judged by how unlike neighbouring sections are, as no spacing is stated"
+    if ratio > THICK_SECTIONS:
+        return 2, f"sections lie {ratio:.0f} times as far apart as pixels ({how}): each is seen as a picture"
+    return 3, f"volumes with voxels of about equal sides (ratio {ratio:.1f}, {how})"
+
+
+def choose_precision(resources: Resources) -> tuple[Precision, str]:
+    """bf16 where the processor has it; timing may still take it back."""
+    if resources.bf16:
+        return "bf16", "the processor multiplies bfloat16 in hardware"
+    return "fp32", "the processor has no bfloat16 arithmetic"
+
+
+def choose_spacing(data: Fingerprint, dims: int, patch: int) -> tuple[Spacing, str]:
+    """The voxel size at which the network works.
+
+    The median of the dataset; along an axis more than 3 times as coarse as the others its 10th percentile (Isensee 2021).
+    Pictures larger than a patch are seen at a coarser scale as long as the thinnest class stays THINNEST_VOX wide.
+    """
+    spacing = list(data.spacing_mm)
+    if dims == 3:
+        axis = int(np.argmax(spacing))
+        others = [value for i, value in enumerate(spacing) if i != axis]
+        if spacing[axis] > 3 * max(others):
+            spacing[axis] = max(data.spacing_low_mm[axis], max(others))
+            return tuple(spacing), "median voxel size; along the coarse axis its 10th percentile"
+        return tuple(spacing), "median voxel size of the images" + ("; others are resampled to it" if data.spacing_varies else "")
+    side = max(data.shape_vox[-2:])
+    factor = min(side / patch, data.thinnest_vox / THINNEST_VOX)
+    if factor < 1.5:
+        return tuple(spacing), "median pixel size of the images"
+    factor = round(factor, 2)
+    coarse = [*spacing[:-2], *(float(f"{value * factor:.6g}") for value in spacing[-2:])]
+    return tuple(coarse), (
+        f"pixels {factor:g} times as large as in the images: a patch of {patch} then shows more of an image of {side}, "
+        f"and the thinnest class ({data.thinnest_vox:.0f} pixels) keeps {data.thinnest_vox / factor:.0f}; results come at full size"
+    )
+
+
+def choose_patch(shape_vox: Shape, resources: Resources, dims: int) -> tuple[Shape, str]:
+    """What the network sees at once: the whole image if it is small, else a block of the largest affordable volume."""
+    limit = _largest_patch(resources, dims) ** dims
+    patch = np.array(shape_vox, float)
+    # Shrink the axis that is longest, as a cube of tissue tells more than a plate of the same volume.
+    while patch.prod() > limit:
+        longest = patch == patch.max()
+        rest = patch[~longest]
+        wanted = (limit / rest.prod()) ** (1 / longest.sum())
+        patch[longest] = max(wanted, rest.max()) if len(rest) else wanted
+    return tuple(int(np.ceil(n)) for n in patch), (
+        "covers the median image" if (patch >= np.array(shape_vox)).all() else f"a part of the median image of {format_shape(shape_vox)}"
+    )
+
+
+def choose_network(name: str, patch_vox: Shape, spacing_mm: Spacing, resources: Resources) -> tuple[NetworkConfig, str]:
+    """Levels until the patch is a few voxels, widths doubling; axes that are coarse are pooled later (Isensee 2021)."""
+    if name != "modern_unet":
+        return NetworkConfig(name=name), "as asked; sizes as in its paper"
+    dims = len(patch_vox)
+    strides, kernels = _levels(patch_vox, spacing_mm, smallest=4 if dims == 3 else 8, most=6 if dims == 3 else 7)
+    base, cap = (32, 320 if dims == 3 else 512) if resources.gpu else (24, 320)
+    widths = tuple(min(base * 2**level, cap) for level in range(len(strides)))
+    config = NetworkConfig(
+        name=name, widths=widths, strides=strides, kernels=kernels, norm="batch", supervised_levels=max(1, min(3, len(strides) - 1))
+    )
+    return config, (
+        f"{len(strides)} levels bring a patch of {format_shape(patch_vox)} down to "
+        f"{format_shape(_coarsest(patch_vox, strides))}; {base} channels to begin with suit {'a GPU' if resources.gpu else 'a processor'}; "
+        "batch norm is the fastest normalisation, and batches are large enough for it; three levels are supervised"
+    )
+
+
+def fit_patch(patch_vox: Shape, network: NetworkConfig, data: Fingerprint, reason: str) -> tuple[Shape, str]:
+    """The smallest size that the network takes and that holds the patch."""
+    with torch.device("meta"):
+        built = build(network.name, dims=len(patch_vox), in_channels=data.channels, classes=len(data.classes), config=network)
+    border = 2 * built.context_vox
+    fitted = tuple(built.nearest_sizes(n + border, axis)[1] for axis, n in enumerate(patch_vox))
+    if border:
+        reason += f", and the border of {built.context_vox} that this network needs on every side"
+    return fitted, f"{format_shape(fitted)}: {reason}; a size that the network can halve" if fitted != patch_vox else reason
+
+
+def choose_batch(patch_vox: Shape, network: NetworkConfig, resources: Resources, precision: str) -> tuple[int, str]:
+    """As many patches as a step can hold, at most 8 in 2D and 4 in 3D unless they are small."""
+    voxels = int(np.prod(patch_vox))
+    wanted = int(np.clip(BATCH_VOXELS[len(patch_vox)] // voxels, 2, 16))
+    width = network.widths[0] if network.widths else 64
+    bytes_each = voxels * width * BYTES_A_VOXEL[precision]
+    most = max(1, int(0.6 * resources.memory_bytes / bytes_each))
+    if most < wanted:
+        return most, f"what fits into {resources.memory_bytes / 2**30:.1f} GB at about {bytes_each / 2**20:.0f} MB a patch"
+    return wanted, f"enough patches for steady statistics; about {wanted * bytes_each / 2**30:.1f} GB"
+
+
+def choose_normalisation(data: Fingerprint) -> tuple[NormalisationConfig, str]:
+    """Fixed numbers where grey values mean something by themselves, else each image by itself."""
+    fixed = NormalisationConfig(kind="dataset", low=data.low, high=data.high, mean=data.mean, sd=tuple(max(s, 1e-6) for s in data.sd))
+    if data.hounsfield:
+        return fixed, "values look like CT numbers, which mean the same in every scan: clipped to 0.5-99.5 %, mean and sd of the dataset"
+    if data.channels == 3 and data.brightness_varies < 1:
+        return fixed, "colour pictures of like brightness: mean and sd of the dataset for each channel, so that colours keep their meaning"
+    return NormalisationConfig(), "mean 0 and sd 1 for each image and channel by itself, because brightness differs between images"
+
+
+def choose_augment(data: Fingerprint, patch_vox: Shape, spacing_mm: Spacing) -> tuple[AugmentConfig, str]:
+    """Changes that leave an image as likely as before: what may be mirrored or turned depends on what is shown."""
+    dims = len(patch_vox)
+    flips: Shape
+    if "jpeg" in data.formats:
+        flips, turn, why = (dims - 1,), 20.0, "photographs: mirrored left to right and turned a little, as up is not down"
+    elif data.left_right_axis is not None:
+        flips, turn, why = _patient_flips(data, dims), 20.0, "oriented volumes: mirrored left to right only, turned a little"
+    else:
+        flips, turn, why = tuple(range(dims)), 180.0, "microscopy has no up or down: mirrored and turned freely in the plane"
+    if turn == 180.0 and dims == 3:
+        angles: tuple[float, ...] = (180.0, 30.0, 30.0)
+    else:
+        angles = (turn,) if dims == 2 else (turn,) * 3
+    # Control points as far apart as a quarter of the patch, in the plane's units; Cicek 2016 uses 32 voxels with sd 4 at 132.
+    gap_mm = max(8.0, min(32.0, max(patch_vox) / 4)) * min(spacing_mm)
+    gaps = tuple(max(2.0, gap_mm / value) for value in spacing_mm)
+    return AugmentConfig(
+        flip_axes=flips,
+        rotation_deg=angles,
+        elastic_spacing=gaps,
+        elastic_sd=tuple(gap / 8 for gap in gaps),
+    ), why + "; scaled, bent by B-splines, grey values changed"
+
+
+def _patient_flips(data: Fingerprint, dims: int) -> tuple[int, ...]:
+    """The left-right axis, unless classes are told apart by their side."""
+    sided = any(word in name.lower().replace("_", " ").split() for name in data.classes for word in ("left", "right"))
+    axis = (data.left_right_axis or 0) - (len(data.shape_vox) - dims)
+    return () if sided or axis < 0 else (axis,)
+
+
+def _largest_patch(resources: Resources, dims: int) -> int:
+    """Side of the largest patch: small where minutes and cores are few, so that many steps can be made."""
+    if resources.gpu:
+        return 512 if dims == 2 else 128
+    patient = resources.minutes is None or resources.minutes >= 60
+    return {(2, False): 256, (2, True): 384, (3, False): 56, (3, True): 80}[dims, patient]
+
+
+def _levels(patch_vox: Shape, spacing_mm: Spacing, smallest: int, most: int) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
+    """Strides into and kernels of each level.
+
+    An axis is halved while its voxels are less than twice the finest and at least `smallest` would be left; its kernel
+    is 1 until its voxels are within a factor 2 of the finest.
+    """
+    size, spacing = np.array(patch_vox, float), np.array(spacing_mm, float)
+    strides: list[Shape] = [(1,) * len(patch_vox)]
+    kernels: list[Shape] = [_kernel(spacing)]
+    while len(strides) < most:
+        large = size / 2 >= smallest
+        halved = large & (spacing < 2 * spacing[large].min()) if large.any() else large
+        if not halved.any():
+            break
+        size, spacing = np.where(halved, np.ceil(size / 2), size), np.where(halved, spacing * 2, spacing)
+        strides.append(tuple(2 if yes else 1 for yes in halved))
+        kernels.append(_kernel(spacing))
+    return tuple(strides), tuple(kernels)
+
+
+def _kernel(spacing: np.ndarray) -> Shape:
+    """3 along axes within a factor 2 of the finest, else 1."""
+    return tuple(3 if value < 2 * spacing.min() else 1 for value in spacing)
+
+
+def _coarsest(patch_vox: Shape, strides: tuple[Shape, ...]) -> Shape:
+    """Size of the patch at the last level."""
+    factors = np.prod(np.array(strides), axis=0)
+    return tuple(int(n) for n in np.ceil(np.array(patch_vox) / factors))

@@ -1,0 +1,208 @@
+"""What a person sees in a terminal: tables, progress with time left; plain lines where there is no terminal."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from microtome.config import Plan
+from microtome.data.dataset import Dataset
+from microtome.data.quality import Inspection, case_table
+from microtome.models.registry import Entry
+
+MARKS = (("error", "red"), ("warning", "yellow"), ("note", "blue"))
+MOST_ROWS = 30
+SECONDS_BETWEEN_LINES = 15.0
+
+
+class Terminal:
+    """Says what is going on; everything goes to standard error, so that standard output stays for results."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def say(self, line: str) -> None:
+        """One line, without markup: names of files may hold brackets."""
+        self.console.print(line, markup=False)
+
+    def say_dataset(self, dataset: Dataset) -> None:
+        """What was found in one line, and what is worth a warning."""
+        count = len(dataset.labelled)
+        images = f"{count} labelled {'image' if count == 1 else 'images'}"
+        self.say(f"{dataset.root}: {dataset.layout}; {images}, classes {', '.join(dataset.legend.names)}")
+        for finding in dataset.findings:
+            if finding.severity != "note":
+                self.say(f"{finding.severity}: {finding.message}")
+
+    def say_plan(self, plan: Plan) -> None:
+        """The plan in three lines."""
+        patch = "×".join(map(str, plan.patch_vox))
+        self.say(f"{plan.dims}D {plan.network.name}, patch {patch}, batch {plan.batch}, {plan.precision}, {plan.steps} steps")
+        self.say(f"  {plan.reasons.get('dims', '')}; {plan.reasons.get('steps', '')}")
+
+    def say_result(self, folder: Path) -> None:
+        """Where everything is, and the score."""
+        metrics = folder / "metrics.json"
+        if metrics.exists():
+            summary = json.loads(metrics.read_text(encoding="utf-8"))["summary"]
+            self.say(f"validation: Dice {_interval(summary['dice'])}, IoU {_interval(summary['iou'])}")
+        self.say(f"model: {folder / 'model'}   report: {folder / 'report.html'}")
+
+    @contextmanager
+    def training(self, plan: Plan) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+        """A function that shows the events of a run: a bar with loss, score, speed and time left, or a line now and then."""
+        with self._bar() as bar:
+            yield _TrainingView(self, bar, plan)
+
+    @contextmanager
+    def counting(self, what: str) -> Iterator[Callable[[str, int, int], None]]:
+        """A function (name, done, of) that shows how far a row of files is."""
+        with self._bar() as bar:
+            task = bar.add_task(what, total=None, status="")
+
+            def show(name: str, done: int, of: int) -> None:
+                bar.update(task, completed=done, total=of, status=name)
+                if not self.console.is_terminal:
+                    self.say(f"{what} {done}/{of}: {name}")
+
+            yield show
+
+    def _bar(self) -> Progress:
+        """A progress bar that shows nothing where there is no terminal."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[status]}", markup=False),
+        )
+        return Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=False)
+
+
+class _TrainingView:
+    """Turns events into a moving bar, or into lines."""
+
+    def __init__(self, terminal: Terminal, bar: Progress, plan: Plan) -> None:
+        self.terminal, self.bar, self.steps = terminal, bar, plan.steps
+        self.task = bar.add_task("training", total=plan.steps, status="")
+        self.loss: float | None = None
+        self.score, self.shown = "", 0.0
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Show one event."""
+        kind = event["event"]
+        if kind == "step":
+            self._step(event)
+        elif kind == "validation" and event["dice"] is not None:
+            self.score = f"Dice {event['dice']:.3f}"
+            classes = ", ".join(f"{name} {'–' if value is None else format(value, '.3f')}" for name, value in event["classes"].items())
+            self.terminal.say(f"step {event['step']}: validation Dice {event['dice']:.4f} ({classes})")
+        elif kind == "schedule":
+            self.steps = event["steps"]
+            self.bar.update(self.task, total=self.steps)
+        elif kind == "predicted":
+            self.bar.update(self.task, description="validating", completed=event["done"], total=event["of"], status=event["case"])
+
+    def _step(self, event: Mapping[str, Any]) -> None:
+        """A step moves the bar; without a terminal every few seconds one is a line."""
+        # A running mean: the loss of one batch jumps too much to be read.
+        self.loss = event["loss"] if self.loss is None else 0.95 * self.loss + 0.05 * event["loss"]
+        status = f"loss {self.loss:.3f}  {self.score}  {event['samples_per_second']:.1f} samples/s"
+        self.bar.update(self.task, completed=event["step"], status=status)
+        now = time.monotonic()
+        if not self.terminal.console.is_terminal and now - self.shown > SECONDS_BETWEEN_LINES:
+            self.shown = now
+            self.terminal.say(f"step {event['step']}/{self.steps}: {status}, {event['seconds']:.0f} s")
+
+
+def print_json(value: Any) -> None:
+    """JSON on standard output."""
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def print_inspection(inspection: Inspection, html: Path | None) -> None:
+    """Layout, legend, cases, findings."""
+    console = Console(highlight=False)
+    console.print(f"{inspection.root}: {inspection.layout}", markup=False, soft_wrap=True)
+    console.print(f"classes: {', '.join(inspection.legend.names)} – {inspection.legend.reason}", markup=False, soft_wrap=True)
+    text = case_table(inspection)
+    _print_table(console, text.titles, text.rows[:MOST_ROWS])
+    if len(text.rows) > MOST_ROWS:
+        console.print(f"... and {len(text.rows) - MOST_ROWS} more cases (--json and --html have all)", markup=False)
+    for severity, colour in MARKS:
+        for finding in inspection.findings:
+            if finding.severity == severity:
+                console.print(f"{severity}:", style=f"bold {colour}", end=" ")
+                console.print(finding.message, markup=False, soft_wrap=True)
+    if not inspection.findings:
+        console.print("nothing wrong was found")
+    if html is not None:
+        console.print(f"page: {html}", markup=False)
+
+
+def print_plan(plan: Plan, out: Path | None) -> None:
+    """Each value of a plan with its reason."""
+    console = Console(highlight=False)
+    values = plan.model_dump(mode="json", exclude={"reasons"})
+    rows = [(name, _short(value), plan.reasons.get(name, "")) for name, value in values.items()]
+    _print_table(console, ("setting", "value", "why"), rows)
+    if out is not None:
+        console.print(f"plan: {out}", markup=False)
+
+
+def print_scores(result: Mapping[str, Any]) -> None:
+    """Summary, classes and the worst cases of a `metrics.json`."""
+    console = Console(highlight=False)
+    shown = ("dice", "iou", "hd95_mm", "assd_mm", "nsd", "precision", "recall", "pixel_accuracy")
+    summary = [(name, _interval(result["summary"][name])) for name in shown]
+    _print_table(console, ("over foreground and cases", "mean [95 % interval]"), summary)
+    rows = [(name, *(_number(values[metric]["mean"]) for metric in shown)) for name, values in result["classes"].items()]
+    _print_table(console, ("class", *shown), rows)
+    by_case = {row["case"]: row for row in result["cases"]}
+    console.print("worst: " + ", ".join(name for name in result["worst"][:5] if name in by_case), markup=False, soft_wrap=True)
+
+
+def print_networks(entries: Iterable[Entry]) -> None:
+    """A line for each network."""
+    console = Console(highlight=False)
+    rows = [(e.name, "/".join(f"{d}D" for d in e.dims), str(e.year), f"{e.title} ({e.authors}; {e.reference})") for e in entries]
+    _print_table(console, ("name", "works in", "year", "paper"), rows)
+
+
+def _print_table(console: Console, titles: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table without frames; cells are data, never markup."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in titles:
+        table.add_column(title, overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    console.print(table)
+
+
+def _short(value: Any) -> str:
+    """A setting as people write it."""
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_short(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return "(" + ", ".join(_short(inner) for inner in value) + ")"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _interval(entry: Mapping[str, Any]) -> str:
+    """`0.873 [0.861, 0.884]`."""
+    low, high = entry.get("low"), entry.get("high")
+    return _number(entry["mean"]) + (f" [{_number(low)}, {_number(high)}]" if low is not None and high is not None else "")
+
+
+def _number(value: float | None) -> str:
+    """Three digits, a dash where undefined."""
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,1 @@
+"""A Dataset and a Plan -> a trained model."""

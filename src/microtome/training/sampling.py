@@ -1,0 +1,152 @@
+"""A sample is a pure function of (seed, step, position in the batch): nothing here keeps state.
+
+A run therefore resumes at any step bit for bit, and who computes a sample, or when, changes nothing.
+"""
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from microtome.config import Plan
+from microtome.geometry import Shape
+from microtome.preprocess import crop_box
+from microtome.training.augment import Intensity, Warp, draw_intensity, draw_warp, resample_patch
+from microtome.training.store import StoredCase
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is drawn for one patch.
+
+    Attributes:
+        case: index into the stored cases.
+        section: index along the slowest axis where a 2D network sees sections of a volume, else None.
+        centre: (D,) voxel of the case under the middle of the patch.
+        warp: the spatial change.
+        intensity: the change of grey values.
+    """
+
+    case: int
+    section: int | None
+    centre: np.ndarray
+    warp: Warp
+    intensity: Intensity
+
+
+def draw_sample(cases: Sequence[StoredCase], plan: Plan, step: int, position: int) -> Sample:
+    """The sample at this place of the run.
+
+    With probability `plan.foreground` a class is drawn evenly among those annotated anywhere, then a case that has
+    it, then a voxel of it: rare classes are seen as often as common ones. Otherwise the patch lies anywhere, or,
+    in a case that is annotated in parts, around any annotated voxel.
+    """
+    rng = np.random.default_rng([plan.seed, step, position])
+    by_class = rng.random() < plan.foreground
+    if by_class:
+        number, voxel = _draw_class_voxel(rng, cases)
+    else:
+        number = _draw_case(rng, cases)
+        voxel = cases[number].draw_annotated(rng)
+    case, dims = cases[number], plan.dims
+    section = int(voxel[0]) if len(case.shape_vox) > dims else None
+    shape_vox = case.shape_vox[-dims:]
+    centre = _place(rng, voxel[-dims:], shape_vox, plan.patch_vox, free=case.dense and not by_class)
+    warp = draw_warp(rng, plan.augment, plan.patch_vox, plan.spacing_mm)
+    return Sample(number, section, centre, warp, draw_intensity(rng, plan.augment))
+
+
+def load_sample(sample: Sample, cases: Sequence[StoredCase], patch_vox: Shape) -> tuple[Tensor, Tensor]:
+    """Image (C, *patch) float32 and label (*patch) int16 of a sample; reads only the part of the case that it needs."""
+    case = cases[sample.case]
+    image, label = case.image, case.label
+    if sample.section is not None:
+        image, label = image[:, sample.section], label[sample.section]
+    source = sample.warp.coordinates(sample.centre, patch_vox)
+    flat = source.reshape(len(patch_vox), -1)
+    box = crop_box(label.shape, flat.min(1).tolist(), flat.max(1).tolist())
+    corner = np.array([side.start for side in box], np.float32).reshape(-1, *[1] * len(patch_vox))
+    # Copies: torch refuses read-only memory.
+    image_CS = torch.from_numpy(np.array(image[(slice(None), *box)], np.float32))
+    label_S = torch.from_numpy(np.array(label[box]))
+    image_CS, label_S = resample_patch(image_CS, label_S, source - corner)
+    return sample.intensity.apply(image_CS), label_S
+
+
+class Batches:
+    """Batches by step number, their samples made by a pool of threads.
+
+    On a GPU the next steps' samples are made while it computes. On a CPU a step's samples are made when it begins: the
+    cores are busy with the network otherwise, and a thread beside it would only take its share of them.
+    """
+
+    def __init__(self, cases: Sequence[StoredCase], plan: Plan, device: torch.device) -> None:
+        self.cases, self.plan, self.device = cases, plan, device
+        self.ahead = 0 if device.type == "cpu" else 3
+        self.waiting: dict[int, list[Future[tuple[Tensor, Tensor]]]] = {}
+        threads = torch.get_num_threads()
+        self.pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2), initializer=_one_thread_each)
+        list(self.pool.map(lambda _: None, range(2)))
+        # The call in the workers also limits the library behind large products, for all threads: give it back.
+        torch.set_num_threads(threads)
+
+    def get(self, step: int) -> tuple[Tensor, Tensor]:
+        """Image (B, C, *patch) float32, channels last, and label (B, *patch) int16 of a step, on the device."""
+        for number in range(step, step + self.ahead + 1):
+            if number not in self.waiting:
+                self.waiting[number] = [self.pool.submit(self._load, number, position) for position in range(self.plan.batch)]
+        pairs = [future.result() for future in self.waiting.pop(step)]
+        layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
+        image = torch.stack([image for image, _ in pairs]).to(self.device, memory_format=layout)
+        return image, torch.stack([label for _, label in pairs]).to(self.device)
+
+    def _load(self, step: int, position: int) -> tuple[Tensor, Tensor]:
+        """One sample of one step."""
+        return load_sample(draw_sample(self.cases, self.plan, step, position), self.cases, self.plan.patch_vox)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+
+def _one_thread_each() -> None:
+    """A sample's operations are too small to be shared out: two threads would mostly wait for each other."""
+    torch.set_num_threads(1)
+
+
+def _draw_case(rng: np.random.Generator, cases: Sequence[StoredCase]) -> int:
+    """A case, by its weight."""
+    weights = np.array([case.weight for case in cases])
+    return int(rng.choice(len(cases), p=weights / weights.sum()))
+
+
+def _draw_class_voxel(rng: np.random.Generator, cases: Sequence[StoredCase]) -> tuple[int, np.ndarray]:
+    """A case and a voxel of a class drawn evenly among the classes that any case holds."""
+    present = sorted({k for case in cases for k in case.class_voxels})
+    k = present[int(rng.integers(len(present)))]
+    holders = [number for number, case in enumerate(cases) if k in case.class_voxels]
+    number = holders[int(rng.integers(len(holders)))]
+    voxels = cases[number].class_voxels[k]
+    return number, voxels[int(rng.integers(len(voxels)))]
+
+
+def _place(rng: np.random.Generator, voxel: np.ndarray, shape_vox: Shape, patch_vox: Shape, *, free: bool) -> np.ndarray:
+    """The middle of a patch that holds `voxel` (or lies anywhere, if `free`), inside of the image where it fits."""
+    centre = np.empty(len(shape_vox))
+    for axis, (size, patch) in enumerate(zip(shape_vox, patch_vox, strict=True)):
+        low, high = (patch - 1) / 2, size - 1 - (patch - 1) / 2
+        if low >= high:
+            centre[axis] = (size - 1) / 2
+        elif free:
+            centre[axis] = rng.uniform(low, high)
+        else:
+            # A drawn voxel is seen off-centre too, or the network learns that the middle is special.
+            centre[axis] = np.clip(voxel[axis] + rng.uniform(-patch / 4, patch / 4), low, high)
+    return centre

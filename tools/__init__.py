@@ -1,0 +1,1 @@
+"""Helpers of the repository itself: not installed, imported by tests and by the Makefile."""
