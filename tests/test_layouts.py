@@ -139,7 +139,13 @@ def test_exactly_the_common_keys_are_paired(images: set[str], labels: set[str], 
     by_key = {key_of(name): name for name in sorted(images)}, {key_of(name): name for name in sorted(labels)}
     common = by_key[0].keys() & by_key[1].keys()
     with TemporaryDirectory() as folder:
-        root = make(Path(folder), *(f"images/{n}.png" for n in by_key[0].values()), *(f"masks/{n}{suffix}.png" for n in by_key[1].values()))
+        # Two images at least: masks of other names beside a single one are its instances.
+        root = make(
+            Path(folder),
+            "images/zz.png",
+            *(f"images/{n}.png" for n in by_key[0].values()),
+            *(f"masks/{n}{suffix}.png" for n in by_key[1].values()),
+        )
         if not common:
             with pytest.raises(DataError, match="no agreement"):
                 layout_of(root)

@@ -251,3 +251,27 @@ def test_the_interval_is_that_of_the_normal_approximation_for_many_cases() -> No
 @pytest.mark.parametrize(("values", "mean"), [([], NAN), ([NAN, NAN], NAN), ([NAN, 0.7], 0.7)])
 def test_fewer_than_two_cases_have_no_interval(values: list[float], mean: float) -> None:
     assert mean_interval(np.array(values)) == pytest.approx((mean, NAN, NAN), nan_ok=True)
+
+
+def test_a_section_annotated_alone_has_its_surface_at_its_outline_only() -> None:
+    annotated = np.zeros((5, 9, 9), bool)
+    annotated[2] = True
+    truth, prediction = np.zeros((5, 9, 9), bool), np.zeros((5, 9, 9), bool)
+    truth[2, 2:7, 2:7] = True
+    prediction[2, 2:7, 2:6] = True
+    sparse = metrics.surface_distances(truth, prediction, (1.0, 1.0, 1.0), annotated=annotated)
+    flat = metrics.surface_distances(truth[2], prediction[2], (1.0, 1.0))
+    np.testing.assert_array_equal(np.sort(sparse.truth_to_prediction_mm), np.sort(flat.truth_to_prediction_mm))
+    assert sparse.truth_to_prediction_mm.size == 16
+    every = metrics.surface_distances(truth, prediction, (1.0, 1.0, 1.0), annotated=np.ones((5, 9, 9), bool))
+    dense = metrics.surface_distances(truth, prediction, (1.0, 1.0, 1.0))
+    np.testing.assert_array_equal(every.truth_to_prediction_mm, dense.truth_to_prediction_mm)
+    assert dense.truth_to_prediction_mm.size == 25
+
+
+def test_a_mask_that_fills_all_that_is_annotated_has_no_surface() -> None:
+    annotated = np.zeros((5, 5), bool)
+    annotated[2, 1:4] = True
+    distances = metrics.surface_distances(annotated, annotated, (1.0, 1.0), annotated=annotated)
+    assert not distances.defined
+    assert math.isnan(metrics.hd95_mm(distances))

@@ -63,6 +63,10 @@ def test_some_things_as_bright_as_a_tubule_are_none() -> None:
     assert len(distractors) >= 5
 
 
+def test_a_large_volume_is_as_full_as_a_small_one() -> None:
+    assert 0.10 <= np.mean(tubules((96, 160, 160), seed=5).label == 1) <= 0.20
+
+
 @given(shape=st.tuples(*[st.integers(16, 40)] * 3), seed=st.integers(0, 2**31))
 @settings(max_examples=12, deadline=None)
 def test_tubules_of_any_shape_and_seed_hold_both_classes(shape: tuple[int, int, int], seed: int) -> None:

@@ -10,6 +10,7 @@ from microtome.errors import MicrotomeError
 
 if TYPE_CHECKING:
     from microtome.config import Plan
+    from microtome.data.dataset import Dataset
 
 app = typer.Typer(
     add_completion=False,
@@ -57,13 +58,12 @@ def inspect(
     seed: Seed = 0,
 ) -> None:
     """What was found, how files were paired, and what is wrong, before anyone trains. Exit code 2 if there are errors."""
-    from microtome.data.dataset import open_dataset
     from microtome.data.quality import case_thumbnails, inspect_dataset, inspection_html
     from microtome.data.split import split_dataset
     from microtome.files import write_text
     from microtome.terminal import print_inspection, print_json
 
-    dataset = open_dataset(data)
+    dataset = _open(data)
     inspection = inspect_dataset(dataset, split_dataset(dataset, fold, seed))
     if html is not None:
         write_text(html, inspection_html(inspection, case_thumbnails(dataset, inspection)))
@@ -89,12 +89,11 @@ def plan(
 ) -> None:
     """The plan for this data on this machine, each value with its reason."""
     from microtome.config import dump_yaml
-    from microtome.data.dataset import open_dataset
     from microtome.files import write_text
     from microtome.terminal import print_json, print_plan
     from microtome.training.rehearsal import make_plan
 
-    made = make_plan(open_dataset(data), minutes=minutes, memory_gb=memory, network=network, device=device, seed=seed, fold=fold)
+    made = make_plan(_open(data), minutes=minutes, memory_gb=memory, network=network, device=device, seed=seed, fold=fold)
     if out is not None:
         write_text(out, dump_yaml(made))
     if as_json:
@@ -121,7 +120,6 @@ def train(
     import time
 
     started = time.perf_counter()
-    from microtome.data.dataset import open_dataset
     from microtome.terminal import Terminal
     from microtome.training.rehearsal import make_plan
     from microtome.training.run import check_folder, read_plan
@@ -129,7 +127,7 @@ def train(
 
     terminal = Terminal()
     check_folder(out, resume=resume)
-    dataset = open_dataset(data)
+    dataset = _open(data)
     terminal.say_dataset(dataset)
     chosen: Plan
     if resume or plan is not None:
@@ -210,6 +208,17 @@ def networks(as_json: AsJson = False) -> None:
         print_json([{field: getattr(entry, field) for field in fields} for entry in NETWORKS.values()])
     else:
         print_networks(NETWORKS.values())
+
+
+def _open(data: Path) -> "Dataset":
+    """The dataset; what its files leave open is among its findings, so it is not said a second time as a warning."""
+    import warnings
+
+    from microtome.data.dataset import open_dataset
+    from microtome.errors import DataWarning
+
+    warnings.simplefilter("ignore", DataWarning)
+    return open_dataset(data)
 
 
 def main() -> None:

@@ -124,6 +124,12 @@ class _TrainingView:
             self.terminal.say(f"step {event['step']}/{self.steps}: {status}, {event['seconds']:.0f} s")
 
 
+def _page() -> Console:
+    """Standard output; wide where it is a file or a pipe, which have no width."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=160)
+
+
 def print_json(value: Any) -> None:
     """JSON on standard output."""
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
@@ -131,7 +137,7 @@ def print_json(value: Any) -> None:
 
 def print_inspection(inspection: Inspection, html: Path | None) -> None:
     """Layout, legend, cases, findings."""
-    console = Console(highlight=False)
+    console = _page()
     console.print(f"{inspection.root}: {inspection.layout}", markup=False, soft_wrap=True)
     console.print(f"classes: {', '.join(inspection.legend.names)} – {inspection.legend.reason}", markup=False, soft_wrap=True)
     text = case_table(inspection)
@@ -151,7 +157,7 @@ def print_inspection(inspection: Inspection, html: Path | None) -> None:
 
 def print_plan(plan: Plan, out: Path | None) -> None:
     """Each value of a plan with its reason."""
-    console = Console(highlight=False)
+    console = _page()
     values = plan.model_dump(mode="json", exclude={"reasons"})
     rows = [(name, _short(value), plan.reasons.get(name, "")) for name, value in values.items()]
     _print_table(console, ("setting", "value", "why"), rows)
@@ -161,7 +167,7 @@ def print_plan(plan: Plan, out: Path | None) -> None:
 
 def print_scores(result: Mapping[str, Any]) -> None:
     """Summary, classes and the worst cases of a `metrics.json`."""
-    console = Console(highlight=False)
+    console = _page()
     shown = ("dice", "iou", "hd95_mm", "assd_mm", "nsd", "precision", "recall", "pixel_accuracy")
     summary = [(name, _interval(result["summary"][name])) for name in shown]
     _print_table(console, ("over foreground and cases", "mean [95 % interval]"), summary)
@@ -173,7 +179,7 @@ def print_scores(result: Mapping[str, Any]) -> None:
 
 def print_networks(entries: Iterable[Entry]) -> None:
     """A line for each network."""
-    console = Console(highlight=False)
+    console = _page()
     rows = [(e.name, "/".join(f"{d}D" for d in e.dims), str(e.year), f"{e.title} ({e.authors}; {e.reference})") for e in entries]
     _print_table(console, ("name", "works in", "year", "paper"), rows)
 
@@ -181,8 +187,10 @@ def print_networks(entries: Iterable[Entry]) -> None:
 def _print_table(console: Console, titles: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """A table without frames; cells are data, never markup."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in titles:
-        table.add_column(title, overflow="fold")
+    names = list(titles)
+    for title in names:
+        # Only the last column, which is prose, may take more than a line.
+        table.add_column(title, overflow="fold" if title == names[-1] else "ellipsis", no_wrap=title != names[-1])
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)

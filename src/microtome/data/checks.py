@@ -194,7 +194,8 @@ def _anisotropic(rows: tuple[CaseRow, ...]) -> list[Finding]:
 def _classes(rows: tuple[CaseRow, ...], legend: Legend) -> list[Finding]:
     """Classes that are never or hardly there."""
     found = []
-    for name, share in zip(legend.names, class_shares(rows, len(legend.names)), strict=True):
+    shares = class_shares(rows, len(legend.names))
+    for name, share in zip(legend.names, shares, strict=True) if any(shares) else ():
         if share == 0:
             text = f"class {name} is in no label; annotate some of it or take it out of the legend"
             found.append(Finding(severity="warning", code="missing-class", message=text))

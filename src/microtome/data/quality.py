@@ -285,7 +285,7 @@ def _short(root: Path, path: Path) -> str:
 def _class_text(row: CaseRow, names: tuple[str, ...]) -> str:
     """The classes of a case with their shares, the largest four."""
     if row.voxels is None:
-        return "no label"
+        return "label not usable" if row.where_label else "no label"
     present = sorted(((share, name) for share, name in zip(row.shares, names, strict=True) if share), reverse=True)
     more = f" and {len(present) - 4} more" if len(present) > 4 else ""
     return ", ".join(f"{name} {format_share(share)}" for share, name in present[:4]) + more or "nothing annotated"
@@ -327,4 +327,4 @@ def _picture(thumbnail: Thumbnail, severity: str) -> dict[str, Any]:
     """A thumbnail as the page shows it."""
     caption = "" if thumbnail.section is None else f"section {thumbnail.section}"
     png = base64.b64encode(thumbnail.png).decode("ascii")
-    return {"case": thumbnail.case, "png": png, "size": thumbnail.size, "caption": caption, "severity": severity}
+    return {"case": thumbnail.case, "png": png, "caption": caption, "severity": severity}

@@ -235,15 +235,17 @@ def _grow_tubules(rng: np.random.Generator, shape_vox: Shape) -> np.ndarray:
     share = rng.uniform(0.12, 0.16)
     trunk_vox = float(np.clip(min(shape_vox) / 12, 2.5, 5.5))
     path = np.empty((0, 3))
-    for _ in range(100):
+    wanted = share * depth.size
+    # Nearly every path adds something; the bound is only there so that a volume of odd shape cannot go on for ever.
+    for _ in range(100 + depth.size // 500):
         # Two of three tubules branch off the last one, so that the volume holds a few trees and not a heap of worms.
         start = path[rng.integers(len(path))] if len(path) and rng.random() < 0.67 else rng.uniform(0, shape_vox)
         radius_vox = trunk_vox * rng.uniform(0.7, 1.15)
         path = _walk(rng, start, shape_vox)
         sway = ndimage.gaussian_filter1d(rng.normal(size=len(path)), 6, mode="nearest") * 6**0.5
         for point, change in zip(path, sway, strict=True):
-            _add_ball(depth, point, radius_vox * (1 + 0.15 * change))
-        if np.mean(depth < 0) > share:
+            wanted -= _add_ball(depth, point, radius_vox * (1 + 0.15 * change))
+        if wanted < 0:
             break
     return depth
 
@@ -261,25 +263,29 @@ def _walk(rng: np.random.Generator, start: np.ndarray, shape_vox: Shape) -> np.n
     return np.asarray(points)
 
 
-def _add_ball(depth: np.ndarray, centre: np.ndarray, radius_vox: float) -> None:
-    """Lower `depth` in place to the distance from a ball's surface, wherever the ball is within 3 voxels."""
-    low = np.maximum(np.floor(centre - radius_vox - 3).astype(int), 0)
-    high = np.minimum(np.ceil(centre + radius_vox + 4).astype(int), depth.shape)
-    if np.any(low >= high):
-        return
-    z, y, x = np.ogrid[tuple(slice(a, b) for a, b in zip(low, high, strict=True))]
-    distance = np.sqrt((z - centre[0]) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2)
-    box = depth[low[0] : high[0], low[1] : high[1], low[2] : high[2]]
-    np.minimum(box, distance - radius_vox, out=box)
+def _add_ball(depth: np.ndarray, centre: np.ndarray, radius_vox: float) -> int:
+    """Lower `depth` in place to the distance from a ball's surface near the ball; the number of voxels newly inside."""
+    box, distance = _ball(depth.shape, centre, radius_vox)
+    before = np.count_nonzero(depth[box] < 0)
+    depth[box] = np.minimum(depth[box], distance)
+    return int(np.count_nonzero(depth[box] < 0) - before)
+
+
+def _ball(shape_vox: Shape, centre: np.ndarray, radius_vox: float) -> tuple[tuple[slice, ...], np.ndarray]:
+    """The part of a volume within 3 voxels of a ball, maybe empty, and each voxel's distance from the ball's surface."""
+    low = np.clip(np.floor(centre - radius_vox - 3).astype(int), 0, shape_vox)
+    high = np.clip(np.ceil(centre + radius_vox + 4).astype(int), low, shape_vox)
+    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    z, y, x = np.ogrid[box]
+    return box, np.sqrt((z - centre[0]) ** 2 + (y - centre[1]) ** 2 + (x - centre[2]) ** 2) - radius_vox
 
 
 def _blobs(rng: np.random.Generator, shape_vox: Shape, keep_off: np.ndarray) -> np.ndarray:
     """Solid round things that are no tubules, as grey values; none within 2 voxels of a tubule."""
     grey = np.zeros(shape_vox)
     for _ in range(max(4, int(np.prod(shape_vox)) // 7000)):
-        blob = np.full(shape_vox, np.inf, np.float32)
-        _add_ball(blob, rng.uniform(0, shape_vox), rng.uniform(1.5, 4.0))
-        grey = np.where(blob < 0, rng.uniform(0.4, 0.75), grey)
+        box, distance = _ball(shape_vox, rng.uniform(0, shape_vox), rng.uniform(1.5, 4.0))
+        grey[box] = np.where(distance < 0, rng.uniform(0.4, 0.75), grey[box])
     return np.where(keep_off < 2, 0, grey)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import PIL.Image
 from scipy import ndimage
 
-from microtome.data.dataset import NOT_ANNOTATED
+from microtome.data.case import NOT_ANNOTATED
 from microtome.images.image import Image
 
 # Told apart on grey, on H&E pink and by most colour-blind eyes; a ninth class takes the first colour again.

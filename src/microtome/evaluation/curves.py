@@ -193,9 +193,7 @@ def dice_chart(history: History, colours: Mapping[str, Colour]) -> Chart:
         lines.append(_dotted("mean", INK, x, y, _curve(history, None)))
     best = history.best
     marker = None if best is None else Tick(at=x.at(best.step), words=f"kept: step {best.step:,}")
-    return Chart(
-        title="Validation Dice", height=270, x_ticks=_step_ticks(history, x), y_ticks=y.ticks(), lines=tuple(lines), marker=marker
-    )
+    return Chart(title="Validation Dice", height=270, x_ticks=_step_ticks(history, x), y_ticks=y.ticks(), lines=tuple(lines), marker=marker)
 
 
 def readable(colour: Colour) -> Colour:

@@ -33,8 +33,8 @@ ERROR_COLOURS = MappingProxyType({MISSED: (58, 134, 255), INVENTED: (255, 76, 48
 SIDE_PX = 420
 # Of one picture; 32 of them in base64 stay well below 3 MB.
 MOST_BYTES = 56_000
-# Letters of the directions in which the world's axes grow and fall: right, anterior, superior of a patient.
-DIRECTIONS = (("R", "L"), ("A", "P"), ("S", "I"))
+# Where the axes of NIfTI's world point.
+WORLD = ("the patient's right", "anterior", "superior")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,18 @@ class Exhibit:
     channel: str
     panels: tuple[bytes, bytes, bytes, bytes]
     size: tuple[int, int]
+
+    @property
+    def where(self) -> str:
+        """Which section of a volume the pictures show, how it was chosen, how it lies; empty of a picture."""
+        if self.section is None or self.sections is None:
+            return ""
+        first, past = self.sections
+        chosen = "no section has an error"
+        if self.counts.wrong:
+            chosen = f"the one with most error: {format_share(self.shown.wrong, self.counts.wrong)} of the wrong voxels of the case"
+        turned = f"; {self.directions}" if self.directions else ""
+        return f"section {self.section} of {first} to {past - 1} (counted from 0), {chosen}{turned}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,6 +236,12 @@ def draw_case(case: Case, image: Image, truth: np.ndarray, prediction: np.ndarra
     )
 
 
+def format_share(part: int, whole: int) -> str:
+    """A share for people; never 0 % of what is not 0."""
+    percent = 100 * part / max(1, whole)
+    return "less than 0.1 %" if 0 < percent < 0.1 else f"{percent:.1f} %"
+
+
 def draw_errors(rgb: np.ndarray, errors_YX: np.ndarray) -> np.ndarray:
     """Errors in full colour over the picture (Y, X, 3) uint8 in subdued grey; what is not annotated is nearly black."""
     grey = (rgb @ np.array([0.3, 0.59, 0.11]))[..., None] * np.array([0.5, 0.5, 0.5])
@@ -231,7 +249,7 @@ def draw_errors(rgb: np.ndarray, errors_YX: np.ndarray) -> np.ndarray:
     for kind, colour in ERROR_COLOURS.items():
         region = errors_YX == kind
         grey[region] = 0.2 * grey[region] + 0.8 * np.asarray(colour)
-    return grey.astype(np.uint8)
+    return np.asarray(grey, np.uint8)
 
 
 def _drawn(dataset: Dataset, case: Case | None, name: str, predictions: Predictions) -> Exhibit | str:
@@ -270,7 +288,7 @@ def _orientation(image: Image) -> tuple[tuple[slice, slice], str]:
     axes = np.abs(columns).argmax(axis=0)
     grows = columns[axes, [0, 1]] > 0
     flips = tuple(slice(None, None, -1 if yes else 1) for yes in grows)
-    return (flips[0], flips[1]), f"{DIRECTIONS[axes[0]][0]} is up, {DIRECTIONS[axes[1]][0]} is left"
+    return (flips[0], flips[1]), f"{WORLD[axes[0]]} is at the top, {WORLD[axes[1]]} at the left"
 
 
 def _picture_size(shape_YX: tuple[int, ...], spacing_mm: tuple[float, ...]) -> tuple[int, int]:

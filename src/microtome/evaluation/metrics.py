@@ -9,6 +9,8 @@ annotated, these functions need not know of it. Undefined is NaN, never a guess:
 | `precision` | NaN | 0 | NaN |
 | `recall` | NaN | NaN | 0 |
 | `hd95_mm`, `assd_mm` | NaN | NaN | NaN |
+
+A mask that fills all that is annotated around it has no surface and counts as empty for `nsd`, `hd95_mm`, `assd_mm`.
 """
 
 import math
@@ -111,12 +113,21 @@ class SurfaceDistances:
         return bool(self.truth_to_prediction_mm.size and self.prediction_to_truth_mm.size)
 
 
-def surface_distances(truth: np.ndarray, prediction: np.ndarray, spacing_mm: Spacing) -> SurfaceDistances:
+def surface_distances(
+    truth: np.ndarray, prediction: np.ndarray, spacing_mm: Spacing, *, annotated: np.ndarray | None = None
+) -> SurfaceDistances:
     """Distances between the surfaces of two masks (*S), both ways, between voxel centres.
 
     A surface voxel belongs to the mask and has a face-neighbour that does not; beyond the border of the
     image nothing belongs to the mask. An axis of one voxel has no neighbours and no border (a stack of one
     section is a picture). An empty mask has no surface.
+
+    Args:
+        truth: boolean, nowhere true where nothing is annotated.
+        prediction: the same.
+        spacing_mm: voxel size along S.
+        annotated: boolean (*S); a neighbour that is not annotated shows no border, as nobody knows what it is. Without
+            this every voxel of a single annotated section would be surface, and all distances near 0. None: all is.
 
     References:
         Maurer, Qi, Raghavan 2003, doi:10.1109/TPAMI.2003.1177156 (the exact distance transform used).
@@ -129,9 +140,10 @@ def surface_distances(truth: np.ndarray, prediction: np.ndarray, spacing_mm: Spa
     flat = tuple(axis for axis in range(truth.ndim) if axis not in thick)
     spacing = tuple(spacing_mm[axis] for axis in thick)
     masks = np.squeeze(truth, flat).astype(bool), np.squeeze(prediction, flat).astype(bool)
-    # All surface voxels are inside the joint box, so cropping to it changes no distance.
-    box = _bounding_box(masks[0] | masks[1])
-    surfaces = _surface(masks[0][box]), _surface(masks[1][box])
+    # All surface voxels are inside the joint box, so cropping to it changes no distance; one voxel more shows their neighbours.
+    box = _bounding_box(masks[0] | masks[1], margin_vox=0 if annotated is None else 1)
+    unknown = None if annotated is None else ~np.squeeze(annotated, flat)[box]
+    surfaces = _surface(masks[0][box], unknown), _surface(masks[1][box], unknown)
     return SurfaceDistances(
         truth_to_prediction_mm=_directed_mm(surfaces[0], surfaces[1], spacing),
         prediction_to_truth_mm=_directed_mm(surfaces[1], surfaces[0], spacing),
@@ -194,23 +206,24 @@ def _directed_mm(start: np.ndarray, goal: np.ndarray, spacing_mm: Spacing) -> np
     return np.asarray(np.sqrt(squares))
 
 
-def _surface(mask: np.ndarray) -> np.ndarray:
-    """The voxels of a mask (*S) with a face-neighbour outside it; beyond the array's border all is outside."""
+def _surface(mask: np.ndarray, unknown: np.ndarray | None = None) -> np.ndarray:
+    """The voxels of a mask (*S) with a known face-neighbour outside it; beyond the array's border all is outside."""
     inner = mask.copy()
+    inside = mask if unknown is None else mask | unknown
     for axis in range(mask.ndim):
-        along, neighbour = np.moveaxis(inner, axis, 0), np.moveaxis(mask, axis, 0)
+        along, neighbour = np.moveaxis(inner, axis, 0), np.moveaxis(inside, axis, 0)
         along[1:] &= neighbour[:-1]
         along[:-1] &= neighbour[1:]
         along[:1] = along[-1:] = False
     return np.asarray(mask & ~inner)
 
 
-def _bounding_box(mask: np.ndarray) -> tuple[slice, ...]:
-    """The smallest box around a mask (*S); empty slices if the mask is."""
+def _bounding_box(mask: np.ndarray, margin_vox: int = 0) -> tuple[slice, ...]:
+    """The smallest box around a mask (*S) and a margin as far as there is one; empty slices if the mask is."""
     box = []
     for axis in range(mask.ndim):
         filled = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        box.append(slice(int(filled[0]), int(filled[-1]) + 1) if filled.size else slice(0, 0))
+        box.append(slice(max(int(filled[0]) - margin_vox, 0), int(filled[-1]) + 1 + margin_vox) if filled.size else slice(0, 0))
     return tuple(box)
 
 

@@ -22,7 +22,7 @@ DISTANCES = ("hd95_mm", "assd_mm")
 CONVENTIONS = MappingProxyType(
     {
         "not_annotated": "voxels that the truth does not annotate are removed from both masks before anything is computed; "
-        "the edge of what is annotated counts as surface, like the border of the image",
+        "a surface is only where a neighbour is annotated otherwise, not where annotation ends",
         "surface": "voxels of the mask with a face-neighbour outside it; beyond the border of the image all is outside; "
         "distances are Euclidean, in mm, between voxel centres",
         "hd95_mm": "the larger of the two directed 95th percentiles",
@@ -86,11 +86,13 @@ def score_case(
         raise ValueError(f"{case or 'the case'} has no annotated voxel: there is nothing to score")
     tolerance_mm = max(spacing_mm) if tolerance_mm is None else tolerance_mm
     prediction = np.where(truth == NOT_ANNOTATED, NOT_ANNOTATED, prediction)
+    annotated = truth != NOT_ANNOTATED
+    known = None if annotated.all() else annotated
     accuracy = metrics.pixel_accuracy(truth, prediction)
     rows = []
     for index, name in enumerate(legend.names):
         masks = truth == index, prediction == index
-        values = {**_mask_scores(masks[0], masks[1], spacing_mm, tolerance_mm), "pixel_accuracy": accuracy}
+        values = {**_mask_scores(masks, spacing_mm, tolerance_mm, known), "pixel_accuracy": accuracy}
         volume = metrics.volume_mm3(masks[0], spacing_mm)
         rows.append(CaseScore(case=case, class_name=name, values=values, volume_truth_mm3=volume, tolerance_mm=tolerance_mm))
     return rows
@@ -129,9 +131,12 @@ def summarise(
     }
 
 
-def _mask_scores(truth: np.ndarray, prediction: np.ndarray, spacing_mm: Spacing, tolerance_mm: float) -> dict[str, float]:
-    """All metrics of one pair of masks (*S)."""
-    distances = metrics.surface_distances(truth, prediction, spacing_mm)
+def _mask_scores(
+    masks: tuple[np.ndarray, np.ndarray], spacing_mm: Spacing, tolerance_mm: float, annotated: np.ndarray | None
+) -> dict[str, float]:
+    """All metrics of a pair of masks (*S), truth and prediction."""
+    truth, prediction = masks
+    distances = metrics.surface_distances(truth, prediction, spacing_mm, annotated=annotated)
     return {
         "dice": metrics.dice(truth, prediction),
         "iou": metrics.iou(truth, prediction),
