@@ -47,7 +47,8 @@ def run(name: str, minutes: float, out: Path) -> None:
     end = json.loads((out / "run" / "log.jsonl").read_text().splitlines()[-1])
     classes = {key: round(value["iou"]["mean"], 4) for key, value in scores["classes"].items()}
     summary = {key: round(scores["summary"][key]["mean"], 4) for key in ("dice", "iou", "pixel_accuracy")}
-    print(json.dumps({"data": name, "train_s": round(seconds), "steps": end["step"], "network_share": end["network_share"], **summary, "class_iou": classes}))
+    row = {"data": name, "train_s": round(seconds), "steps": end["step"], "network_share": end["network_share"]}
+    print(json.dumps({**row, **summary, "class_iou": classes}), flush=True)
 
 
 def folders(name: str, out: Path) -> tuple[Path, Path, Path]:
@@ -57,17 +58,15 @@ def folders(name: str, out: Path) -> tuple[Path, Path, Path]:
     os.chmod(everything, 0o755)
     cases = sorted(case_files(name, everything).items())
     chosen = cases[:: EVERY[name]]
+    images.mkdir(parents=True)
+    truth.mkdir(parents=True)
     for case, (image, label) in chosen:
-        suffix = "".join(image.suffixes)
-        (images / image.name if image.parent.name == "images" and name != "dsb2018" else images / (case + suffix)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(image, images / (case + suffix))
-        target = truth / case / "masks" if label.is_dir() else truth / (case + "".join(label.suffixes))
+        shutil.copyfile(image, images / (case + "".join(image.suffixes)))
         if label.is_dir():
-            shutil.copytree(label, target, copy_function=shutil.copyfile)
-            shutil.copytree(image.parent, truth / case / "images", copy_function=shutil.copyfile)
+            # One mask a nucleus: the truth keeps that layout, which needs the image beside the masks.
+            shutil.copytree(label.parent, truth / case, copy_function=shutil.copyfile)
         else:
-            truth.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(label, target)
+            shutil.copyfile(label, truth / (case + "".join(label.suffixes)))
     (everything / "microtome.yaml").write_text(yaml.safe_dump({"validation": [case for case, _ in chosen]}))
     return everything, images, truth
 

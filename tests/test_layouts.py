@@ -490,6 +490,19 @@ def test_listing_drops_the_number_of_a_single_channel(tmp_path: Path) -> None:
     assert names_of(list_images(make(tmp_path, "a_0000.nii.gz", "IMG_0007.png"))) == {"IMG_0007": ["IMG_0007.png"], "a": ["a_0000.nii.gz"]}
 
 
+def test_listing_follows_microtome_yaml(tmp_path: Path) -> None:
+    make(tmp_path, "scans/a.png", "truth/a.png")
+    text(tmp_path / "microtome.yaml", "{images: scans, labels: truth}")
+    assert names_of(list_images(tmp_path)) == {"a": ["a.png"]}
+    text(tmp_path / "microtome.yaml", "pairs: {scans/a.png: truth/a.png}")
+    assert [case.images[0].parent.name for case in list_images(tmp_path)] == ["scans"]
+
+
+def test_listing_keeps_a_label_word_that_labels_nothing(tmp_path: Path) -> None:
+    make(tmp_path, "a.png", "a_mask.png", "no_mask_3.png")
+    assert list(names_of(list_images(tmp_path))) == ["a", "no_mask_3"]
+
+
 def test_listing_nothing_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="got no image in it"):
         list_images(tmp_path)

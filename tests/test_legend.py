@@ -62,10 +62,10 @@ def named(ignored: tuple[LabelValue, ...] | None = None, **classes: object) -> D
         ((0, 1, 2), ("background", "label 1", "label 2"), (), 0),
         ((1, 2, 3), ("label 1", "label 2", "label 3"), (), None),
         ((0, 128, 255), ("background", "label 128", "label 255"), (), 0),
-        ((0, 1, 255), ("background", "label 1"), (255,), 0),
+        ((0, 1, 255), ("background", "foreground"), (255,), 0),
         ((0, 1, 2, 255), ("background", "label 1", "label 2"), (255,), 0),
         # A subset of Pascal VOC: the void border is there, most classes are not.
-        ((0, 15, 255), ("background", "label 15"), (255,), 0),
+        ((0, 15, 255), ("background", "foreground"), (255,), 0),
         ((1, 255), ("label 1", "label 255"), (), None),
         ((0, 50, 255), ("background", "label 50", "label 255"), (), 0),
         ((-1, 0, 1), ("background", "foreground"), (-1,), 0),
@@ -198,7 +198,7 @@ def test_jpeg_mask_of_three_greys_keeps_three_classes(tmp_path: Path) -> None:
 
 
 def test_blurred_png_mask_keeps_two_classes() -> None:
-    counts = {0: 700, 255: 250} | {value: 1 for value in range(10, 250, 5)}
+    counts = {0: 700, 255: 250} | dict.fromkeys(range(10, 250, 5), 1)
     scans = [scan_of(counts)]
     legend = make_legend(scans, LegendRules())
     assert (legend.values, legend.snap) == (((0,), (255,)), True)
@@ -210,9 +210,9 @@ def test_blurred_png_mask_keeps_two_classes() -> None:
 @pytest.mark.parametrize(
     "counts",
     [
-        {0: 800} | {value: 2 for value in range(1, 256)},
+        {0: 800} | dict.fromkeys(range(1, 256), 2),
         {0: 800, 51: 50, 102: 50, 153: 50, 204: 50, 255: 500},
-        {value: 10 for value in range(21)} | {0: 800, 255: 90},
+        dict.fromkeys(range(21), 10) | {0: 800, 255: 90},
     ],
 )
 def test_objects_and_classes_are_not_taken_for_blur(counts: dict[int, int]) -> None:

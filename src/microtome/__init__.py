@@ -38,3 +38,8 @@ def __getattr__(name: str) -> Any:
         if name == public:
             return getattr(import_module(f"microtome.{home}"), name)
     raise AttributeError(f"module 'microtome' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return [*__all__, "__version__"]

@@ -1,7 +1,7 @@
 """A trained model on disk: `model.safetensors` (weights and all that describes them) and `model.json` (the same for people).
 
 No pickle anywhere. The safetensors file alone is complete, so that it can be replaced in one rename; `model.json` is a
-readable copy of its header. The weights' hash is checked when they are loaded.
+readable copy of its header. A hash of all of it is checked when it is loaded.
 """
 
 import hashlib
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from microtome.config import Plan, parse_config
@@ -50,7 +50,13 @@ class Bundle:
             classes=len(self.plan.classes),
             config=self.plan.network,
         )
-        network.load_state_dict(dict(self.weights))
+        try:
+            network.load_state_dict(dict(self.weights))
+        except RuntimeError as error:
+            got = " ".join(str(error).split())[:200]
+            raise DataError(
+                self.plan.network.name, expected="weights of this network", got=got, do="use the microtome that trained it"
+            ) from None
         return network.eval()
 
 
@@ -62,10 +68,11 @@ def save_bundle(folder: Path, bundle: Bundle) -> None:
         "plan": bundle.plan.model_dump(mode="json"),
         "legend": bundle.legend.to_json(),
         "provenance": dict(bundle.provenance),
-        "weights_hash": _hash(weights),
     }
+    document["hash"] = _hash(document, weights)
     with atomic_path(folder / "model.safetensors") as part:
-        save_file(weights, part, metadata={"microtome": json.dumps(document)})
+        # Not `save_file`: it renames a private file of its own over `part`, and hides a full disk from `atomic_path`.
+        part.write_bytes(save(weights, metadata={"microtome": json.dumps(document)}))
     write_json(folder / "model.json", document)
 
 
@@ -86,19 +93,29 @@ def load_bundle(folder: Path) -> Bundle:
         raise DataError(
             path, expected="a bundle written by microtome", got="weights without a description", do="use a run folder of `microtome train`"
         )
-    document = json.loads(header)
-    if document["schema"] > SCHEMA:
-        raise DataError(path, expected=f"bundle schema {SCHEMA} or older", got=str(document["schema"]), do="update microtome")
-    if _hash(weights) != document["weights_hash"]:
-        raise DataError(
-            path, expected=f"weights with hash {document['weights_hash'][:12]}", got="other bytes", do="the file was damaged: copy it again"
-        )
+    document = _document(path, header)
+    recorded, found = document.pop("hash", ""), _hash(document, weights)
+    if found != recorded:
+        raise DataError(path, expected=f"content with hash {recorded}", got=found, do="the file was damaged: copy it again")
     return Bundle(
         plan=parse_config(Plan, document["plan"], path),
         legend=Legend.from_json(document["legend"]),
         weights=weights,
         provenance=document["provenance"],
     )
+
+
+def _document(path: Path, header: str) -> dict[str, Any]:
+    """The description of the weights, of a schema that this version knows."""
+    try:
+        document = json.loads(header)
+        schema = int(document["schema"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        got = f"{type(error).__name__}: {error}"[:200]
+        raise DataError(path, expected="a description in JSON with its schema", got=got, do="the file was damaged: copy it again") from None
+    if schema > SCHEMA:
+        raise DataError(path, expected=f"bundle schema {SCHEMA} or older", got=str(schema), do="update microtome")
+    return dict(document)
 
 
 def _find(folder: Path) -> Path:
@@ -111,9 +128,9 @@ def _find(folder: Path) -> Path:
     raise DataError(folder, expected="a run folder with model/model.safetensors", got=what, do="give the --out folder of `microtome train`")
 
 
-def _hash(weights: Mapping[str, Tensor]) -> str:
-    """A hash of names, types, shapes and bytes of all tensors."""
-    digest = hashlib.blake2b(digest_size=16)
+def _hash(document: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
+    """A hash of the description, and of names, types, shapes and bytes of all tensors."""
+    digest = hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=16)
     for name in sorted(weights):
         tensor = weights[name]
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())

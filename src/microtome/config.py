@@ -5,17 +5,17 @@ this file's `Plan` written down, and may be edited and given back.
 """
 
 import difflib
+import math
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from yaml.composer import ComposerError
 
 from microtome.errors import ConfigError
-
-Positive = Field(gt=0)
-Probability = Field(ge=0, le=1)
 
 
 class Config(BaseModel):
@@ -112,6 +112,14 @@ class Plan(Config):
             raise ValueError(f"patch_vox {self.patch_vox} must have {self.dims} sizes, one an axis of a {self.dims}D network")
         if len(self.spacing_mm) < self.dims:
             raise ValueError(f"spacing_mm {self.spacing_mm} must have at least {self.dims} values")
+        if not all(0 < size < math.inf for size in (*self.spacing_mm, *self.assumed_spacing_mm)):
+            raise ValueError(f"spacing_mm {self.spacing_mm} and assumed_spacing_mm {self.assumed_spacing_mm} must be lengths above 0")
+        if min(self.patch_vox) < 1:
+            raise ValueError(f"patch_vox {self.patch_vox} must be at least 1 along each axis")
+        fixed = self.normalisation
+        counts = {len(values) for values in (fixed.low, fixed.high, fixed.mean, fixed.sd)}
+        if fixed.kind == "dataset" and counts != {self.channels}:
+            raise ValueError(f"normalisation needs low, high, mean and sd of {self.channels} values each, one a channel")
         return self
 
 
@@ -142,12 +150,24 @@ def load_yaml(path: Path, limit_bytes: int = 10_000_000) -> Any:
         size = path.stat().st_size
         if size > limit_bytes:
             raise ConfigError(path, expected=f"at most {limit_bytes} bytes", got=f"{size}", do="check that this is the right file")
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        return _PlainLoader(path.read_text(encoding="utf-8")).get_single_data()
     except OSError as error:
         raise ConfigError(path, expected="a readable file", got=str(error.strerror), do="check the path") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        line = str(error).replace("\n", " ")
+    except RecursionError:
+        raise ConfigError(path, expected="valid YAML", got="brackets in brackets without end", do="check the file") from None
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        # Besides its own errors, PyYAML lets through what int(), float() and date() raise on malformed values.
+        line = " ".join(str(error).split())
         raise ConfigError(path, expected="valid YAML", got=line, do="mend that line") from None
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe YAML without aliases, a few lines of which can stand for more values than memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ComposerError(None, None, "an alias (*name): write its value out", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
 
 def dump_yaml(config: Config) -> str:
@@ -158,15 +178,21 @@ def dump_yaml(config: Config) -> str:
 def _config_error(kind: type[Config], error: ValidationError, where: str | Path) -> ConfigError:
     """The first fault of a failed validation in one line."""
     fault = error.errors()[0]
-    place = ".".join(str(part) for part in fault["loc"]) or "the whole"
+    place = ".".join(str(part) for part in fault["loc"])
+    reason = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "missing":
+        return ConfigError(where, expected=f"a value for `{place}`", got="none", do=f"add `{place}`")
     if fault["type"] == "extra_forbidden":
         name = str(fault["loc"][-1])
         known = sorted(_names_at(kind, fault["loc"][:-1]))
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
         do = f"did you mean `{near[0]}`?" if near else "remove it"
         return ConfigError(where, expected=f"one of {', '.join(known)}", got=f"the unknown name `{place}`", do=do)
-    reason = fault["msg"].removeprefix("Value error, ")
-    return ConfigError(where, expected=f"{place}: {reason}", got=repr(fault.get("input")), do=f"change `{place}`")
+    if not place:
+        return ConfigError(where, expected="settings that fit together", got=reason, do="change one of them")
+    # The value may be as long as the file that it stands in.
+    got = reprlib.repr(fault["input"])[:200]
+    return ConfigError(where, expected=f"{place}: {reason}", got=got, do=f"change `{place}`")
 
 
 def _names_at(kind: type[BaseModel], path: tuple[int | str, ...]) -> set[str]:

@@ -1,5 +1,6 @@
 """The whole road on built-in data: sparse 3D annotation -> training -> dense prediction -> scores -> report, then 2D cells."""
 
+import time
 from pathlib import Path
 
 from microtome.data.dataset import open_dataset
@@ -14,7 +15,7 @@ from microtome.training.rehearsal import make_plan
 from microtome.training.run import train
 
 # Of the minutes, for each of the two trainings; the rest is data, prediction and scores.
-SHARE_3D, SHARE_2D = 0.55, 0.3
+SHARE_3D, SHARE_2D = 0.55, 0.35
 
 
 def run_demo(out: Path, minutes: float, terminal: Terminal) -> None:
@@ -40,12 +41,13 @@ def run_demo(out: Path, minutes: float, terminal: Terminal) -> None:
 
 def _train(folder: Path, run: Path, minutes: float, terminal: Terminal) -> None:
     """Plan and train as `microtome train` does."""
+    started = time.perf_counter()
     dataset = open_dataset(folder)
     terminal.say_dataset(dataset)
     plan = make_plan(dataset, minutes=minutes)
     terminal.say_plan(plan)
     with terminal.training(plan) as on_event:
-        train(dataset, plan, run, on_event=on_event)
+        train(dataset, plan, run, on_event=on_event, started=started)
 
 
 def _scores(data: DemoData, out: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,14 +20,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full or the folder cannot be written; names the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last because writers choose their format by it (.nii.gz, .png, ...).
-    handle, name = tempfile.mkstemp(prefix=".part-", suffix="-" + path.name, dir=path.parent)
-    os.close(handle)
-    part = Path(name)
-    # mkstemp makes private files; a result is as readable as any other file of this user.
-    part.chmod(0o666 & ~_umask())
+    # The suffix stays last because writers choose their format by it (.nii.gz, .png, ...); 60 characters are at most
+    # 240 bytes, so that the longest name that a file system takes has room for the rest.
+    part = path.parent / f".part-{secrets.token_hex(4)}-{path.name[-60:]}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Created as any other file of this user, so that the kernel applies the umask: it can be read only by
+        # setting it, for all threads.
+        part.touch(exist_ok=False)
         yield part
         _flush(part)
         part.replace(path)
@@ -37,7 +37,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             path, expected="a folder that can be written", got=f"{error.strerror or error}", do="free space or choose another --out"
         ) from error
     finally:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             part.unlink()
 
 
@@ -59,10 +59,3 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    """The process's file-creation mask, which can only be read by setting it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask

@@ -28,7 +28,8 @@ class Fingerprint:
         spacing_varies: whether cases differ by more than 1 %.
         spacing_known: whether every file states its spacing.
         formats: what the files are ("nifti", "jpeg", ...).
-        thinnest_vox: thickness of the thinnest class, 2 x volume / surface, voxels in the plane of a section.
+        thinnest_vox: thickness of the thinnest class, 2 x area / perimeter, voxels in the plane of a section; infinite
+            where no two classes touch (scribbles), so that nothing is known of it.
         section_lag: how many voxels apart in a section look as unlike as two neighbouring sections; None in 2D.
         low, high, mean, sd: of grey values by channel: 0.5th and 99.5th percentile, mean, standard deviation.
         brightness_varies: spread of the images' means in units of their inner spread.
@@ -66,7 +67,7 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
         raise DataError(dataset.root, expected="labelled cases to train on", got="none", do="run `microtome inspect` on the folder")
     chosen = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, CASES_READ).round().astype(int))]
     samples = [_Sample(dataset, case) for case in chosen]
-    first = samples[0].image
+    first = samples[0]
     shapes, spacings, known, formats = _headers(dataset, cases)
     _check_alike(dataset, cases, shapes, samples)
     spacing = np.array(spacings)
@@ -91,7 +92,7 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
         sd=_floats(np.sqrt((spreads**2).mean(0) + means.var(0))),
         brightness_varies=float((means.std(0) / spreads.mean(0).clip(1e-9)).max()),
         hounsfield=bool(np.median(grey[:, 0]) < -500),
-        left_right_axis=_left_right_axis(first),
+        left_right_axis=first.left_right_axis,
     )
 
 
@@ -99,16 +100,17 @@ class _Sample:
     """The facts of one case that need its pixels."""
 
     def __init__(self, dataset: Dataset, case: Case) -> None:
-        self.image = dataset.read_image(case)
-        label = dataset.read_label(case)
-        flat = self.image.array.reshape(self.image.channels, -1)
+        # The image itself is not kept: a dozen volumes may not fit into memory together.
+        image, label = dataset.read_image(case), dataset.read_label(case)
+        self.channels, self.name, self.left_right_axis = image.channels, image.path.name, _left_right_axis(image)
+        flat = image.array.reshape(image.channels, -1)
         # A million voxels a channel tell percentiles to three digits.
         flat = flat[:, :: max(1, flat.shape[1] // 1_000_000)].astype(np.float64)
-        flat = np.where(np.isfinite(flat), flat, 0.0)
-        self.low, self.high = np.percentile(flat, [0.5, 99.5], axis=1)
-        self.mean, self.sd = flat.mean(1), flat.std(1)
+        finite = [row[np.isfinite(row)] if np.isfinite(row).any() else np.zeros(1) for row in flat]
+        self.low, self.high = np.array([np.percentile(row, [0.5, 99.5]) for row in finite]).T
+        self.mean, self.sd = np.array([row.mean() for row in finite]), np.array([row.std() for row in finite])
         self.thinnest = thinnest_class(label)
-        self.section_lag = section_lag(self.image.array[0]) if label.ndim == 3 else None
+        self.section_lag = section_lag(image.array[0]) if label.ndim == 3 else None
 
 
 def thinnest_class(label: np.ndarray) -> float:
@@ -175,7 +177,7 @@ def _check_alike(dataset: Dataset, cases: Sequence[Case], shapes: Sequence[Shape
         if len(shape) != len(shapes[0]):
             got = f"{case.name} of {format_shape(shape)} beside {cases[0].name} of {format_shape(shapes[0])}"
             raise DataError(dataset.root, expected="only 2D images or only volumes", got=got, do="put them into separate folders")
-    channels = {sample.image.channels: sample.image.path.name for sample in samples}
+    channels = {sample.channels: sample.name for sample in samples}
     if len(channels) > 1:
         got = ", ".join(f"{name} with {count}" for count, name in channels.items())
         raise DataError(

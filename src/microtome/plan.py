@@ -4,6 +4,7 @@ Every rule is a small function from measured facts to (value, reason). `training
 steps of the drafted plan and fits `steps` and `batch` to the minutes.
 """
 
+import re
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeVar
@@ -13,8 +14,8 @@ import torch
 
 from microtome.config import AugmentConfig, NetworkConfig, NormalisationConfig, Plan
 from microtome.fingerprint import Fingerprint
-from microtome.geometry import Shape, Spacing, anisotropy, format_shape, resampled_shape
-from microtome.models.registry import build
+from microtome.geometry import Shape, Spacing, format_shape, resampled_shape
+from microtome.models.registry import build, find
 
 T = TypeVar("T")
 Dims = Literal[2, 3]
@@ -66,7 +67,7 @@ def draft_plan(data: Fingerprint, resources: Resources, *, network: str = "moder
         value, reasons[field] = choice
         return value
 
-    dims = noted("dims", choose_dims(data))
+    dims = noted("dims", choose_dims(data, find(network).dims))
     precision = noted("precision", choose_precision(resources))
     spacing = noted("spacing_mm", choose_spacing(data, dims, _largest_patch(resources, dims)))
     shape = resampled_shape(data.shape_vox, data.spacing_mm, spacing)[-dims:]
@@ -94,19 +95,24 @@ def draft_plan(data: Fingerprint, resources: Resources, *, network: str = "moder
     )
 
 
-def choose_dims(data: Fingerprint) -> tuple[Dims, str]:
-    """2D for pictures and for stacks of thick sections, 3D for volumes."""
+def choose_dims(data: Fingerprint, possible: tuple[int, ...] = (2, 3)) -> tuple[Dims, str]:
+    """2D for pictures and for stacks of thick sections, 3D for volumes; a network of only one kind decides for volumes."""
     if len(data.shape_vox) == 2:
         return 2, "the images are two-dimensional"
+    if 3 not in possible:
+        return 2, "the network is two-dimensional: each section is seen as a picture"
+    if 2 not in possible:
+        return 3, "the network is three-dimensional"
     if data.shape_vox[0] < 8:
         return 2, f"the stacks have only {data.shape_vox[0]} sections: each is seen as a picture"
     if data.spacing_known:
-        ratio, how = anisotropy(data.spacing_mm), "by the spacing in the files"
+        # Only the axis that is cut into sections counts: a network in 3D pools any other coarse axis later.
+        ratio, how = data.spacing_mm[0] / max(data.spacing_mm[1:]), "by the spacing in the files"
     else:
         ratio, how = data.section_lag or 1.0, "judged by how unlike neighbouring sections are, as no spacing is stated"
     if ratio > THICK_SECTIONS:
         return 2, f"sections lie {ratio:.0f} times as far apart as pixels ({how}): each is seen as a picture"
-    return 3, f"volumes with voxels of about equal sides (ratio {ratio:.1f}, {how})"
+    return 3, f"volumes whose sections lie about as close as pixels (ratio {ratio:.1f}, {how})"
 
 
 def choose_precision(resources: Resources) -> tuple[Precision, str]:
@@ -130,6 +136,8 @@ def choose_spacing(data: Fingerprint, dims: int, patch: int) -> tuple[Spacing, s
             spacing[axis] = max(data.spacing_low_mm[axis], max(others))
             return tuple(spacing), "median voxel size; along the coarse axis its 10th percentile"
         return tuple(spacing), "median voxel size of the images" + ("; others are resampled to it" if data.spacing_varies else "")
+    if not np.isfinite(data.thinnest_vox):
+        return tuple(spacing), "median pixel size of the images; how thin the classes are cannot be told, as none touches another"
     side = max(data.shape_vox[-2:])
     factor = min(side / patch, data.thinnest_vox / THINNEST_VOX)
     if factor < 1.5:
@@ -147,7 +155,8 @@ def choose_patch(shape_vox: Shape, resources: Resources, dims: int) -> tuple[Sha
     limit = _largest_patch(resources, dims) ** dims
     patch = np.array(shape_vox, float)
     # Shrink the axis that is longest, as a cube of tissue tells more than a plate of the same volume.
-    while patch.prod() > limit:
+    # The tolerance is for rounding: a root taken to the power again may lie just above the limit for ever.
+    while patch.prod() > limit * (1 + 1e-9):
         longest = patch == patch.max()
         rest = patch[~longest]
         wanted = (limit / rest.prod()) ** (1 / longest.sum())
@@ -193,6 +202,9 @@ def choose_batch(patch_vox: Shape, network: NetworkConfig, resources: Resources,
     width = network.widths[0] if network.widths else 64
     bytes_each = voxels * width * BYTES_A_VOXEL[precision]
     most = max(1, int(0.6 * resources.memory_bytes / bytes_each))
+    if bytes_each > 0.6 * resources.memory_bytes:
+        needed, free = bytes_each / 2**30, resources.memory_bytes / 2**30
+        return 1, f"one patch takes about {needed:.1f} GB of the {free:.1f} GB there are: make patch_vox smaller if memory runs out"
     if most < wanted:
         return most, f"what fits into {resources.memory_bytes / 2**30:.1f} GB at about {bytes_each / 2**20:.0f} MB a patch"
     return wanted, f"enough patches for steady statistics; about {wanted * bytes_each / 2**30:.1f} GB"
@@ -212,7 +224,9 @@ def choose_augment(data: Fingerprint, patch_vox: Shape, spacing_mm: Spacing) -> 
     """Changes that leave an image as likely as before: what may be mirrored or turned depends on what is shown."""
     dims = len(patch_vox)
     flips: Shape
-    if "jpeg" in data.formats:
+    if _sided(data.classes):
+        flips, turn, why = (), 20.0, "classes are told apart by their side: never mirrored, turned a little"
+    elif "jpeg" in data.formats:
         flips, turn, why = (dims - 1,), 20.0, "photographs: mirrored left to right and turned a little, as up is not down"
     elif data.left_right_axis is not None:
         flips, turn, why = _patient_flips(data, dims), 20.0, "oriented volumes: mirrored left to right only, turned a little"
@@ -233,19 +247,24 @@ def choose_augment(data: Fingerprint, patch_vox: Shape, spacing_mm: Spacing) -> 
     ), why + "; scaled, bent by B-splines, grey values changed"
 
 
+def _sided(classes: tuple[str, ...]) -> bool:
+    """Whether a class is named after a side: `left_kidney`, `Right-Hippocampus`."""
+    return any({"left", "right"} & set(re.split(r"[\W_]+", name.lower())) for name in classes)
+
+
 def _patient_flips(data: Fingerprint, dims: int) -> tuple[int, ...]:
-    """The left-right axis, unless classes are told apart by their side."""
-    sided = any(word in name.lower().replace("_", " ").split() for name in data.classes for word in ("left", "right"))
+    """The left-right axis, if the network sees it."""
     axis = (data.left_right_axis or 0) - (len(data.shape_vox) - dims)
-    return () if sided or axis < 0 else (axis,)
+    return () if axis < 0 else (axis,)
 
 
 def _largest_patch(resources: Resources, dims: int) -> int:
     """Side of the largest patch: small where minutes and cores are few, so that many steps can be made."""
     if resources.gpu:
         return 512 if dims == 2 else 128
-    patient = resources.minutes is None or resources.minutes >= 60
-    return {(2, False): 256, (2, True): 384, (3, False): 56, (3, True): 80}[dims, patient]
+    minutes = np.inf if resources.minutes is None else resources.minutes
+    steps = (128, 256, 384) if dims == 2 else (40, 56, 80)
+    return steps[int(minutes >= 3) + int(minutes >= 60)]
 
 
 def _levels(patch_vox: Shape, spacing_mm: Spacing, smallest: int, most: int) -> tuple[tuple[Shape, ...], tuple[Shape, ...]]:
@@ -259,6 +278,9 @@ def _levels(patch_vox: Shape, spacing_mm: Spacing, smallest: int, most: int) -> 
     kernels: list[Shape] = [_kernel(spacing)]
     while len(strides) < most:
         large = size / 2 >= smallest
+        if len(strides) == 1 and not large.any():
+            # A U has two levels at least, however small the images; the patch is then larger than they are.
+            large[:] = True
         halved = large & (spacing < 2 * spacing[large].min()) if large.any() else large
         if not halved.any():
             break

@@ -16,7 +16,9 @@ def normalise(array: np.ndarray, config: NormalisationConfig) -> np.ndarray:
     """
     result = np.empty(array.shape, np.float32)
     for channel, (source, target) in enumerate(zip(array, result, strict=True)):
-        np.copyto(target, source)
+        # What float32 cannot hold becomes infinite, and is filled like what was infinite before.
+        with np.errstate(over="ignore"):
+            np.copyto(target, source)
         if not np.issubdtype(array.dtype, np.integer):
             _fill_non_finite(target)
         if config.kind == "dataset":
@@ -26,7 +28,7 @@ def normalise(array: np.ndarray, config: NormalisationConfig) -> np.ndarray:
             # float64 sums: float32 loses digits over 10^8 voxels of a 16-bit image.
             mean, sd = float(target.mean(dtype=np.float64)), float(target.std(dtype=np.float64))
         target -= np.float32(mean)
-        if sd > 0:
+        if np.float32(sd) > 0:
             target /= np.float32(sd)
     return result
 
@@ -60,8 +62,11 @@ def resampling_matrix(size: int, new_size: int) -> sparse.csr_array:
     weight = np.maximum(0.0, 1.0 - np.abs(index - centre[:, None]) / width)
     weight /= weight.sum(axis=1, keepdims=True)
     rows = np.repeat(np.arange(new_size), index.shape[1])
-    matrix = sparse.coo_array((weight.ravel(), (rows, index.clip(0, size - 1).ravel())), shape=(new_size, size))
-    return sparse.csr_array(matrix.astype(np.float32))
+    entries = sparse.coo_array((weight.ravel(), (rows, index.clip(0, size - 1).ravel())), shape=(new_size, size))
+    matrix = sparse.csr_array(entries.astype(np.float32))
+    # Zeros would cost half of all multiplications, and let prediction wait for rows that it does not need.
+    matrix.eliminate_zeros()
+    return matrix
 
 
 def resample(array: np.ndarray, new_shape_vox: Shape) -> np.ndarray:

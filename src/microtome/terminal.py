@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,7 @@ def print_plan(plan: Plan, out: Path | None) -> None:
     console = _page()
     values = plan.model_dump(mode="json", exclude={"reasons"})
     rows = [(name, _short(value), plan.reasons.get(name, "")) for name, value in values.items()]
-    _print_table(console, ("setting", "value", "why"), rows)
+    _print_table(console, ("setting", "value", "why"), rows, wrapping=2)
     if out is not None:
         console.print(f"plan: {out}", markup=False)
 
@@ -184,22 +184,21 @@ def print_networks(entries: Iterable[Entry]) -> None:
     _print_table(console, ("name", "works in", "year", "paper"), rows)
 
 
-def _print_table(console: Console, titles: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
-    """A table without frames; cells are data, never markup."""
+def _print_table(console: Console, titles: Sequence[str], rows: Iterable[Iterable[str]], wrapping: int = 1) -> None:
+    """A table without frames whose last columns may take more than a line; cells are data, never markup."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    names = list(titles)
-    for title in names:
-        # Only the last column, which is prose, may take more than a line.
-        table.add_column(title, overflow="fold" if title == names[-1] else "ellipsis", no_wrap=title != names[-1])
+    for number, title in enumerate(titles, start=1):
+        wraps = number > len(titles) - wrapping
+        table.add_column(title, overflow="fold" if wraps else "ellipsis", no_wrap=not wraps)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     console.print(table)
 
 
 def _short(value: Any) -> str:
-    """A setting as people write it."""
+    """A setting as people write it; a group of settings in lines."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {_short(inner)}" for name, inner in value.items())
+        return "\n".join(f"{name} {_short(inner)}" for name, inner in value.items() if inner not in ([], None))
     if isinstance(value, list):
         return "(" + ", ".join(_short(inner) for inner in value) + ")"
     return f"{value:g}" if isinstance(value, float) else str(value)

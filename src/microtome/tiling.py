@@ -80,7 +80,7 @@ def read_mirrored(array: np.ndarray, box: tuple[Span, ...]) -> np.ndarray:
     inside = [(max(a, 0), min(b, n)) for (a, b), n in zip(box, array.shape[lead:], strict=True)]
     if inside == list(box):
         window = (slice(None),) * lead + tuple(slice(a, b) for a, b in box)
-        return np.ascontiguousarray(array[window])
+        return np.array(array[window], order="C")
     for axis, (a, b) in enumerate(box):
         array = array.take(_mirror(np.arange(a, b), array.shape[lead + axis]), axis=lead + axis)
     return array

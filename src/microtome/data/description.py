@@ -37,7 +37,7 @@ def _classes(value: Any) -> Any:
             raise ValueError(f"each name once, not {value}")
         return {str(name): () for name in value}
     if not isinstance(value, dict):
-        raise ValueError("a list of names or `name: value` lines")
+        raise ValueError(f"a list of names or `name: value` lines, not {value!r}")
     if all(isinstance(key, int) for key in value):
         names = dict.fromkeys(str(name) for name in value.values())
         return {name: tuple(key for key, other in value.items() if str(other) == name) for name in names}
@@ -78,7 +78,7 @@ class DatasetConfig(Config):
     @classmethod
     def _positive(cls, value: tuple[float, ...] | None) -> tuple[float, ...] | None:
         if value is not None and (len(value) not in (2, 3) or not all(0 < size < float("inf") for size in value)):
-            raise ValueError("two or three positive numbers, one an axis")
+            raise ValueError(f"two or three positive numbers, one an axis, not {value}")
         return value
 
     @field_validator("group_by")
@@ -99,7 +99,7 @@ class DatasetConfig(Config):
         if len({bool(values) for values in self.classes.values()}) > 1:
             raise ValueError("a value for every class, or for none")
         if self.validation_sections and not 0 <= self.validation_sections[0] < self.validation_sections[1]:
-            raise ValueError("validation_sections as [first, past the last]")
+            raise ValueError(f"validation_sections as [first, past the last], not {list(self.validation_sections)}")
         return self
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from microtome.data.case import Case, Finding, Layout
-from microtome.data.description import DatasetConfig, existing, inside
+from microtome.data.description import DatasetConfig, existing, inside, load_description
 from microtome.data.documents import CHANNEL, read_document
 from microtome.data.names import Role, image_files, key_of, natural, role_of, some, unique_names
 from microtome.errors import DataError
@@ -67,10 +67,22 @@ def find_layout(root: Path, config: DatasetConfig, named_by: str = "microtome.ya
 
 
 def image_side(root: Path) -> list[Path]:
-    """The images of a folder without its labels, in natural order; all of them where that would leave none."""
-    items = _items(root, DatasetConfig(), "")
-    images = [item.path for item in items if item.role == "image"]
-    return images or [item.path for item in items]
+    """The images of a folder without its labels, in natural order; all of them where that would leave none.
+
+    A file that only its own name calls a label (`no_mask_3.png`) is one only beside the image that it would label.
+    """
+    config, named_by = load_description(root)
+    if config.pairs:
+        return [existing(root, image, named_by) for image in config.pairs]
+    items = _items(root, config, named_by)
+    images = {(item.where, item.key) for item in items if item.role == "image"}
+    lone = {
+        item.path
+        for item in items
+        if (item.where, item.key) not in images and _side(item.path.relative_to(root).parent.parts)[0] != "label"
+    }
+    chosen = [item for item in items if item.role == "image" or (item.path in lone and not config.labels)]
+    return [item.path for item in chosen or items]
 
 
 def _stated_pairs(root: Path, config: DatasetConfig, named_by: str) -> Layout:

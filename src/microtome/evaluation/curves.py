@@ -12,7 +12,7 @@ from scipy import ndimage
 
 Colour = tuple[int, int, int]
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1080, 58, 14, 10, 52
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1080, 52, 30, 10, 56
 # More points than this are not seen at that width.
 MOST_POINTS = 540
 INK: Colour = (28, 36, 48)
@@ -179,10 +179,10 @@ def rate_chart(history: History) -> Chart:
     """The learning rate of every step, small."""
     shown = np.isfinite(history.rates)
     steps, rates = history.steps[shown], history.rates[shown]
-    x, y = _x_scale(history), _Scale(0.0, float(rates.max(initial=0.0)), 130 - BOTTOM, TOP)
+    x, y = _x_scale(history), _Scale(0.0, 1.05 * float(rates.max(initial=0.0)), 130 - BOTTOM, TOP)
     few = _envelope(rates)
     line = Line(name="learning rate", colour=INK, points=_points(x, y, steps[few], rates[few]))
-    return Chart(title="Learning rate", height=130, x_ticks=_step_ticks(history, x), y_ticks=y.ticks(most=2), lines=(line,))
+    return Chart(title="Learning rate", height=130, x_ticks=_step_ticks(history, x), y_ticks=y.ticks(most=3), lines=(line,))
 
 
 def dice_chart(history: History, colours: Mapping[str, Colour]) -> Chart:

@@ -125,11 +125,11 @@ def error_map(truth: np.ndarray, prediction: np.ndarray, background: int | None)
         prediction: classes (*S); a negative value is no class.
         background: the class that is not foreground, if there is one.
     """
-    in_truth = truth != (NOT_ANNOTATED if background is None else background)
-    in_prediction = (prediction >= 0) & (prediction != (NOT_ANNOTATED if background is None else background))
     wrong = np.full(truth.shape, WRONG_CLASS, np.int16)
-    wrong[in_truth & ~in_prediction] = MISSED
-    wrong[~in_truth & in_prediction] = INVENTED
+    if background is not None:
+        in_truth, in_prediction = truth != background, (prediction != background) & (prediction >= 0)
+        wrong[in_truth & ~in_prediction] = MISSED
+        wrong[~in_truth & in_prediction] = INVENTED
     errors = np.where(truth == prediction, np.int16(CORRECT), wrong)
     errors[truth == NOT_ANNOTATED] = NOT_ANNOTATED
     return errors
@@ -239,7 +239,7 @@ def draw_case(case: Case, image: Image, truth: np.ndarray, prediction: np.ndarra
 def format_share(part: int, whole: int) -> str:
     """A share for people; never 0 % of what is not 0."""
     percent = 100 * part / max(1, whole)
-    return "less than 0.1 %" if 0 < percent < 0.1 else f"{percent:.1f} %"
+    return "less than 0.1\N{NO-BREAK SPACE}%" if 0 < percent < 0.1 else f"{percent:.1f}\N{NO-BREAK SPACE}%"
 
 
 def draw_errors(rgb: np.ndarray, errors_YX: np.ndarray) -> np.ndarray:
@@ -332,7 +332,7 @@ def _with_classes(rgb: np.ndarray, label_YX: np.ndarray, colours: tuple[tuple[in
     for index, colour in enumerate(colours):
         if colour is not None:
             region = label_YX == index
-            painted[region] = 0.75 * painted[region] + 0.25 * np.asarray(colour)
+            painted[region] = 0.84 * painted[region] + 0.16 * np.asarray(colour)
             painted[region & ~ndimage.binary_erosion(region, iterations=2, border_value=1)] = colour
     return painted.astype(np.uint8)
 
@@ -341,7 +341,7 @@ def _jpeg(rgb: np.ndarray) -> bytes:
     """The picture as a JPEG of full colour resolution; noise that would need too many bytes costs quality."""
     for quality in (90, 80, 65, 45):
         buffer = io.BytesIO()
-        PIL.Image.fromarray(rgb).save(buffer, "JPEG", quality=quality, subsampling=0, optimize=True)
+        PIL.Image.fromarray(rgb).save(buffer, "JPEG", quality=quality, subsampling=0)
         if buffer.tell() <= MOST_BYTES:
             break
     return buffer.getvalue()

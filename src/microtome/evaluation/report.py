@@ -84,7 +84,6 @@ def build_report(run: Path, *, dataset: Dataset | None = None) -> Path:
         .get_template("report.html")
         .render(
             run=record,
-            title=f"{record.dataset_name}: {_sentence(record.foreground)}",
             lead=lead(record),
             cautions=cautions(record),
             facts=_facts(record),
@@ -141,7 +140,8 @@ def read_run(folder: Path) -> Run:
 def lead(run: Run) -> str:
     """What was trained on what, and how well it did, in one or two sentences."""
     train, validation = len(run.data["train"]), len(run.data["validation"])
-    told = f"A {run.plan.dims}D {run.plan.network.name} learned {_sentence(run.foreground)} from {_cases(train)} of {run.dataset_name}."
+    task = f"find {_sentence(run.foreground)}" if run.legend.background is not None else f"tell apart {_sentence(run.foreground)}"
+    told = f"A {run.plan.dims}D {run.plan.network.name} learned to {task} from {_cases(train)} of “{run.dataset_name}”."
     if not validation:
         return f"{told} Every labelled case trained (fold: {run.plan.fold}), so there is no score."
     if run.metrics is None:
@@ -163,7 +163,7 @@ def cautions(run: Run) -> list[str]:
         return ["Nothing was kept back to validate with: look at predictions of images with known labels before you rely on this model."]
     found = [
         "This is a validation score, not a test: the weights that were kept are those that did best on these same cases, so expect "
-        "somewhat less on new images. Score labelled images that this run never saw with `microtome evaluate` before you rely on it."
+        "somewhat less on new images. Score labelled images that this run never saw (microtome evaluate) before you rely on it."
     ]
     scored = len(run.data["validation"]) if run.metrics is None else run.metrics["summary"]["dice"]["cases"]
     if 1 < scored < FEW_CASES:
@@ -208,7 +208,7 @@ def plan_rows(plan: Plan) -> tuple[PlanRow, ...]:
                 name=name,
                 value="" if group else format_setting(name, value),
                 settings=tuple((key, words) for key, words in settings if words),
-                meaning=field.description or (type(value).__doc__ or "" if group else ""),
+                meaning=(field.description or (type(value).__doc__ or "" if group else "")).replace("`", ""),
                 reason=plan.reasons.get(name, ""),
             )
         )
@@ -287,13 +287,17 @@ def _facts(run: Run) -> list[tuple[str, str, str]]:
             "complete" if ended else "not complete",
             str((history.end or {}).get("reason", "the log has no end: still going, or interrupted (go on with --resume)")),
         ),
-        ("started", _started(run), "last session" if run.environment.get("started") else "not recorded"),
+        ("started or resumed", *_started(run)),
     ]
 
 
-def _started(run: Run) -> str:
-    """When the run was started or taken up again, to the minute."""
-    return re.sub(r"^(\d{4}-\d\d-\d\d)T(\d\d:\d\d).*", r"\1 \2", str(run.environment.get("started", "–")))
+def _started(run: Run) -> tuple[str, str]:
+    """The day and the minute at which the run was started, or last taken up again."""
+    stated = str(run.environment.get("started", ""))
+    day, _, time = stated.partition("T")
+    if not day:
+        return "–", "not recorded"
+    return day, time[:5] + (" UTC" if stated.endswith("+00:00") else "")
 
 
 def _scored(run: Run) -> dict[str, Any] | None:

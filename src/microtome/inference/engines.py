@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from microtome.errors import ConfigError
+
 # glibc's numbers of mallopt's parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 
@@ -49,10 +51,20 @@ def processor_has_bf16(device: torch.device) -> bool:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """`auto`: the first GPU if there is one, else the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """`auto`: the first GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: no such device, or none on this machine.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError("device", expected="auto, cpu or cuda", got=f"`{name}`", do="give another --device") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", expected="a GPU that torch can use", got=f"`{name}` and none", do="give --device cpu")
+    return device
 
 
 def to_device(network: nn.Module, device: torch.device, dims: int) -> nn.Module:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,8 @@ from microtome.inference.engines import TorchEngine, pick_device, recycle_memory
 from microtome.inference.predict import predict_labels
 
 LISTING = "predictions.json"
+# What `label_suffix` may give.
+LABEL_SUFFIXES = (".png", ".tif", ".nii", ".nii.gz")
 
 
 class Predictor:
@@ -72,8 +75,10 @@ def predict_files(
     Each file appears when it is complete. A file that cannot be labelled stops nothing: the others are written first.
 
     Raises:
-        DataError: no images, two that would have the same name in `out`, or (after all others) images that failed.
+        DataError: no images, two that would have the same name in `out`, `out` among the images or with files that
+            `predict` did not write and would overwrite, or (after all others) images that failed.
     """
+    _check_out(inputs, out)
     cases = list(_cases(inputs, predictor.bundle.plan.channels))
     _check_names(cases, out)
     written, failed = [], []
@@ -94,21 +99,20 @@ def predict_files(
 def write_prediction(predictor: Predictor, case: Case, out: Path) -> Path:
     """Predict one case and write it, with the values that its training labels had, under the case's name."""
     image = read_case_image(case)
+    labels = predictor.bundle.legend.encode(predictor(image))
     path = out / (safe_name(case.name) + label_suffix(image))
-    write_labels(path, predictor.bundle.legend.encode(predictor(image)), like=image)
+    # Listed first: a file that a kill leaves unlisted would be taken for somebody else's.
     list_prediction(out, path, case, predictor.bundle)
+    write_labels(path, labels, like=image)
     return path
 
 
 def list_prediction(out: Path, path: Path, case: Case, bundle: Bundle) -> None:
     """Note in `predictions.json` what the file is a prediction of, so that `evaluate` can pair it and read its values."""
-    listing = out / LISTING
-    content = json.loads(listing.read_text(encoding="utf-8")) if listing.exists() else {}
-    legend = bundle.legend.to_json()
-    if content.get("legend") != legend:
-        content = {"legend": legend, "cases": {}}
-    content["cases"][path.relative_to(out).as_posix()] = {"case": case.name, "input": str(case.images[0])}
-    write_json(listing, content)
+    listed, legend = _listing(out), bundle.legend.to_json()
+    cases = listed["cases"] if listed["legend"] == legend else {}
+    entry = {"case": case.name, "input": str(case.images[0])}
+    write_json(out / LISTING, {"legend": legend, "cases": {**cases, path.relative_to(out).as_posix(): entry}})
 
 
 def safe_name(name: str) -> str:
@@ -124,9 +128,30 @@ def _cases(inputs: Sequence[Path], channels: int) -> Iterator[Case]:
         yield from list_images(path, channels=channels)
 
 
+def _listing(out: Path) -> dict[str, Any]:
+    """The legend and the cases that `predictions.json` lists; None and none where there is no such file."""
+    path = out / LISTING
+    if not path.exists():
+        return {"legend": None, "cases": {}}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {"legend": content["legend"], "cases": dict(content["cases"])}
+    except (ValueError, KeyError, TypeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise DataError(path, expected="the list that `microtome predict` writes", got=got, do="remove it") from None
+
+
+def _check_out(inputs: Sequence[Path], out: Path) -> None:
+    """Refuse to write into a folder of images, where the next call would take predictions for images."""
+    for path in inputs:
+        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise DataError(out, expected=f"a folder outside of the images' {path}", got="one inside", do="give another --out")
+
+
 def _check_names(cases: Sequence[Case], out: Path) -> None:
-    """Refuse inputs whose results would overwrite each other or themselves."""
+    """Refuse inputs whose results would overwrite each other, themselves, or what `predict` did not write."""
     seen: dict[str, Path] = {}
+    listed = _listing(out)["cases"]
     for case in cases:
         name = safe_name(case.name)
         if name in seen:
@@ -140,4 +165,9 @@ def _check_names(cases: Sequence[Case], out: Path) -> None:
             raise DataError(
                 out, expected="another folder than the images'", got="theirs", do="give another --out, or images would be overwritten"
             )
+        for file in (name + suffix for suffix in LABEL_SUFFIXES):
+            if (out / file).exists() and file not in listed:
+                raise DataError(
+                    out / file, expected="no file of that name", got="one that `predict` did not write", do="give another --out"
+                )
         seen[name] = case.images[0]

@@ -89,7 +89,7 @@ def draw_warp(rng: np.random.Generator, config: AugmentConfig, patch_vox: Shape,
         rotation = np.linalg.inv(to_mm) @ _rotation(angles, dims) @ to_mm
     control = None
     if config.elastic_spacing and rng.random() < config.elastic_p:
-        # Two more points than intervals on each side, so that every voxel lies under four of them.
+        # One point more than the intervals need on each side, so that every voxel lies under four of them.
         points = [int(np.ceil(n / gap)) + 3 for n, gap in zip(patch_vox, config.elastic_spacing, strict=True)]
         sd = np.asarray(config.elastic_sd).reshape(-1, *[1] * dims)
         control = rng.normal(size=(dims, *points)) * sd
@@ -129,8 +129,12 @@ def resample_patch(image_CS: Tensor, label_S: Tensor, source_DS: np.ndarray) -> 
     image = F.grid_sample(image_CS.unsqueeze(0), grid, mode="bilinear", padding_mode="reflection", align_corners=True)[0]
     # Labels are shifted by one so that the zeros of the padding read as -1.
     shifted = (label_S + 1).to(image_CS.dtype)[None, None]
-    label = F.grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=True)[0, 0]
-    return image, label.to(torch.int16) - 1
+    label = F.grid_sample(shifted, grid, mode="nearest", padding_mode="zeros", align_corners=True)[0, 0].to(torch.int16) - 1
+    for line, n in zip(source_DS, image_CS.shape[1:], strict=True):
+        if n == 1:
+            # Along an axis of one voxel grid_sample takes every coordinate for that voxel's.
+            label[torch.from_numpy(np.abs(line) > 0.5).to(label.device)] = -1
+    return image, label
 
 
 def _rotation(angles: np.ndarray, dims: int) -> np.ndarray:

@@ -65,7 +65,11 @@ def new_state(network: nn.Module, plan: Plan) -> TrainState:
 
 
 def save_checkpoint(path: Path, state: TrainState) -> None:
-    """Write the whole state as one safetensors file, in one step."""
+    """Write the whole state as one safetensors file, in one step.
+
+    Raises:
+        RunError: the disk is full; the file that was there is still whole.
+    """
     tensors = {f"network/{name}": t for name, t in state.network.state_dict().items()}
     tensors |= {f"average/{name}": t for name, t in state.average.state_dict().items()}
     document = {"progress": asdict(state.progress)}
@@ -73,7 +77,11 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
         tensors |= {f"optimiser/{number}/{name}": t for name, t in values.items() if isinstance(t, Tensor)}
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     with atomic_path(path) as part:
-        save_file(flat, part, metadata={"microtome": json.dumps(document)})
+        try:
+            save_file(flat, part, metadata={"microtome": json.dumps(document)})
+        except SafetensorError as error:
+            # The library wraps the system's error; `atomic_path` knows what to say of it.
+            raise OSError(str(error)) from None
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:

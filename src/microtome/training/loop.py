@@ -51,7 +51,7 @@ def train_steps(state: TrainState, cases: Sequence[StoredCase], plan: Plan, devi
     parameters = list(state.network.parameters())
     border = getattr(state.network, "context_vox", 0)
     state.network.train()
-    with Batches(cases, plan, device) as batches, stop_requests() as stopped:
+    with Batches(cases, plan, device, border) as batches, stop_requests() as stopped:
         while progress.step < progress.steps:
             rate = learning_rate(progress.step, progress.steps, plan)
             for group in state.optimiser.param_groups:
@@ -66,10 +66,10 @@ def train_steps(state: TrainState, cases: Sequence[StoredCase], plan: Plan, devi
                 outputs = outputs if isinstance(outputs, list) else [outputs]
                 loss = segmentation_loss(outputs, crop_border(label_BS, border), plan.dice_weight)
                 loss.backward()  # type: ignore[no-untyped-call]
-                torch.nn.utils.clip_grad_norm_(parameters, plan.optimiser.clip_norm)
+                length = torch.nn.utils.clip_grad_norm_(parameters, plan.optimiser.clip_norm)
                 # On a GPU this is the one point of a step at which the processor waits for it.
-                value = loss.item()
-                check_finite(value, progress.step)
+                value, slope = torch.stack([loss.detach(), length]).tolist()
+                check_finite(value, slope, progress.step)
                 state.optimiser.step()
                 state.optimiser.zero_grad(set_to_none=True)
                 update_average(state, plan)
@@ -83,7 +83,8 @@ def train_steps(state: TrainState, cases: Sequence[StoredCase], plan: Plan, devi
             left = hooks.seconds_left()
             if left is not None and left <= 0:
                 progress.steps = progress.step
-            if not stopped() and (progress.step >= progress.next_validation or progress.step == progress.steps):
+            # The last step is validated even if somebody stops the run there: nothing would do it after --resume.
+            if progress.step == progress.steps or (progress.step >= progress.next_validation and not stopped()):
                 result = hooks.validate(state)
                 is_best = progress.best is None or result["score"] >= progress.best
                 if is_best:
@@ -144,13 +145,13 @@ def crop_border(label_BS: Tensor, border: int) -> Tensor:
     return label_BS[(slice(None), *[slice(border, -border)] * (label_BS.dim() - 1))]
 
 
-def check_finite(value: float, step: int) -> None:
-    """Stop before a loss that is no number reaches the weights."""
-    if not math.isfinite(value):
+def check_finite(loss: float, slope: float, step: int) -> None:
+    """Stop before a loss that is no number, or a gradient of such a length, reaches the weights."""
+    if not (math.isfinite(loss) and math.isfinite(slope)):
         raise RunError(
             f"step {step + 1}",
-            expected="a finite loss",
-            got=str(value),
+            expected="a finite loss and gradient",
+            got=f"a loss of {loss} with a gradient of length {slope}",
             do="the checkpoint before it is good: lower optimiser.learning_rate in plan.yaml, or set precision: fp32, and --resume",
         )
 

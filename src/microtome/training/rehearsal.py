@@ -1,8 +1,8 @@
 """A few real steps on this machine, so that a plan knows what the minutes buy."""
 
 import os
-import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -19,8 +19,12 @@ from microtome.training.losses import segmentation_loss
 
 # Share of a run's minutes for steps; the rest is reading, validation, the final prediction and the report.
 SHARE_OF_STEPS = 0.92
-# With fewer steps than this a network has hardly left its initial state; batches are halved first.
-FEWEST_STEPS = 400
+# With fewer steps than this a network has not seen enough; batches are made smaller first.
+FEWEST_STEPS = 600
+# Fewer patches than this are no batch: their statistics are those of one image.
+SMALLEST_BATCH = 2
+# Timing goes on no longer than this, after every precision has been timed once.
+MOST_SECONDS = 6.0
 
 
 def make_plan(
@@ -59,52 +63,67 @@ def make_plan(
 
 def fit_to_minutes(plan: Plan, minutes: float | None, device: torch.device) -> Plan:
     """The plan with the precision that is faster here, and batch and steps for the minutes, by timing real steps."""
-    seconds = step_seconds(plan, device)
-    if plan.precision == "bf16":
-        exact = step_seconds(plan.model_copy(update={"precision": "fp32"}), device)
-        if exact <= seconds:
-            plan = _with(plan, "precision", "fp32", f"bf16 is no faster here ({seconds:.2f} s against {exact:.2f} s a step)")
-            seconds = exact
-        else:
-            plan = _with(plan, "precision", "bf16", f"bfloat16 takes {seconds:.2f} s a step where float32 takes {exact:.2f} s")
+    precisions = ("bf16", "fp32") if plan.precision == "bf16" else ("fp32",)
+    seconds = step_seconds(plan, device, precisions)
+    # A busy machine can spoil a timing; hardware that multiplies bfloat16 is believed unless it is clearly slower.
+    best = precisions[0] if seconds[precisions[0]] < 1.25 * seconds[precisions[-1]] else precisions[-1]
+    if len(precisions) == 2:
+        times = f"bfloat16 takes {seconds['bf16']:.2f} s a step, float32 {seconds['fp32']:.2f} s"
+        plan = _with(plan, "precision", best, times)
     if minutes is None:
-        return _with(
-            plan, "steps", plan.steps, f"no minutes were given; about {plan.steps * seconds / 60:.0f} minutes at {seconds:.2f} s a step"
-        )
+        about = f"about {plan.steps * seconds[best] / 60:.0f} minutes at {seconds[best]:.2f} s a step"
+        return _with(plan, "steps", plan.steps, f"no minutes were given; {about}")
     budget = minutes * 60 * SHARE_OF_STEPS
-    while budget / seconds < FEWEST_STEPS and plan.batch > 2:
-        plan = _with(plan, "batch", plan.batch // 2, f"halved, so that {minutes:g} minutes hold enough steps")
-        seconds = step_seconds(plan, device)
-    count = max(1, int(budget / seconds))
-    return _with(plan, "steps", count, f"{minutes:g} minutes at {seconds:.2f} s a step on this machine, less validation and report")
+    fitting = int(plan.batch * budget / seconds[best] / FEWEST_STEPS)
+    if fitting < plan.batch and plan.batch > SMALLEST_BATCH:
+        reason = f"{plan.batch} would fit into memory, but {minutes:g} minutes then hold too few steps"
+        plan = _with(plan, "batch", max(SMALLEST_BATCH, fitting), reason)
+        seconds = step_seconds(plan, device, (best,))
+    count = max(1, int(budget / seconds[best]))
+    return _with(plan, "steps", count, f"{minutes:g} minutes at {seconds[best]:.2f} s a step on this machine, less validation and report")
 
 
-def step_seconds(plan: Plan, device: torch.device, repeats: int = 3) -> float:
-    """Median wall time of a training step of this plan on random patches, after one step to warm up."""
-    network = to_device(
-        build(plan.network.name, dims=plan.dims, in_channels=plan.channels, classes=len(plan.classes), config=plan.network),
-        device,
-        plan.dims,
-    )
-    network.train()
-    layout = torch.channels_last if plan.dims == 2 else torch.channels_last_3d
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(plan.batch, plan.channels, *plan.patch_vox, generator=generator).to(device, memory_format=layout)
-    label = torch.randint(len(plan.classes), (plan.batch, *plan.patch_vox), generator=generator).to(torch.int16).to(device)
-    label = crop_border(label, getattr(network, "context_vox", 0))
-    times = []
-    for _ in range(repeats + 1):
+def step_seconds(plan: Plan, device: torch.device, precisions: Sequence[str], repeats: int = 3) -> dict[str, float]:
+    """Shortest wall time of a training step on random patches in each precision, after one step to warm up.
+
+    The shortest, and the precisions in turn, because other programs on the machine can only make a step slower. Ends early
+    when steps take long enough to be timed well by one or two.
+    """
+    step = _Rehearsal(plan, device)
+    times: dict[str, list[float]] = {name: [] for name in precisions}
+    step.seconds(precisions[0])
+    for name in list(precisions) * repeats:
+        if not times[name] or sum(map(sum, times.values())) < MOST_SECONDS:
+            times[name].append(step.seconds(name))
+    return {name: min(values) for name, values in times.items()}
+
+
+class _Rehearsal:
+    """A network and a random batch of a plan, to be stepped and thrown away."""
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        network = build(plan.network.name, dims=plan.dims, in_channels=plan.channels, classes=len(plan.classes), config=plan.network)
+        self.plan, self.device = plan, device
+        self.network = to_device(network, device, plan.dims).train()
+        layout = torch.channels_last if plan.dims == 2 else torch.channels_last_3d
+        generator = torch.Generator().manual_seed(0)
+        image = torch.randn(plan.batch, plan.channels, *plan.patch_vox, generator=generator)
+        self.image = image.to(device, memory_format=layout)
+        label = torch.randint(len(plan.classes), (plan.batch, *plan.patch_vox), generator=generator).to(torch.int16)
+        self.label = crop_border(label.to(device), getattr(network, "context_vox", 0))
+
+    def seconds(self, precision: str) -> float:
+        """Wall time of one forward and backward pass."""
         started = time.perf_counter()
-        with arithmetic(device, plan.precision):
-            outputs = network(image)
+        with arithmetic(self.device, precision):
+            outputs = self.network(self.image)
         outputs = outputs if isinstance(outputs, list) else [outputs]
-        loss = segmentation_loss(outputs, label, plan.dice_weight)
+        loss = segmentation_loss(outputs, self.label, self.plan.dice_weight)
         loss.backward()  # type: ignore[no-untyped-call]
         # Reading a gradient waits for the device.
-        next(network.parameters()).grad.sum().item()  # type: ignore[union-attr]
-        network.zero_grad(set_to_none=True)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[1:])
+        next(self.network.parameters()).grad.sum().item()  # type: ignore[union-attr]
+        self.network.zero_grad(set_to_none=True)
+        return time.perf_counter() - started
 
 
 def free_memory(device: torch.device) -> int:

@@ -20,7 +20,7 @@ from microtome.bundle import Bundle, save_bundle
 from microtome.config import Plan, dump_yaml, load_yaml, parse_config
 from microtome.data.dataset import Dataset
 from microtome.data.split import split_dataset
-from microtome.errors import ConfigError, DataError
+from microtome.errors import ConfigError, DataError, RunError
 from microtome.evaluation.metrics import dice
 from microtome.evaluation.report import build_report
 from microtome.evaluation.scores import CaseScore, score_case, summarise
@@ -119,12 +119,14 @@ class _Session:
         """Make the folder, or take it up where it was left."""
         if resume:
             self._resume()
-        else:
+        # A run killed between its first files lacks this one.
+        if not (self.folder / "dataset.json").exists():
             self._describe()
         write_json(self.folder / "environment.json", environment(self.device))
 
     def _resume(self) -> None:
         """Bring the state and the log to the last checkpoint; a run killed before its first starts at step 0."""
+        self._check_split()
         progress = self.state.progress
         if self.checkpoint.exists():
             load_checkpoint(self.checkpoint, self.state)
@@ -142,6 +144,16 @@ class _Session:
             # Lines after the checkpoint belong to steps that are made again.
             kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= progress.step]
             write_text(log, "".join(line + "\n" for line in kept))
+
+    def _check_split(self) -> None:
+        """Refuse to go on with other cases than the run began with: what it learned from must not become what it is scored on."""
+        path = self.folder / "dataset.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for part, cases in (("train", self.split.train), ("validation", self.split.validation)):
+            changed = {case.name for case in cases} ^ set(before.get(part, [case.name for case in cases]))
+            if changed:
+                got = f"{len(changed)} others ({sorted(changed)[0]}, ...)"
+                raise ConfigError(path, expected=f"the same cases in `{part}`", got=got, do="bring the data back, or start a new run")
 
     def _describe(self) -> None:
         """Write what the run is about before it begins."""
@@ -184,8 +196,14 @@ class _Session:
     def log(self, event: Event) -> None:
         """Append one line to the log."""
         event = {**event, "seconds": round(self.seconds(), 2)}
-        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        try:
+            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            got = str(error.strerror or error)
+            raise RunError(
+                self.folder / "log.jsonl", expected="a log that can be written", got=got, do="free space, then --resume"
+            ) from error
         self.on_event(event)
 
     def save(self, state: TrainState, is_best: bool) -> None:

@@ -39,12 +39,13 @@ class Sample:
     intensity: Intensity
 
 
-def draw_sample(cases: Sequence[StoredCase], plan: Plan, step: int, position: int) -> Sample:
+def draw_sample(cases: Sequence[StoredCase], plan: Plan, step: int, position: int, border: int = 0) -> Sample:
     """The sample at this place of the run.
 
     With probability `plan.foreground` a class is drawn evenly among those annotated anywhere, then a case that has
     it, then a voxel of it: rare classes are seen as often as common ones. Otherwise the patch lies anywhere, or,
-    in a case that is annotated in parts, around any annotated voxel.
+    in a case that is annotated in parts, around any annotated voxel. A network without padding answers only for the
+    middle of its patch, `border` voxels less on each side: that middle is what is placed, the rest may be mirrored.
     """
     rng = np.random.default_rng([plan.seed, step, position])
     by_class = rng.random() < plan.foreground
@@ -56,7 +57,8 @@ def draw_sample(cases: Sequence[StoredCase], plan: Plan, step: int, position: in
     case, dims = cases[number], plan.dims
     section = int(voxel[0]) if len(case.shape_vox) > dims else None
     shape_vox = case.shape_vox[-dims:]
-    centre = _place(rng, voxel[-dims:], shape_vox, plan.patch_vox, free=case.dense and not by_class)
+    seen_vox = tuple(n - 2 * border for n in plan.patch_vox)
+    centre = _place(rng, voxel[-dims:], shape_vox, seen_vox, free=case.dense and not by_class)
     warp = draw_warp(rng, plan.augment, plan.patch_vox, plan.spacing_mm)
     return Sample(number, section, centre, warp, draw_intensity(rng, plan.augment))
 
@@ -85,8 +87,8 @@ class Batches:
     cores are busy with the network otherwise, and a thread beside it would only take its share of them.
     """
 
-    def __init__(self, cases: Sequence[StoredCase], plan: Plan, device: torch.device) -> None:
-        self.cases, self.plan, self.device = cases, plan, device
+    def __init__(self, cases: Sequence[StoredCase], plan: Plan, device: torch.device, border: int = 0) -> None:
+        self.cases, self.plan, self.device, self.border = cases, plan, device, border
         self.ahead = 0 if device.type == "cpu" else 3
         self.waiting: dict[int, list[Future[tuple[Tensor, Tensor]]]] = {}
         threads = torch.get_num_threads()
@@ -107,7 +109,8 @@ class Batches:
 
     def _load(self, step: int, position: int) -> tuple[Tensor, Tensor]:
         """One sample of one step."""
-        return load_sample(draw_sample(self.cases, self.plan, step, position), self.cases, self.plan.patch_vox)
+        sample = draw_sample(self.cases, self.plan, step, position, self.border)
+        return load_sample(sample, self.cases, self.plan.patch_vox)
 
     def __enter__(self) -> Self:
         return self
