@@ -484,7 +484,7 @@ def test_headline_says_what_was_learned_from_what_and_how_well(run_2d: Path) -> 
     )
     assert lead(record) == f"{expected} (95 % interval of the mean {dice['low']:.3f} to {dice['high']:.3f})."
     first, few = cautions(record)
-    assert "validation score, not a test" in first
+    assert "A validation score is not a test" in first
     assert "these same cases" in first
     assert "2 cases only" in few
     text = Page(build_report(run_2d)).text
@@ -496,7 +496,8 @@ def test_headline_says_what_was_learned_from_what_and_how_well(run_2d: Path) -> 
 def test_one_validation_case_has_no_interval(run_3d: Path) -> None:
     record = read_run(run_3d)
     assert "(one case, so no interval)" in lead(record)
-    assert len(cautions(record)) == 1
+    assert cautions(record)[1:] == ["One case cannot show how much cases differ."]
+    assert "The only validation case" in Page(build_report(run_3d)).text
 
 
 def test_parts_of_one_stack_are_called_alike(tmp_path: Path) -> None:
@@ -546,6 +547,7 @@ def test_interrupted_run_says_so_and_shows_its_curves(tmp_path: Path) -> None:
         "There are no scores yet",
     ):
         assert words in page.text
+    assert "The training of a 2D modern_unet to find cell and wall from 4 cases of “cells” is not complete." in page.text
     assert "No validation case has been predicted yet" in page.text
 
 
@@ -688,6 +690,7 @@ def test_realistic_runs_give_pages_that_can_be_mailed(tmp_path: Path) -> None:
         run = write_run(tmp_path / f"run_{name}", dataset, plan_of(dataset.legend, dims), eroded)
         page = Page(build_report(run))
         assert len(page.images) >= 4
+        assert ("Only what is annotated is scored" in page.text) == (name == "tubules")
         assert (run / "report.html").stat().st_size < 3_000_000
 
 

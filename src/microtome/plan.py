@@ -23,7 +23,7 @@ Precision = Literal["fp32", "bf16"]
 
 # Bytes that a training step holds for each voxel of a batch and each channel of the finest level: measured on the modern
 # U-Net in 2D and 3D with autograd's saved activations, gradients and workspace (benchmarks/step_memory.py).
-BYTES_A_VOXEL = MappingProxyType({"bf16": 60, "fp32": 90})
+BYTES_A_VOXEL = MappingProxyType({"bf16": 75, "fp32": 130})
 # Voxels of a batch: below it, convolutions do not fill two cores and batch statistics become unsteady.
 BATCH_VOXELS = MappingProxyType({2: 8 * 256**2, 3: 4 * 56**3})
 # Sections further apart than this many pixels show other things than their neighbours.

@@ -37,7 +37,8 @@ def starts(size: int, tile: int, overlap: float) -> list[int]:
     """First indices of the fewest tiles that cover `size` voxels with at least this share of overlap, evenly spread."""
     if size <= tile:
         return [-((tile - size) // 2)]
-    step = max(1, int(tile * (1 - overlap)))
+    # 20 * (1 - 0.9) is a hair below 2.
+    step = max(1, int(tile * (1 - overlap) + 1e-9))
     count = 1 + -(-(size - tile) // step)
     return [round(i * (size - tile) / (count - 1)) for i in range(count)]
 

@@ -67,10 +67,10 @@ def draw_thumbnail(
     section = _section(image, label, colours)
     pixels_CYX = image.array if section is None else image.array[:, section]
     label_YX = label if label is None or section is None else label[section]
-    height_width = _enlarged(pixels_CYX.shape[1:], image.spacing_mm[-2:], side_px)
-    rgb = _resized(_visible(pixels_CYX), height_width)
+    height_width = picture_size(pixels_CYX.shape[1:], image.spacing_mm[-2:], side_px)
+    rgb = resized(visible(pixels_CYX), height_width)
     if label_YX is not None:
-        _paint(rgb, _nearest(label_YX, height_width), colours)
+        _paint(rgb, resized_label(label_YX, height_width), colours)
     return Thumbnail(case=case, png=_png(rgb), size=(height_width[1], height_width[0]), section=section)
 
 
@@ -89,14 +89,14 @@ def _section(image: Image, label: np.ndarray | None, colours: tuple[tuple[int, i
     return int(score.argmax()) if score.any() else middle
 
 
-def _enlarged(shape_YX: tuple[int, ...], spacing_mm: tuple[float, ...], side_px: int) -> tuple[int, int]:
+def picture_size(shape_YX: tuple[int, ...], spacing_mm: tuple[float, ...], side_px: int) -> tuple[int, int]:
     """Height and width in pixels that keep the shape in mm; a strip is never thinner than 24 pixels."""
     extent = np.asarray(shape_YX) * np.asarray(spacing_mm)
     height, width = np.maximum(24, np.rint(extent / extent.max() * side_px).astype(int))
     return int(height), int(width)
 
 
-def _visible(pixels_CYX: np.ndarray) -> np.ndarray:
+def visible(pixels_CYX: np.ndarray) -> np.ndarray:
     """Grey values as (Y, X, 3) uint8, stretched between the 0.5 and 99.5 percentiles unless they are a photograph."""
     if len(pixels_CYX) == 3 and pixels_CYX.dtype == np.uint8:
         return np.moveaxis(pixels_CYX, 0, -1)
@@ -106,13 +106,13 @@ def _visible(pixels_CYX: np.ndarray) -> np.ndarray:
     return np.repeat((255 * grey).astype(np.uint8)[..., None], 3, axis=-1)
 
 
-def _resized(rgb_YXC: np.ndarray, height_width: tuple[int, int]) -> np.ndarray:
+def resized(rgb_YXC: np.ndarray, height_width: tuple[int, int]) -> np.ndarray:
     """The picture at another size, smoothly."""
     size = (height_width[1], height_width[0])
     return np.array(PIL.Image.fromarray(np.ascontiguousarray(rgb_YXC)).resize(size, PIL.Image.Resampling.BICUBIC, reducing_gap=2))
 
 
-def _nearest(label_YX: np.ndarray, height_width: tuple[int, int]) -> np.ndarray:
+def resized_label(label_YX: np.ndarray, height_width: tuple[int, int]) -> np.ndarray:
     """The label at another size; classes are never mixed."""
     rows, columns = (np.arange(new) * old // new for new, old in zip(height_width, label_YX.shape, strict=True))
     return np.asarray(label_YX[np.ix_(rows, columns)])

@@ -18,7 +18,7 @@ from microtome.data.case import NOT_ANNOTATED, Case
 from microtome.data.dataset import Dataset, open_dataset
 from microtome.data.legend import Legend
 from microtome.data.split import split_dataset
-from microtome.data.thumbnails import class_colours
+from microtome.data.thumbnails import class_colours, picture_size, resized, resized_label, visible
 from microtome.errors import DataError, DataWarning, MicrotomeError
 from microtome.evaluation.metrics import dice
 from microtome.geometry import format_shape
@@ -211,14 +211,14 @@ def draw_case(case: Case, image: Image, truth: np.ndarray, prediction: np.ndarra
     flips, directions = _orientation(image)
     pixels_CYX = image.array[(slice(None), *at)][(slice(None), *flips)]
     truth_YX, prediction_YX, errors_YX = (array[at][flips] for array in (truth, prediction, errors))
-    height_width = _picture_size(truth_YX.shape, image.spacing_mm[-2:])
+    height_width = picture_size(truth_YX.shape, image.spacing_mm[-2:], SIDE_PX)
     colours = class_colours(len(legend.names), legend.background)
-    base = _resized(_visible(pixels_CYX), height_width)
+    base = resized(visible(pixels_CYX), height_width)
     panels = (
         base,
-        _with_classes(base, _nearest(truth_YX, height_width), colours),
-        _with_classes(base, _nearest(prediction_YX, height_width), colours),
-        draw_errors(base, _nearest(errors_YX, height_width)),
+        _with_classes(base, resized_label(truth_YX, height_width), colours),
+        _with_classes(base, resized_label(prediction_YX, height_width), colours),
+        draw_errors(base, resized_label(errors_YX, height_width)),
     )
     first = case.sections[0] if case.sections else 0
     named = dataset.channel_names[0] if dataset.channel_names and len(pixels_CYX) > 1 and not _is_photograph(pixels_CYX) else ""
@@ -291,38 +291,9 @@ def _orientation(image: Image) -> tuple[tuple[slice, slice], str]:
     return (flips[0], flips[1]), f"{WORLD[axes[0]]} is at the top, {WORLD[axes[1]]} at the left"
 
 
-def _picture_size(shape_YX: tuple[int, ...], spacing_mm: tuple[float, ...]) -> tuple[int, int]:
-    """Height and width in pixels that keep the shape in mm; a strip is never thinner than 24 pixels."""
-    extent = np.asarray(shape_YX) * np.asarray(spacing_mm)
-    height, width = np.maximum(24, np.rint(extent / extent.max() * SIDE_PX).astype(int))
-    return int(height), int(width)
-
-
 def _is_photograph(pixels_CYX: np.ndarray) -> bool:
     """Whether the channels are red, green and blue."""
     return len(pixels_CYX) == 3 and pixels_CYX.dtype == np.uint8
-
-
-def _visible(pixels_CYX: np.ndarray) -> np.ndarray:
-    """Grey values as (Y, X, 3) uint8, stretched between the 0.5 and 99.5 percentiles unless they are a photograph."""
-    if _is_photograph(pixels_CYX):
-        return np.moveaxis(pixels_CYX, 0, -1)
-    values = np.nan_to_num(pixels_CYX[0].astype(np.float32), posinf=0, neginf=0)
-    low, high = np.percentile(values, [0.5, 99.5])
-    grey = np.clip((values - low) / max(float(high - low), 1e-12), 0, 1)
-    return np.repeat((255 * grey).astype(np.uint8)[..., None], 3, axis=-1)
-
-
-def _resized(rgb_YXC: np.ndarray, height_width: tuple[int, int]) -> np.ndarray:
-    """The picture at another size, smoothly."""
-    size = (height_width[1], height_width[0])
-    return np.array(PIL.Image.fromarray(np.ascontiguousarray(rgb_YXC)).resize(size, PIL.Image.Resampling.BICUBIC, reducing_gap=2))
-
-
-def _nearest(label_YX: np.ndarray, height_width: tuple[int, int]) -> np.ndarray:
-    """The label at another size; classes are never mixed."""
-    rows, columns = (np.arange(new) * old // new for new, old in zip(height_width, label_YX.shape, strict=True))
-    return np.asarray(label_YX[np.ix_(rows, columns)])
 
 
 def _with_classes(rgb: np.ndarray, label_YX: np.ndarray, colours: tuple[tuple[int, int, int] | None, ...]) -> np.ndarray:

@@ -38,7 +38,9 @@ def _number(value: float | None) -> str:
     if size >= 1000:
         return f"{value:,.0f}"
     # Micrographs have voxels of millionths of a millimetre.
-    return f"{value:.2e}" if 0 < size < 0.001 else f"{value:.3f}" if size < 10 else f"{value:.1f}"
+    if 0 < size < 0.001:
+        return f"{value:.2e}"
+    return f"{value:.3g}" if 0 < size < 0.1 else f"{value:.3f}" if size < 10 else f"{value:.1f}"
 
 
 def _words(name: str, unit: str = "") -> str:

@@ -26,7 +26,7 @@ FEW_CASES = 10
 MOST_SCORED, MOST_NAMED, MOST_FINDINGS = 150, 400, 60
 SEVERITIES = ("error", "warning", "note")
 RANGES = frozenset({"scale", "gamma"})
-EXTENTS = frozenset({"patch_vox", "spacing_mm", "elastic_spacing", "elastic_sd"})
+EXTENTS = frozenset({"patch_vox", "spacing_mm", "assumed_spacing_mm", "elastic_spacing", "elastic_sd"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +141,10 @@ def lead(run: Run) -> str:
     """What was trained on what, and how well it did, in one or two sentences."""
     train, validation = len(run.data["train"]), len(run.data["validation"])
     task = f"find {_sentence(run.foreground)}" if run.legend.background is not None else f"tell apart {_sentence(run.foreground)}"
-    told = f"A {run.plan.dims}D {run.plan.network.name} learned to {task} from {_cases(train)} of “{run.dataset_name}”."
+    network, source = f"{run.plan.dims}D {run.plan.network.name}", f"{_cases(train)} of “{run.dataset_name}”"
+    told = f"A {network} learned to {task} from {source}."
+    if run.history.end is None:
+        told = f"The training of a {network} to {task} from {source} is not complete."
     if not validation:
         return f"{told} Every labelled case trained (fold: {run.plan.fold}), so there is no score."
     if run.metrics is None:
@@ -162,12 +165,16 @@ def cautions(run: Run) -> list[str]:
     if not run.data["validation"]:
         return ["Nothing was kept back to validate with: look at predictions of images with known labels before you rely on this model."]
     found = [
-        "This is a validation score, not a test: the weights that were kept are those that did best on these same cases, so expect "
+        "A validation score is not a test: the weights that are kept are those that did best on these same cases, so expect "
         "somewhat less on new images. Score labelled images that this run never saw (microtome evaluate) before you rely on it."
     ]
     scored = len(run.data["validation"]) if run.metrics is None else run.metrics["summary"]["dice"]["cases"]
+    if scored == 1:
+        found.append("One case cannot show how much cases differ.")
     if 1 < scored < FEW_CASES:
         found.append(f"The interval comes from {scored} cases only; from fewer than {FEW_CASES} it tends to be too narrow.")
+    if run.legend.ignored:
+        found.append("Only what is annotated is scored; nothing is known of how well the rest is predicted.")
     if _stacks(run.data["train"]) & _stacks(run.data["validation"]):
         found.append(
             "Training and validation are parts of the same image, and resemble each other more than another specimen will resemble them."
@@ -226,7 +233,7 @@ def format_setting(name: str, value: object) -> str:
             return " to ".join(format_setting("", each) for each in value)
         nested = any(isinstance(each, tuple | list) for each in value)
         return ("×" if name in EXTENTS else ", ").join("×".join(map(str, each)) if nested else format_setting("", each) for each in value)
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _gallery(run: Run, dataset: Dataset | None) -> Gallery:
@@ -249,14 +256,10 @@ def _gallery_title(run: Run, gallery: Gallery) -> str:
     """What the pictures are of."""
     shown, total = len(gallery.exhibits), len(run.data["validation"])
     if run.metrics is None:
-        return f"{_cases(shown, 'validation')}, not scored yet".capitalize()
-    if shown < min(total, WORST + BEST):
-        return f"{shown} of {_cases(total, 'validation')}, worst first".capitalize()
-    return (
-        f"The {WORST} worst and the {BEST} best of {total} validation cases"
-        if total > shown
-        else f"All {_cases(total, 'validation')}, worst first"
-    )
+        return f"{_cases(shown, 'validation')}, not scored yet"
+    if shown == WORST + BEST < total:
+        return f"The {WORST} worst and the {BEST} best of {total} validation cases"
+    return "The only validation case" if total == 1 else f"{shown} of {total} validation cases, worst first"
 
 
 def _shown(exhibit: Exhibit, run: Run) -> tuple[Exhibit, list[tuple[str, str, str]]]:

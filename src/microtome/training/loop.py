@@ -106,7 +106,8 @@ def train_steps(state: TrainState, cases: Sequence[StoredCase], plan: Plan, devi
 
 def learning_rate(step: int, steps: int, plan: Plan) -> float:
     """Rises from 0 over `plan.warmup` steps, then falls as a half cosine to 0 at the end."""
-    warmup = min(plan.warmup, steps // 4)
+    # Of the planned steps: a schedule that is fitted anew must not move the rate back and forth.
+    warmup = min(plan.warmup, plan.steps // 4)
     if step < warmup:
         return plan.optimiser.learning_rate * (step + 1) / (warmup + 1)
     share = min(1.0, (step - warmup) / max(1, steps - warmup))

@@ -185,12 +185,13 @@ class _Session:
         """Predict all validation cases with the best weights, score them, write the report, remove what only training needed."""
         if self.split.validation:
             rows, unknown = self._predict_validation(load(self.folder, device=self.device.type))
-            write_json(self.folder / "metrics.json", summarise(rows, self.dataset.legend, in_voxels=unknown))
+            if rows:
+                write_json(self.folder / "metrics.json", summarise(rows, self.dataset.legend, in_voxels=unknown))
         progress = self.state.progress
         reason = "the minutes are over" if self.plan.minutes else "all steps are done"
         share = round(self.clock.network_seconds / max(1e-9, time.perf_counter() - self.started), 4)
         self.log({"event": "end", "step": progress.step, "reason": reason, "network_share": share})
-        build_report(self.folder)
+        build_report(self.folder, dataset=self.dataset)
         shutil.rmtree(self.folder / "cache", ignore_errors=True)
 
     def log(self, event: Event) -> None:

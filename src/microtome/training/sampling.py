@@ -141,15 +141,19 @@ def _draw_class_voxel(rng: np.random.Generator, cases: Sequence[StoredCase]) -> 
 
 
 def _place(rng: np.random.Generator, voxel: np.ndarray, shape_vox: Shape, patch_vox: Shape, *, free: bool) -> np.ndarray:
-    """The middle of a patch that holds `voxel` (or lies anywhere, if `free`), inside of the image where it fits."""
+    """The middle of a patch that holds `voxel` (or lies anywhere, if `free`), inside of the image where it fits.
+
+    The patch begins at a whole voxel: between voxels, interpolation would blur even a patch that is not bent.
+    """
     centre = np.empty(len(shape_vox))
     for axis, (size, patch) in enumerate(zip(shape_vox, patch_vox, strict=True)):
-        low, high = (patch - 1) / 2, size - 1 - (patch - 1) / 2
-        if low >= high:
-            centre[axis] = (size - 1) / 2
+        room = size - patch
+        if room <= 0:
+            corner = room // 2
         elif free:
-            centre[axis] = rng.uniform(low, high)
+            corner = int(rng.integers(room + 1))
         else:
             # A drawn voxel is seen off-centre too, or the network learns that the middle is special.
-            centre[axis] = np.clip(voxel[axis] + rng.uniform(-patch / 4, patch / 4), low, high)
+            corner = int(np.clip(round(voxel[axis] - (patch - 1) / 2 + rng.uniform(-patch / 4, patch / 4)), 0, room))
+        centre[axis] = corner + (patch - 1) / 2
     return centre

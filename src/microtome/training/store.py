@@ -1,5 +1,6 @@
 """Cases brought to the plan's grid and grey values once, kept as memory-mapped arrays on disk."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,9 +64,10 @@ def store_cases(dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Pat
     Runs on all cores, one case a thread; each file appears only when complete.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    stems = [folder / f"{number:05d}-{_key(case, plan)}" for number, case in enumerate(cases)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda pair: _store(dataset, pair[1], plan, folder / f"{pair[0]:05d}"), enumerate(cases)))
-    stored = [_open(case, folder / f"{number:05d}", plan.seed) for number, case in enumerate(cases)]
+        list(pool.map(lambda case, stem: _store(dataset, case, plan, stem), cases, stems))
+    stored = [_open(case, stem, [plan.seed, number]) for number, (case, stem) in enumerate(zip(cases, stems, strict=True))]
     return [case for case in stored if case.class_voxels]
 
 
@@ -75,6 +77,12 @@ def prepare(dataset: Dataset, case: Case, plan: Plan) -> tuple[np.ndarray, np.nd
     shape = grid_shape(image.shape_vox, image.spacing_mm, plan)
     array = resample(normalise(image.array, plan.normalisation), shape)
     return array, resample_labels(dataset.read_label(case), shape)
+
+
+def _key(case: Case, plan: Plan) -> str:
+    """What the stored arrays depend on, in a file's name: after a change of the plan they are not taken for the new ones."""
+    settings = f"{case.name} {plan.dims} {plan.spacing_mm} {plan.normalisation}"
+    return hashlib.blake2b(settings.encode(), digest_size=4).hexdigest()
 
 
 def _store(dataset: Dataset, case: Case, plan: Plan, stem: Path) -> None:
@@ -87,12 +95,11 @@ def _store(dataset: Dataset, case: Case, plan: Plan, stem: Path) -> None:
             np.save(file, array, allow_pickle=False)
 
 
-def _open(case: Case, stem: Path, seed: int) -> StoredCase:
+def _open(case: Case, stem: Path, seed: Sequence[int]) -> StoredCase:
     """Map one stored case into memory and note where its classes are."""
     image = np.load(stem.with_suffix(".image.npy"), mmap_mode="r", allow_pickle=False)
     label = np.load(stem.with_suffix(".label.npy"), mmap_mode="r", allow_pickle=False)
-    rng = np.random.default_rng([seed, int(stem.name)])
-    voxels = _class_voxels(rng, label)
+    voxels = _class_voxels(np.random.default_rng(seed), label)
     annotated = int((label >= 0).sum())
     # Parts of one stack are drawn by their size; separate images equally often, whatever their size.
     weight = float(annotated) if case.sections else 1.0

@@ -1,0 +1,65 @@
+"""Small plans and stored cases for the tests of training."""
+
+from typing import Any
+
+import numpy as np
+
+from microtome.config import AugmentConfig, NetworkConfig, Plan
+from microtome.training.store import StoredCase
+
+# No change is ever drawn.
+NOTHING = AugmentConfig(rotation_p=0, scale_p=0, elastic_p=0, intensity_p=0)
+SPICED_2D = AugmentConfig(flip_axes=(0, 1), rotation_deg=(180.0,), elastic_spacing=(8.0, 8.0), elastic_sd=(1.0, 1.0))
+TINY_2D = NetworkConfig(widths=(4, 8, 8), strides=((1, 1), (2, 2), (2, 2)), kernels=((3, 3),) * 3, supervised_levels=2)
+TINY_3D = NetworkConfig(widths=(4, 8), strides=((1, 1, 1), (2, 2, 2)), kernels=((3, 3, 3),) * 2)
+
+
+def small_plan(**changes: Any) -> Plan:
+    """A plan that trains in a second: pictures of 32 x 32 with a network of three levels."""
+    values: dict[str, Any] = {
+        "dims": 2,
+        "channels": 1,
+        "classes": ("background", "cell"),
+        "spacing_mm": (1.0, 1.0),
+        "network": TINY_2D,
+        "patch_vox": (32, 32),
+        "batch": 2,
+        "augment": SPICED_2D,
+        "steps": 6,
+        "warmup": 2,
+        "validations": 2,
+        "seed": 3,
+    }
+    return Plan(**{**values, **changes})
+
+
+def small_plan_3d(**changes: Any) -> Plan:
+    """The same for volumes, with patches of 16 x 16 x 16."""
+    values: dict[str, Any] = {
+        "dims": 3,
+        "classes": ("background", "tubule"),
+        "spacing_mm": (0.00204, 0.00176, 0.00176),
+        "network": TINY_3D,
+        "patch_vox": (16, 16, 16),
+        "augment": AugmentConfig(flip_axes=(0, 1, 2), rotation_deg=(180.0, 30.0, 30.0)),
+    }
+    return small_plan(**{**values, **changes})
+
+
+def stored_case(label: np.ndarray, image: np.ndarray | None = None, *, name: str = "case", weight: float = 1.0) -> StoredCase:
+    """A case as `store_cases` opens it, from arrays; the image is made up where none is given."""
+    label = np.asarray(label, np.int16)
+    if image is None:
+        image = np.random.default_rng(0).normal(size=(1, *label.shape)).astype(np.float32)
+    voxels = {int(k): np.argwhere(label == k) for k in np.unique(label[label >= 0])}
+    return StoredCase(name, image, label, voxels, bool((label >= 0).all()), weight)
+
+
+def squares(seed: int = 0, size: int = 48) -> StoredCase:
+    """A picture with a bright square on a dark ground, which a network learns in a few steps."""
+    rng = np.random.default_rng(seed)
+    label = np.zeros((size, size), np.int16)
+    y, x = rng.integers(0, size // 2, 2)
+    label[y : y + size // 2, x : x + size // 2] = 1
+    image = (2.0 * label - 1 + 0.3 * rng.normal(size=label.shape)).astype(np.float32)
+    return stored_case(label, image[None], name=f"square {seed}")
