@@ -1,8 +1,11 @@
 """Small plans and stored cases for the tests of training."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 from microtome.config import AugmentConfig, NetworkConfig, Plan
 from microtome.training.store import StoredCase
@@ -12,6 +15,15 @@ NOTHING = AugmentConfig(rotation_p=0, scale_p=0, elastic_p=0, intensity_p=0)
 SPICED_2D = AugmentConfig(flip_axes=(0, 1), rotation_deg=(180.0,), elastic_spacing=(8.0, 8.0), elastic_sd=(1.0, 1.0))
 TINY_2D = NetworkConfig(widths=(4, 8, 8), strides=((1, 1), (2, 2), (2, 2)), kernels=((3, 3),) * 3, supervised_levels=2)
 TINY_3D = NetworkConfig(widths=(4, 8), strides=((1, 1, 1), (2, 2, 2)), kernels=((3, 3, 3),) * 2)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Torch on one thread, in the test files that import this: small tensors are slower on two, and sums depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def small_plan(**changes: Any) -> Plan:

@@ -205,7 +205,7 @@ def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="none.yaml: expected a readable file, got No such file"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: expected a readable file, got No such file"):
         load_yaml(tmp_path / "none.yaml")
     with pytest.raises(ConfigError, match="expected a readable file, got Is a directory"):
         load_yaml(tmp_path)

@@ -58,10 +58,8 @@ def test_a_disk_that_is_full_leaves_the_folder_as_it_was_and_is_named(target: Pa
 
 
 def test_a_folder_that_cannot_be_flushed_holds_the_new_file_whole(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def second_fails(handle: int, calls: Iterator[Callable[..., None]] = iter([lambda handle: None, full_disk])) -> None:
-        next(calls)(handle)
-
-    monkeypatch.setattr(os, "fsync", second_fails)
+    outcomes: Iterator[Callable[..., None]] = iter([lambda handle: None, full_disk])
+    monkeypatch.setattr(os, "fsync", lambda handle: next(outcomes)(handle))
     with pytest.raises(RunError):
         write_text(target, "new")
     assert state(target) == {target.name: "new"}
@@ -131,7 +129,7 @@ def test_missing_folders_are_made(tmp_path: Path) -> None:
 
 def test_a_folder_that_is_a_file_is_a_run_error_that_names_the_target(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("a file")
-    with pytest.raises(RunError, match="a/b.txt: expected a folder that can be written, got "):
+    with pytest.raises(RunError, match=r"a/b\.txt: expected a folder that can be written, got "):
         write_text(tmp_path / "a" / "b.txt", "new")
     assert (tmp_path / "a").read_text() == "a file"
 

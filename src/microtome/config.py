@@ -87,6 +87,9 @@ class Plan(Config):
     channels: int = Field(gt=0, description="channels of the images")
     classes: tuple[str, ...] = Field(description="names of the classes, in the order of the network's outputs", min_length=2)
     spacing_mm: tuple[float, ...] = Field(description="every image is resampled to this voxel size along S of the images (not of dims)")
+    stated_spacing_mm: tuple[float, ...] = Field(
+        (), description="voxel size of every image along S, whatever its file says; empty: the file's"
+    )
     assumed_spacing_mm: tuple[float, ...] = Field((), description="voxel size of images that do not state theirs, along S; empty: 1")
     normalisation: NormalisationConfig = NormalisationConfig()
     network: NetworkConfig = NetworkConfig()
@@ -176,8 +179,9 @@ def dump_yaml(config: Config) -> str:
 
 
 def _config_error(kind: type[Config], error: ValidationError, where: str | Path) -> ConfigError:
-    """The first fault of a failed validation in one line."""
-    fault = error.errors()[0]
+    """The first fault of a failed validation in one line; an unknown name first, as it may be why another is missing."""
+    faults = error.errors()
+    fault = next((fault for fault in faults if fault["type"] == "extra_forbidden"), faults[0])
     place = ".".join(str(part) for part in fault["loc"])
     reason = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":

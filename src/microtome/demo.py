@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from microtome.data.dataset import open_dataset
-from microtome.data.synthetic import DemoData, write_demo_data
+from microtome.data.synthetic import DemoConfig, DemoData, write_demo_data
 from microtome.errors import ConfigError
 from microtome.evaluation.evaluate import evaluate
 from microtome.evaluation.pages import scores_html
@@ -18,8 +18,14 @@ from microtome.training.run import train
 SHARE_3D, SHARE_2D = 0.55, 0.35
 
 
-def run_demo(out: Path, minutes: float, terminal: Terminal) -> None:
+def run_demo(out: Path, minutes: float, terminal: Terminal, config: DemoConfig | None = None) -> None:
     """Make the data, train on it, predict what no one annotated, score it against the truth, say where the reports are.
+
+    Args:
+        out: folder for data, runs, predictions and scores.
+        minutes: wall time of the two trainings, about.
+        terminal: says what is going on.
+        config: how much data; None: as much as two cores learn from in minutes.
 
     Raises:
         ConfigError: `out` is not empty.
@@ -27,7 +33,7 @@ def run_demo(out: Path, minutes: float, terminal: Terminal) -> None:
     if out.exists() and any(out.iterdir()):
         raise ConfigError(out, expected="a new or empty folder", got="one with files in it", do="remove it or give another --out")
     terminal.say("making two volumes of tubules annotated in 8 sections each, one unseen volume, and pictures of cells ...")
-    data = write_demo_data(out / "data")
+    data = write_demo_data(out / "data", config)
     terminal.say("\n3D: a network that learns from a few annotated sections")
     _train(data.tubules, out / "runs" / "tubules", minutes * SHARE_3D, terminal)
     terminal.say("\n2D: cells")

@@ -27,6 +27,7 @@ class Fingerprint:
         spacing_low_mm: 10th percentile of the spacing along S.
         spacing_varies: whether cases differ by more than 1 %.
         spacing_known: whether every file states its spacing.
+        stated_spacing_mm: what `microtome.yaml` states for all of them; empty where it does not.
         formats: what the files are ("nifti", "jpeg", ...).
         thinnest_vox: thickness of the thinnest class, 2 x area / perimeter, voxels in the plane of a section; infinite
             where no two classes touch (scribbles), so that nothing is known of it.
@@ -45,6 +46,7 @@ class Fingerprint:
     spacing_low_mm: Spacing
     spacing_varies: bool
     spacing_known: bool
+    stated_spacing_mm: Spacing = ()
     formats: frozenset[str]
     thinnest_vox: float
     section_lag: float | None
@@ -83,6 +85,7 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
         spacing_low_mm=_floats(np.percentile(spacing, 10, axis=0)),
         spacing_varies=bool((spacing.max(0) / spacing.min(0) > 1.01).any()),
         spacing_known=known,
+        stated_spacing_mm=tuple(dataset.config.spacing_mm or ()),
         formats=formats,
         thinnest_vox=float(np.median([s.thinnest for s in samples])),
         section_lag=float(np.median(lags)) if lags else None,

@@ -79,6 +79,7 @@ def draft_plan(data: Fingerprint, resources: Resources, *, network: str = "moder
         channels=data.channels,
         classes=data.classes,
         spacing_mm=spacing,
+        stated_spacing_mm=data.stated_spacing_mm,
         assumed_spacing_mm=data.spacing_mm,
         normalisation=noted("normalisation", choose_normalisation(data)),
         network=topology,

@@ -7,6 +7,7 @@ from scipy import sparse
 
 from microtome.config import NormalisationConfig, Plan
 from microtome.geometry import Shape, Spacing, resampled_shape
+from microtome.images.image import Image
 
 
 def normalise(array: np.ndarray, config: NormalisationConfig) -> np.ndarray:
@@ -31,6 +32,16 @@ def normalise(array: np.ndarray, config: NormalisationConfig) -> np.ndarray:
         if np.float32(sd) > 0:
             target /= np.float32(sd)
     return result
+
+
+def voxel_size(image: Image, plan: Plan) -> Spacing:
+    """The spacing along S that an image is taken to have: as stated for all, else its own, else as assumed for those without.
+
+    Training and prediction both ask here, or a network would see another scale than it learned from.
+    """
+    if plan.stated_spacing_mm:
+        return plan.stated_spacing_mm
+    return image.spacing_mm if image.spacing_known else plan.assumed_spacing_mm or image.spacing_mm
 
 
 def grid_shape(shape_vox: Shape, spacing_mm: Spacing, plan: Plan) -> Shape:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,7 +16,10 @@ from rich.text import Text
 from microtome.config import Plan
 from microtome.data.dataset import Dataset
 from microtome.data.quality import Inspection, case_table
-from microtome.models.registry import Entry
+
+if TYPE_CHECKING:
+    # Evaluating and inspecting need no torch, so they do not wait for it.
+    from microtome.models.registry import Entry
 
 MARKS = (("error", "red"), ("warning", "yellow"), ("note", "blue"))
 MOST_ROWS = 30
@@ -177,7 +180,7 @@ def print_scores(result: Mapping[str, Any]) -> None:
     console.print("worst: " + ", ".join(name for name in result["worst"][:5] if name in by_case), markup=False, soft_wrap=True)
 
 
-def print_networks(entries: Iterable[Entry]) -> None:
+def print_networks(entries: "Iterable[Entry]") -> None:
     """A line for each network."""
     console = _page()
     rows = [(e.name, "/".join(f"{d}D" for d in e.dims), str(e.year), f"{e.title} ({e.authors}; {e.reference})") for e in entries]

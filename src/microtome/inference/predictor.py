@@ -14,8 +14,9 @@ from microtome.errors import DataError
 from microtome.files import write_json
 from microtome.images.files import label_suffix, read_image, write_labels
 from microtome.images.image import Image
-from microtome.inference.engines import TorchEngine, pick_device, recycle_memory, to_device
+from microtome.inference.engines import TorchEngine, pick_device, processor_has_bf16, recycle_memory, to_device
 from microtome.inference.predict import predict_labels
+from microtome.preprocess import voxel_size
 
 LISTING = "predictions.json"
 # What `label_suffix` may give.
@@ -36,7 +37,9 @@ class Predictor:
         self.bundle, self.device = bundle, pick_device(device)
         self.network = to_device(bundle.network(), self.device, bundle.plan.dims)
         axes = bundle.plan.augment.flip_axes if tta else ()
-        self.engine = TorchEngine(network=self.network, device=self.device, precision=bundle.plan.precision, mirror_axes=axes)
+        # A model from a newer machine: its bf16 would be emulated here.
+        precision = bundle.plan.precision if processor_has_bf16(self.device) else "fp32"
+        self.engine = TorchEngine(network=self.network, device=self.device, precision=precision, mirror_axes=axes)
 
     def __call__(self, image: Image | Path | str) -> np.ndarray:
         """The class of each voxel, (*S) int16, counted as in `bundle.legend.names`.
@@ -49,8 +52,7 @@ class Predictor:
         plan = self.bundle.plan
         image = fit_channels(image, plan.channels)
         self._check(image)
-        spacing_mm = image.spacing_mm if image.spacing_known else plan.assumed_spacing_mm or image.spacing_mm
-        return predict_labels(image.array, spacing_mm, plan=plan, network=self.network, engine=self.engine)  # type: ignore[arg-type]
+        return predict_labels(image.array, voxel_size(image, plan), plan=plan, network=self.network, engine=self.engine)  # type: ignore[arg-type]
 
     def _check(self, image: Image) -> None:
         """Refuse an image of another kind than the training images."""

@@ -72,7 +72,7 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
     """
     tensors = {f"network/{name}": t for name, t in state.network.state_dict().items()}
     tensors |= {f"average/{name}": t for name, t in state.average.state_dict().items()}
-    document = {"progress": asdict(state.progress)}
+    document = {"progress": asdict(state.progress), "optimiser": type(state.optimiser).__name__}
     for number, values in state.optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser/{number}/{name}": t for name, t in values.items() if isinstance(t, Tensor)}
     flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
@@ -100,6 +100,9 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
         state.network.load_state_dict(_part(tensors, "network/"))
         state.average.load_state_dict(_part(tensors, "average/"))
         state.progress = Progress(**document["progress"])
+        if document["optimiser"] != type(state.optimiser).__name__:
+            # Its moments mean something else to another optimiser, which would start without any in silence.
+            raise KeyError(document["optimiser"])
     except (RuntimeError, KeyError, TypeError) as error:
         line = str(error).splitlines()[0]
         raise DataError(path, expected="a checkpoint of this plan", got=line, do="use the plan.yaml of the run") from None

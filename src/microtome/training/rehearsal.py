@@ -20,9 +20,9 @@ from microtome.training.losses import segmentation_loss
 # Share of a run's minutes for steps; the rest is reading, validation, the final prediction and the report.
 SHARE_OF_STEPS = 0.92
 # With fewer steps than this a network has not seen enough; batches are made smaller first.
-FEWEST_STEPS = 600
-# Fewer patches than this are no batch: their statistics are those of one image.
-SMALLEST_BATCH = 2
+FEWEST_STEPS = 500
+# Fewer patches than this are no batch: the statistics of batch norm would be those of one image.
+SMALLEST_BATCH = 4
 # Timing goes on no longer than this, after every precision has been timed once.
 MOST_SECONDS = 6.0
 

@@ -30,6 +30,7 @@ from microtome.inference.engines import TorchEngine, pick_device, recycle_memory
 from microtome.inference.predict import predict_labels
 from microtome.inference.predictor import Predictor, list_prediction, load, safe_name
 from microtome.models.registry import build
+from microtome.preprocess import voxel_size
 from microtome.training.checkpoint import TrainState, load_checkpoint, new_state, save_checkpoint
 from microtome.training.loop import Event, Hooks, train_steps
 from microtome.training.store import store_cases
@@ -236,7 +237,7 @@ class _Session:
         began, table = time.perf_counter(), []
         for case in chosen:
             image, truth = self.dataset.read_image(case), self.dataset.read_label(case)
-            labels = predict_labels(image.array, image.spacing_mm, plan=self.plan, network=state.average, engine=engine)  # type: ignore[arg-type]
+            labels = predict_labels(image.array, voxel_size(image, self.plan), plan=self.plan, network=state.average, engine=engine)  # type: ignore[arg-type]
             annotated = truth >= 0
             table.append([dice((truth == k) & annotated, (labels == k) & annotated) for k in range(len(self.plan.classes))])
         self.case_seconds = (time.perf_counter() - began) / len(chosen)

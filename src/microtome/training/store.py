@@ -14,7 +14,7 @@ from microtome.config import Plan
 from microtome.data.dataset import Case, Dataset
 from microtome.files import atomic_path
 from microtome.geometry import Shape
-from microtome.preprocess import grid_shape, normalise, resample, resample_labels
+from microtome.preprocess import grid_shape, normalise, resample, resample_labels, voxel_size
 
 # Enough to draw from for thousands of steps; more only costs memory.
 VOXELS_A_CLASS = 2000
@@ -74,7 +74,7 @@ def store_cases(dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Pat
 def prepare(dataset: Dataset, case: Case, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """Image (C, *S) float32 and label (*S) int16 of a case on the plan's grid."""
     image = dataset.read_image(case)
-    shape = grid_shape(image.shape_vox, image.spacing_mm, plan)
+    shape = grid_shape(image.shape_vox, voxel_size(image, plan), plan)
     array = resample(normalise(image.array, plan.normalisation), shape)
     return array, resample_labels(dataset.read_label(case), shape)
 

@@ -1,0 +1,208 @@
+"""Checkpoints: everything comes back bit for bit; what is damaged or of another network is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from microtome.config import NetworkConfig, OptimiserConfig, Plan
+from microtome.errors import DataError, RunError
+from microtome.inference.engines import to_device
+from microtome.models.registry import build
+from microtome.training import checkpoint
+from microtome.training.checkpoint import Progress, TrainState, load_checkpoint, new_state, save_checkpoint
+from microtome.training.loop import update_average
+from microtome.training.losses import segmentation_loss
+from tests.small import TINY_3D, one_thread, small_plan, small_plan_3d
+
+__all__ = ["one_thread"]
+
+PLANS = {
+    "adamw, batch norm": small_plan(),
+    "sgd": small_plan(optimiser=OptimiserConfig(name="sgd", learning_rate=0.01)),
+    "sgd without momentum": small_plan(optimiser=OptimiserConfig(name="sgd", momentum=0)),
+    "3D, instance norm": small_plan_3d(network=TINY_3D.model_copy(update={"norm": "instance"})),
+    "dropout": small_plan(network=NetworkConfig(name="unet", widths=(4, 8)), patch_vox=(32, 32)),
+}
+
+
+def fresh(plan: Plan, seed: int = 0) -> TrainState:
+    torch.manual_seed(seed)
+    network = build(plan.network.name, dims=plan.dims, in_channels=plan.channels, classes=len(plan.classes), config=plan.network)
+    return new_state(to_device(network, torch.device("cpu"), plan.dims), plan)
+
+
+def stepped(plan: Plan, steps: int = 3) -> TrainState:
+    """A state after a few real steps."""
+    state = fresh(plan)
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        image = torch.randn(2, plan.channels, *plan.patch_vox, generator=generator)
+        outputs = state.network(image)
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        label = torch.randint(2, (2, *outputs[0].shape[2:]), generator=generator)
+        segmentation_loss(outputs, label).backward()
+        state.optimiser.step()
+        state.optimiser.zero_grad()
+        update_average(state, plan)
+        state.progress.step += 1
+    return state
+
+
+def contents(state: TrainState) -> dict[str, Tensor]:
+    """Every tensor of a state by name."""
+    found = {f"network/{name}": t for name, t in state.network.state_dict().items()}
+    found |= {f"average/{name}": t for name, t in state.average.state_dict().items()}
+    for number, values in state.optimiser.state_dict()["state"].items():
+        found |= {f"optimiser/{number}/{name}": t for name, t in values.items() if isinstance(t, Tensor)}
+    return {name: t.detach().clone() for name, t in found.items()}
+
+
+def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert tensor.dtype == b[name].dtype, name
+        assert torch.equal(tensor, b[name]), name
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_everything_comes_back_bit_for_bit(name: str, tmp_path: Path) -> None:
+    state = stepped(PLANS[name])
+    state.progress = Progress(step=3, steps=17, best=0.1 + 0.2, best_step=2, validations=1, next_validation=9, seconds=1.5)
+    save_checkpoint(tmp_path / "last.safetensors", state)
+    other = fresh(PLANS[name], seed=1)
+    load_checkpoint(tmp_path / "last.safetensors", other)
+    assert_same(contents(state), contents(other))
+    assert other.progress == state.progress
+    # The moments are there, not only empty dictionaries that agree.
+    assert any(key.startswith("optimiser/") for key in contents(other)) == (name != "sgd without momentum")
+    assert any("running_mean" in key for key in contents(other)) == (name in ("adamw, batch norm", "sgd", "sgd without momentum"))
+
+
+def test_average_and_network_are_kept_apart(tmp_path: Path) -> None:
+    state = stepped(PLANS["adamw, batch norm"].model_copy(update={"optimiser": OptimiserConfig(averaging=0.9)}))
+    tensors = contents(state)
+    name = "heads.0.weight"
+    assert not torch.equal(tensors[f"network/{name}"], tensors[f"average/{name}"])
+    assert not state.average.training
+    assert not any(p.requires_grad for p in state.average.parameters())
+    assert all(p.requires_grad for p in state.network.parameters())
+
+
+def test_a_state_before_its_first_step_comes_back(tmp_path: Path) -> None:
+    state, other = fresh(PLANS["sgd"]), fresh(PLANS["sgd"], seed=1)
+    save_checkpoint(tmp_path / "last.safetensors", state)
+    load_checkpoint(tmp_path / "last.safetensors", other)
+    assert_same(contents(state), contents(other))
+    assert other.progress == Progress(steps=6, next_validation=3)
+
+
+@given(
+    progress=st.builds(
+        Progress,
+        step=st.integers(0, 10**9),
+        steps=st.integers(0, 10**9),
+        best=st.none() | st.floats(0, 1),
+        best_step=st.integers(0, 10**9),
+        validations=st.integers(0, 1000),
+        next_validation=st.integers(0, 10**9),
+        seconds=st.floats(0, 1e9),
+    )
+)
+@settings(max_examples=10, deadline=None)
+def test_any_progress_comes_back(progress: Progress, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.mktemp("progress") / "last.safetensors"
+    state, other = fresh(PLANS["dropout"]), fresh(PLANS["dropout"])
+    state.progress = progress
+    save_checkpoint(path, state)
+    load_checkpoint(path, other)
+    assert dataclasses.asdict(other.progress) == dataclasses.asdict(progress)
+
+
+def test_weights_and_only_weights_decay() -> None:
+    state = fresh(small_plan(optimiser=OptimiserConfig(weight_decay=0.3)))
+    decayed, kept = state.optimiser.param_groups
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.3, 0)
+    assert all(p.dim() > 1 for p in decayed["params"])
+    assert all(p.dim() == 1 for p in kept["params"])
+    assert len(decayed["params"]) + len(kept["params"]) == len(list(state.network.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "expected"),
+    [
+        ({"name": "adamw", "momentum": 0.8}, torch.optim.AdamW, {"betas": (0.8, 0.999)}),
+        ({"name": "sgd", "momentum": 0.9}, torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+        ({"name": "sgd", "momentum": 0.0}, torch.optim.SGD, {"momentum": 0.0, "nesterov": False}),
+    ],
+)
+def test_the_optimiser_is_the_plan_s(settings: dict[str, object], kind: type, expected: dict[str, object]) -> None:
+    optimiser = fresh(small_plan(optimiser=OptimiserConfig.model_validate(settings))).optimiser
+    assert isinstance(optimiser, kind)
+    assert {name: optimiser.param_groups[0][name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("steps", "validations", "first"), [(6, 2, 3), (7, 2, 4), (3, 5, 1), (100, 1, 100)])
+def test_the_first_validation_comes_after_its_share_of_the_steps(steps: int, validations: int, first: int) -> None:
+    assert fresh(small_plan(steps=steps, validations=validations)).progress.next_validation == first
+
+
+@pytest.mark.parametrize("content", [b"", b"not safetensors at all", b'\x10\0\0\0\0\0\0\0{"a":'])
+def test_a_damaged_file_is_refused_by_name(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"last\.safetensors: expected a checkpoint"):
+        load_checkpoint(path, fresh(PLANS["sgd"]))
+
+
+def test_half_of_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    save_checkpoint(path, stepped(PLANS["sgd"], 1))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DataError, match="expected a checkpoint"):
+        load_checkpoint(path, fresh(PLANS["sgd"]))
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="expected a checkpoint"):
+        load_checkpoint(tmp_path / "last.safetensors", fresh(PLANS["sgd"]))
+
+
+def test_a_checkpoint_of_another_network_or_optimiser_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "last.safetensors"
+    save_checkpoint(path, stepped(PLANS["adamw, batch norm"]))
+    for other in ("dropout", "3D, instance norm"):
+        with pytest.raises(DataError, match=r"a checkpoint of this plan.*plan\.yaml"):
+            load_checkpoint(path, fresh(PLANS[other]))
+    with pytest.raises(DataError, match=r"a checkpoint of this plan.*plan\.yaml"):
+        load_checkpoint(path, fresh(PLANS["sgd"]))
+
+
+def test_a_model_file_is_no_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_file({"a": torch.zeros(3)}, path)
+    with pytest.raises(DataError, match="a checkpoint of this plan"):
+        load_checkpoint(path, fresh(PLANS["sgd"]))
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "last.safetensors"
+    state = stepped(PLANS["sgd"], 1)
+    save_checkpoint(path, state)
+    before = contents(state)
+
+    def full(tensors: object, part: Path, metadata: object) -> None:
+        part.write_bytes(b"half")
+        raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(RunError, match=r"last\.safetensors.*No space left on device"):
+        save_checkpoint(path, stepped(PLANS["sgd"], 2))
+    assert list(tmp_path.iterdir()) == [path]
+    other = fresh(PLANS["sgd"], seed=5)
+    load_checkpoint(path, other)
+    assert_same(before, contents(other))

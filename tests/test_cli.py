@@ -1,0 +1,235 @@
+"""The words that a user types, from one end of the road to the other, in the process and as a command."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import PIL.Image
+import pytest
+import yaml
+
+from microtome import cli
+from microtome.config import dump_yaml
+from microtome.data.synthetic import DemoConfig, DemoData, cells, write_demo_data
+from microtome.demo import run_demo
+from microtome.terminal import Terminal
+from tests.small import TINY_2D, TINY_3D, small_plan
+
+SMALL = DemoConfig(volume_vox=(24, 40, 40), picture_vox=(64, 64), pictures=6)
+MICROTOME = Path(sys.executable).with_name("microtome")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    """Call the entry point with these words; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["microtome", *map(str, words)])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    return int(left.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def demo_data(tmp_path_factory: pytest.TempPathFactory) -> DemoData:
+    """The demo's data, in small."""
+    return write_demo_data(tmp_path_factory.mktemp("data"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def trained(demo_data: DemoData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a few steps on the cells, by the command line."""
+    folder = tmp_path_factory.mktemp("runs")
+    plan = small_plan(classes=("background", "foreground"), network=TINY_2D, steps=6)
+    (folder / "plan.yaml").write_text(dump_yaml(plan), encoding="utf-8")
+    patch = pytest.MonkeyPatch()
+    try:
+        assert run(patch, "train", demo_data.cells, "--out", folder / "run", "--plan", folder / "plan.yaml") == 0
+    finally:
+        patch.undo()
+    return folder / "run"
+
+
+def test_help_of_the_program_and_of_each_command_imports_neither_torch_nor_numpy() -> None:
+    code = """
+import sys
+from microtome import cli
+sys.argv = ["microtome", *sys.argv[1:]]
+try:
+    cli.main()
+except SystemExit as left:
+    assert not left.code, left.code
+assert not {"torch", "numpy", "scipy"} & set(sys.modules)
+"""
+    for words in ([], ["demo"], ["inspect"], ["plan"], ["train"], ["predict"], ["evaluate"], ["report"], ["networks"]):
+        done = subprocess.run([sys.executable, "-c", code, *words, "--help"], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "--help" in done.stdout
+
+
+def test_a_run_folder_holds_what_the_readme_says(trained: Path) -> None:
+    expected = {
+        "report.html",
+        "plan.yaml",
+        "model",
+        "metrics.json",
+        "validation",
+        "dataset.json",
+        "log.jsonl",
+        "environment.json",
+        "checkpoints",
+    }
+    assert expected == {path.name for path in trained.iterdir()}
+    assert json.loads((trained / "environment.json").read_text())["command"].startswith("microtome train")
+
+
+def test_predict_then_evaluate_scores_every_picture(
+    trained: Path, demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(monkeypatch, "predict", trained, demo_data.cells_unseen, "--out", tmp_path / "p") == 0
+    written = sorted(path.name for path in (tmp_path / "p").glob("*.png"))
+    assert written == sorted(path.name for path in demo_data.cells_unseen_truth.iterdir())
+    assert set(np.unique(np.asarray(PIL.Image.open(tmp_path / "p" / written[0])))) <= {0, 255}
+    words = ("evaluate", tmp_path / "p", demo_data.cells_unseen_truth, "--json", tmp_path / "s.json", "--html", tmp_path / "s.html")
+    with pytest.warns(UserWarning, match="no voxel size"):
+        assert run(monkeypatch, *words) == 0
+    scores = json.loads((tmp_path / "s.json").read_text())
+    assert {row["case"] for row in scores["cases"]} == {name.removesuffix(".png") for name in written}
+    assert 0 <= scores["summary"]["dice"]["mean"] <= 1
+    assert "</html>" in (tmp_path / "s.html").read_text()
+
+
+def test_a_missing_prediction_is_an_error_that_names_it(
+    trained: Path, demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth = tmp_path / "truth"
+    truth.mkdir()
+    for name in ("a", "b"):
+        PIL.Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(truth / f"{name}.png")
+    (tmp_path / "predictions").mkdir()
+    PIL.Image.fromarray(np.eye(8, dtype=np.uint8) * 255).save(tmp_path / "predictions" / "a.png")
+    assert run(monkeypatch, "evaluate", tmp_path / "predictions", truth) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("microtome: ")
+    assert "b" in line
+    assert line.count("\n") == 1
+
+
+def test_report_is_written_anew(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = (trained / "report.html").read_text()
+    (trained / "report.html").unlink()
+    assert run(monkeypatch, "report", trained) == 0
+    assert (trained / "report.html").read_text() == before
+
+
+def test_train_refuses_a_folder_that_holds_a_run(
+    trained: Path, demo_data: DemoData, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "train", demo_data.cells, "--out", trained, "--steps", 1) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+def test_resume_goes_on_where_a_longer_plan_says(
+    trained: Path, demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    assert run(monkeypatch, "train", demo_data.cells, "--out", tmp_path / "run", "--resume", "--steps", 8) == 0
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if '"step",' in line]
+    assert steps == list(range(1, 9))
+    assert yaml.safe_load((tmp_path / "run" / "plan.yaml").read_text())["steps"] == 8
+
+
+def test_plan_is_printed_with_reasons_and_can_be_edited_and_given_back(
+    demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "plan.yaml"
+    assert run(monkeypatch, "plan", demo_data.tubules, "--minutes", 0.2, "--out", out) == 0
+    assert "volumes" in capsys.readouterr().out
+    plan = yaml.safe_load(out.read_text())
+    assert plan["dims"] == 3
+    assert plan["reasons"]["steps"].startswith("0.2 minutes")
+    plan["stepz"] = plan.pop("steps")
+    out.write_text(yaml.safe_dump(plan))
+    assert run(monkeypatch, "train", demo_data.tubules, "--out", tmp_path / "run", "--plan", out) == 2
+    line = capsys.readouterr().err
+    assert "stepz" in line
+    assert "did you mean `steps`?" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_inspect_says_what_is_wrong_and_leaves_with_2(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two", "three"):
+        picture = cells((48, 48), seed=len(name), count=4)
+        for folder, array in (("images", picture.image), ("masks", (255 * picture.label).astype(np.uint8))):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            PIL.Image.fromarray(array).save(tmp_path / folder / f"{name}.png")
+    assert run(monkeypatch, "inspect", tmp_path, "--html", tmp_path / "page.html") == 0
+    (tmp_path / "images" / "two.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    (tmp_path / "masks" / "three.png").unlink()
+    capsys.readouterr()
+    assert run(monkeypatch, "inspect", tmp_path) == 2
+    text = capsys.readouterr().out
+    assert "two.png" in text
+    assert "three" in text
+    assert run(monkeypatch, "inspect", tmp_path, "--json") == 2
+    document = json.loads(capsys.readouterr().out)
+    assert not document["ok"]
+    assert {"unreadable", "unlabelled-images"} <= {finding["code"] for finding in document["findings"]} | {"unlabelled-images"}
+
+
+def test_what_is_not_there_is_one_line_and_with_debug_a_traceback(tmp_path: Path) -> None:
+    for words, marks in (
+        (["inspect", "nowhere"], ("microtome: nowhere: expected",)),
+        (["--debug", "inspect", "nowhere"], ("Traceback", "DataError")),
+    ):
+        done = subprocess.run([MICROTOME, *words], capture_output=True, text=True, check=False, cwd=tmp_path)
+        assert done.returncode in (1, 2)
+        assert all(mark in done.stderr for mark in marks)
+    plain = subprocess.run([MICROTOME, "inspect", "nowhere"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert plain.returncode == 2
+    assert plain.stderr.count("\n") == 1
+
+
+def test_networks_are_listed_with_their_papers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "networks") == 0
+    text = capsys.readouterr().out
+    for words in ("unet3d", "Sparse Annotation", "2015", "modern_unet"):
+        assert words in text
+    assert run(monkeypatch, "networks", "--json") == 0
+    assert {entry["name"] for entry in json.loads(capsys.readouterr().out)} >= {"unet", "unet_same", "unet3d", "modern_unet"}
+
+
+def test_a_volume_comes_back_with_the_affine_and_shape_that_it_went_in_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    affine = np.array([[0.9, 0.1, 0, 5], [-0.1, 0.9, 0.2, -3], [0, -0.2, 1.5, 8], [0, 0, 0, 1]])
+    for number in range(3):
+        label = np.zeros((18, 16, 14), np.uint8)
+        label[4:12, 5:11, 3:10] = 1
+        image = (label * 40 + rng.normal(100, 8, label.shape)).astype(np.float32)
+        for folder, array in (("images", image), ("labels", label)):
+            (tmp_path / "data" / folder).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(array, affine), tmp_path / "data" / folder / f"v{number}.nii.gz")
+    spacing = tuple(float(n) for n in np.linalg.norm(affine[:3, 2::-1], axis=0))
+    plan = small_plan(
+        dims=3, classes=("background", "foreground"), spacing_mm=spacing, network=TINY_3D, patch_vox=(12, 12, 12), augment={}, steps=2
+    )
+    (tmp_path / "plan.yaml").write_text(dump_yaml(plan), encoding="utf-8")
+    assert run(monkeypatch, "train", tmp_path / "data", "--out", tmp_path / "run", "--plan", tmp_path / "plan.yaml") == 0
+    assert run(monkeypatch, "predict", tmp_path / "run", tmp_path / "data" / "images" / "v1.nii.gz", "--out", tmp_path / "p", "--tta") == 0
+    result = nib.load(tmp_path / "p" / "v1.nii.gz")
+    assert result.shape == (18, 16, 14)
+    np.testing.assert_allclose(result.affine, affine, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_demo_goes_all_the_way_and_says_where_the_reports_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.warns(UserWarning, match="no voxel size"):
+        run_demo(tmp_path / "demo", 0.15, Terminal(), SMALL)
+    text = capsys.readouterr().err
+    assert text.count("dense IoU") == 3
+    for name in ("tubules", "cells"):
+        assert (tmp_path / "demo" / "runs" / name / "report.html").stat().st_size > 10_000
+        assert (tmp_path / "demo" / "scores" / f"{name}_unseen.html").exists()

@@ -1,0 +1,372 @@
+"""Whole runs on made data: what a run folder holds, what a kill costs, what is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from microtome.bundle import load_bundle
+from microtome.config import NetworkConfig, Plan, dump_yaml
+from microtome.data.dataset import Dataset, open_dataset
+from microtome.data.split import split_dataset
+from microtome.data.synthetic import DemoConfig, write_demo_data
+from microtome.errors import ConfigError, DataError, RunError
+from microtome.images.files import read_image
+from microtome.inference.predictor import load
+from microtome.training import run as run_module
+from microtome.training.checkpoint import load_checkpoint
+from microtome.training.rehearsal import make_plan
+from microtome.training.run import environment, read_plan, train
+from tests.folders import png, text
+from tests.small import one_thread, small_plan, small_plan_3d
+from tests.test_checkpoint import fresh
+
+__all__ = ["one_thread"]
+
+FILES = ("plan.yaml", "dataset.json", "environment.json", "log.jsonl", "metrics.json", "report.html")
+MODEL = ("model/model.safetensors", "model/model.json", "checkpoints/last.safetensors")
+
+
+class Killed(BaseException):
+    """What a kill does: nothing of ours runs after it."""
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    config = DemoConfig(picture_vox=(48, 56), volume_vox=(18, 24, 32), pictures=5)
+    return open_dataset(write_demo_data(tmp_path_factory.mktemp("data"), config).cells)
+
+
+@pytest.fixture(scope="module")
+def tubules(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    config = DemoConfig(picture_vox=(48, 56), volume_vox=(18, 24, 32), pictures=1)
+    return open_dataset(write_demo_data(tmp_path_factory.mktemp("data"), config).tubules)
+
+
+@pytest.fixture(scope="module")
+def cells_run(cells: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    return train(cells, plan_for(cells), tmp_path_factory.mktemp("runs") / "cells")
+
+
+def plan_for(dataset: Dataset, **changes: Any) -> Plan:
+    return small_plan(classes=dataset.legend.names, **changes)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(load_bundle(folder).weights)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def kill_at(step: int, event: str = "step") -> Any:
+    def on_event(seen: Mapping[str, Any]) -> None:
+        if seen["event"] == event and seen.get("step", seen.get("done")) == step:
+            raise Killed
+
+    return on_event
+
+
+# ---- what a run leaves ----
+
+
+def test_a_run_leaves_all_its_files_and_no_others(cells_run: Path, cells: Dataset) -> None:
+    split = split_dataset(cells, "1/5", 3)
+    validation = {f"validation/{case.name}.png" for case in split.validation} | {"validation/predictions.json"}
+    assert validation > {"validation/predictions.json"}
+    found = {path.relative_to(cells_run).as_posix() for path in cells_run.rglob("*") if path.is_file()}
+    assert found == {*FILES, *MODEL, *validation}
+
+
+def test_a_run_of_volumes_leaves_the_same(tubules: Dataset, tmp_path: Path) -> None:
+    folder = train(tubules, small_plan_3d(), tmp_path / "run")
+    assert all((folder / name).is_file() for name in (*FILES, *MODEL))
+    assert not (folder / "cache").exists()
+    names = json.loads((folder / "dataset.json").read_text())["validation"]
+    for name in names:
+        assert read_image(folder / "validation" / f"{name}.tif").shape_vox == (18, 24, 32)
+    rows = json.loads((folder / "metrics.json").read_text())["cases"]
+    assert {row["case"] for row in rows} == set(names)
+
+
+def test_the_log_tells_the_run_line_by_line(cells_run: Path, cells: Dataset) -> None:
+    events = lines(cells_run)
+    assert [(event["event"], event["step"]) for event in events] == [
+        *(("step", step) for step in (1, 2, 3)),
+        ("validation", 3),
+        *(("step", step) for step in (4, 5, 6)),
+        ("validation", 6),
+        ("end", 6),
+    ]
+    seconds = [event["seconds"] for event in events]
+    assert seconds == sorted(seconds)
+    assert events[0].keys() == {"event", "step", "loss", "learning_rate", "seconds", "samples_per_second"}
+    assert {"dice", "classes", "seconds"} < events[3].keys()
+    assert tuple(events[3]["classes"]) == cells.legend.names
+    assert all(value is None or 0 <= value <= 1 for value in events[3]["classes"].values())
+    assert {"reason", "network_share", "seconds"} < events[-1].keys()
+    assert 0 < events[-1]["network_share"] < 1
+
+
+def test_metrics_have_the_one_schema(cells_run: Path, cells: Dataset) -> None:
+    metrics = json.loads((cells_run / "metrics.json").read_text(encoding="utf-8"))
+    assert {"summary", "classes", "cases", "conventions", "versions"} <= metrics.keys()
+    assert {"mean", "low", "high"} <= metrics["summary"]["dice"].keys()
+    foreground = [cells.legend.names[k] for k in cells.legend.foreground]
+    assert set(foreground) <= metrics["classes"].keys()
+    assert {"mean", "sd", "median", "worst"} <= metrics["classes"][foreground[0]]["iou"].keys()
+    assert {row["case"] for row in metrics["cases"]} == {case.name for case in split_dataset(cells, "1/5", 3).validation}
+
+
+def test_the_folder_says_what_it_was_made_from(cells_run: Path, cells: Dataset) -> None:
+    assert read_plan(cells_run / "plan.yaml") == plan_for(cells)
+    document = json.loads((cells_run / "dataset.json").read_text(encoding="utf-8"))
+    split = split_dataset(cells, "1/5", 3)
+    assert document["train"] == [case.name for case in split.train]
+    assert document["validation"] == [case.name for case in split.validation]
+    assert document["root"] == str(cells.root)
+    about = json.loads((cells_run / "environment.json").read_text(encoding="utf-8"))
+    assert about["torch"] == torch.__version__
+    assert about["device"] == "cpu"
+    assert environment(torch.device("cpu")).keys() == about.keys()
+
+
+def test_the_model_is_the_best_validation_and_predicts_what_the_folder_shows(cells_run: Path, cells: Dataset) -> None:
+    bundle = load_bundle(cells_run)
+    validations = [event for event in lines(cells_run) if event["event"] == "validation"]
+    best = max(event["score"] for event in validations)
+    assert bundle.provenance["score"] == best
+    assert bundle.provenance["step"] == max(event["step"] for event in validations if event["score"] == best)
+    case = split_dataset(cells, "1/5", 3).validation[0]
+    shown = read_image(cells_run / "validation" / f"{case.name}.png").array[0]
+    assert np.array_equal(shown, cells.legend.encode(load(cells_run, device="cpu")(cells.read_image(case))))
+
+
+def test_the_logged_dice_is_that_of_the_scores(cells_run: Path) -> None:
+    logged = [event["score"] for event in lines(cells_run) if event["event"] == "validation"]
+    metrics = json.loads((cells_run / "metrics.json").read_text(encoding="utf-8"))
+    # One foreground class: the mean over cases is the same number.
+    assert metrics["summary"]["dice"]["mean"] == pytest.approx(max(logged), abs=1e-4)
+
+
+def test_progress_is_told_as_it_happens(tubules: Dataset, tmp_path: Path) -> None:
+    seen: list[Mapping[str, Any]] = []
+    train(tubules, small_plan_3d(steps=2, validations=1), tmp_path / "run", on_event=seen.append)
+    assert [event["event"] for event in seen] == ["step", "step", "validation", "predicted", "end"]
+    assert (seen[3]["done"], seen[3]["of"]) == (1, 1)
+
+
+def test_everything_may_train_and_nothing_validate(cells: Dataset, tmp_path: Path) -> None:
+    folder = train(cells, plan_for(cells, fold="all"), tmp_path / "run")
+    assert json.loads((folder / "dataset.json").read_text())["validation"] == []
+    assert len(json.loads((folder / "dataset.json").read_text())["train"]) == 5
+    assert (folder / "report.html").is_file()
+    assert not (folder / "metrics.json").exists()
+    # The last weights are the model.
+    assert load_bundle(folder).provenance["step"] == 6
+
+
+@pytest.mark.parametrize("network", [NetworkConfig(name="unet", widths=(4, 8)), NetworkConfig(name="unet_same", widths=(4, 8))])
+def test_the_papers_networks_train(network: NetworkConfig, cells: Dataset, tmp_path: Path) -> None:
+    folder = train(cells, plan_for(cells, network=network, steps=2, validations=1), tmp_path / "run")
+    assert load_bundle(folder).plan.network == network
+    assert (folder / "metrics.json").is_file()
+
+
+def test_a_2d_network_trains_on_volumes(tubules: Dataset, tmp_path: Path) -> None:
+    plan = small_plan(classes=tubules.legend.names, spacing_mm=(0.00204, 0.00176, 0.00176), steps=2, validations=1)
+    folder = train(tubules, plan, tmp_path / "run")
+    assert (folder / "metrics.json").is_file()
+
+
+# ---- resuming ----
+
+
+@pytest.mark.parametrize("step", [2, 5])
+def test_a_run_killed_and_resumed_gives_the_weights_of_one_that_was_not(step: int, cells: Dataset, cells_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(cells, plan_for(cells), tmp_path / "run", on_event=kill_at(step))
+    assert (tmp_path / "run" / "model").exists() == (step > 3)
+    torch.manual_seed(1)
+    folder = train(cells, plan_for(cells), tmp_path / "run", resume=True)
+    assert_same_weights(folder, cells_run)
+    timeless = [{k: v for k, v in e.items() if k in ("event", "step", "loss", "dice")} for e in lines(folder)]
+    assert timeless == [{k: v for k, v in e.items() if k in ("event", "step", "loss", "dice")} for e in lines(cells_run)]
+
+
+@pytest.mark.parametrize(("step", "event"), [(6, "validation"), (1, "predicted"), (6, "end")])
+def test_a_run_killed_at_its_end_is_brought_to_it(step: int, event: str, cells: Dataset, cells_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(cells, plan_for(cells), tmp_path / "run", on_event=kill_at(step, event))
+    folder = train(cells, plan_for(cells), tmp_path / "run", resume=True)
+    assert_same_weights(folder, cells_run)
+    assert all((folder / name).is_file() for name in FILES)
+    assert not (folder / "cache").exists()
+    first, second = (json.loads((run / "metrics.json").read_text())["summary"] for run in (folder, cells_run))
+    assert first == second
+
+
+def test_a_run_whose_process_is_killed_is_resumed(cells: Dataset, cells_run: Path, tmp_path: Path) -> None:
+    plan_file = tmp_path / "plan.yaml"
+    plan_file.write_text(dump_yaml(plan_for(cells)), encoding="utf-8")
+    program = (
+        "import os, signal, sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
+        "from microtome.data.dataset import open_dataset; from microtome.training.run import read_plan, train\n"
+        "kill = lambda e: os.kill(os.getpid(), signal.SIGKILL) if (e['event'], e['step']) == ('step', 5) else None\n"
+        "train(open_dataset(Path(sys.argv[1])), read_plan(Path(sys.argv[2])), Path(sys.argv[3]), on_event=kill)\n"
+    )
+    arguments = [sys.executable, "-W", "ignore", "-c", program, str(cells.root), str(plan_file), str(tmp_path / "run")]
+    result = subprocess.run(arguments, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=120, check=False)
+    assert result.returncode == -signal.SIGKILL
+    # A line that the kill cut in two.
+    with (tmp_path / "run" / "log.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"event": "step", "step": 6, "lo')
+    folder = train(cells, plan_for(cells), tmp_path / "run", resume=True)
+    assert_same_weights(folder, cells_run)
+    assert [event["step"] for event in lines(folder) if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_stopped_run_says_how_to_go_on(cells: Dataset, cells_run: Path, tmp_path: Path) -> None:
+    def stop(event: Mapping[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(RunError, match=r"step 4.*--resume"):
+        train(cells, plan_for(cells), tmp_path / "run", on_event=stop)
+    seen: list[int] = []
+    folder = train(cells, plan_for(cells), tmp_path / "run", resume=True, on_event=lambda e: seen.append(e.get("step", 0)))
+    assert seen[0] == 5
+    assert_same_weights(folder, cells_run)
+
+
+def test_time_goes_on_where_it_was(cells: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(cells, plan_for(cells), tmp_path / "run", on_event=kill_at(5))
+    before = lines(tmp_path / "run")[3]["seconds"]
+    folder = train(cells, plan_for(cells), tmp_path / "run", resume=True)
+    seconds = [event["seconds"] for event in lines(folder)]
+    assert seconds == sorted(seconds)
+    assert seconds[-1] > before
+
+
+def test_other_cases_than_the_run_began_with_are_refused(cells: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(cells, plan_for(cells), tmp_path / "run", on_event=kill_at(2))
+    fewer = replace(cells, cases=cells.cases[1:])
+    with pytest.raises(ConfigError, match=r"dataset\.json: expected the same cases"):
+        train(fewer, plan_for(cells), tmp_path / "run", resume=True)
+
+
+# ---- what is refused ----
+
+
+def test_a_folder_with_something_in_it_is_refused_and_left_alone(cells: Dataset, tmp_path: Path) -> None:
+    text(tmp_path / "notes.txt", "mine")
+    with pytest.raises(ConfigError, match="expected a new or empty folder"):
+        train(cells, plan_for(cells), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    with pytest.raises(ConfigError, match="expected a new or empty folder"):
+        train(cells, plan_for(cells), tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("name", ["nothing", "empty"])
+def test_nothing_cannot_be_resumed(name: str, cells: Dataset, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"expected a run folder with plan\.yaml"):
+        train(cells, plan_for(cells), tmp_path / name, resume=True)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_a_dataset_without_annotation_is_refused(tmp_path: Path) -> None:
+    text(tmp_path / "microtome.yaml", "classes: {ground: 0, cell: 1}\nnot_annotated: 255\n")
+    for name in "ab":
+        png(tmp_path / "images" / f"{name}.png", np.zeros((8, 8)))
+        png(tmp_path / "labels" / f"{name}.png", np.full((8, 8), 255))
+    with pytest.raises(DataError, match="expected annotated voxels to learn from, got none"):
+        train(open_dataset(tmp_path), small_plan(classes=("ground", "cell")), tmp_path / "run")
+
+
+def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = run_module.save_checkpoint
+    calls: list[Path] = []
+
+    def full(path: Path, state: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            monkeypatch.setattr(os, "fsync", no_space)
+        save(path, state)
+
+    def no_space(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_module, "save_checkpoint", full)
+    with pytest.raises(RunError, match=r"last\.safetensors: expected a folder that can be written, got No space left on device"):
+        train(cells, plan_for(cells), tmp_path / "run")
+    state = fresh(plan_for(cells))
+    load_checkpoint(tmp_path / "run" / "checkpoints" / "last.safetensors", state)
+    assert state.progress.step == 3
+    assert load(tmp_path / "run", device="cpu").bundle.provenance["step"] in (3, 6)
+    assert not list((tmp_path / "run").rglob(".part-*"))
+
+
+def test_a_log_that_cannot_be_written_is_an_error_in_words(cells: Dataset, tmp_path: Path) -> None:
+    def obstruct(event: Mapping[str, Any]) -> None:
+        if event["step"] == 2:
+            (tmp_path / "run" / "log.jsonl").unlink()
+            (tmp_path / "run" / "log.jsonl").mkdir()
+
+    with pytest.raises(RunError, match=r"log\.jsonl: expected a log that can be written"):
+        train(cells, plan_for(cells), tmp_path / "run", on_event=obstruct)
+
+
+# ---- planning and training by minutes ----
+
+
+def test_a_plan_by_minutes_times_real_steps(cells: Dataset) -> None:
+    plan = make_plan(cells, minutes=0.1, seed=3, device="cpu", memory_gb=2)
+    assert (plan.minutes, plan.seed) == (0.1, 3)
+    assert "a step on this machine" in plan.reasons["steps"]
+    assert plan.steps >= 1
+
+
+def test_a_run_by_minutes_ends_with_them(cells: Dataset, tmp_path: Path) -> None:
+    folder = train(cells, plan_for(cells, minutes=0.1, steps=20, validations=3), tmp_path / "run")
+    events = lines(folder)
+    assert events[-1]["reason"] == "the minutes are over"
+    assert [event for event in events if event["event"] == "schedule"]
+    # Six seconds, and what a busy machine adds to the last prediction.
+    assert events[-1]["seconds"] < 12
+
+
+def test_a_plan_of_exactly_so_many_steps(cells: Dataset) -> None:
+    plan = make_plan(cells, steps=17, device="cpu", memory_gb=2)
+    assert (plan.steps, plan.minutes, plan.reasons["steps"]) == (17, None, "as asked")
+
+
+def test_a_run_on_real_volumes(data_folder: Any, tmp_path: Path) -> None:
+    dataset = open_dataset(data_folder("hippocampus"))
+    few = replace(dataset, cases=dataset.labelled[:3])
+    plan = small_plan_3d(classes=few.legend.names, spacing_mm=(1.0, 1.0, 1.0), steps=2, validations=1)
+    folder = train(few, plan, tmp_path / "run")
+    names = json.loads((folder / "dataset.json").read_text())["validation"]
+    written = read_image(folder / "validation" / f"{names[0]}.nii.gz")
+    source = few.read_image(next(case for case in few.cases if case.name == names[0]))
+    assert np.array_equal(written.affine, source.affine)
+    assert written.shape_vox == source.shape_vox
