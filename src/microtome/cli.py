@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microtome.errors import MicrotomeError
+from microtome.errors import ConfigError, MicrotomeError
 
 if TYPE_CHECKING:
     from microtome.config import Plan
@@ -126,6 +126,11 @@ def train(
     from microtome.training.run import train as train_run
 
     terminal = Terminal()
+    if resume and (plan is not None or memory is not None or (network, fold, seed) != ("modern_unet", "1/5", 0)):
+        got = "--plan, --memory, --network, --fold or --seed beside it"
+        raise ConfigError(
+            "--resume", expected="only --minutes or --steps beside it", got=got, do="edit plan.yaml in the run folder, or start a new run"
+        )
     check_folder(out, resume=resume)
     dataset = _open(data)
     terminal.say_dataset(dataset)

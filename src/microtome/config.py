@@ -105,7 +105,7 @@ class Plan(Config):
     minutes: float | None = Field(None, gt=0, description="wall time of the whole run; steps are fitted to it")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the network's arithmetic; weights stay fp32")
     overlap: float = Field(0.5, ge=0, lt=1, description="share of a tile that prediction computes again in the next")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     fold: str = Field("1/5", description="K/N: part K of N validates; all: everything trains, nothing validates")
     reasons: Mapping[str, str] = Field(default_factory=dict, description="why each value is what it is")
 

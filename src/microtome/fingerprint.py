@@ -12,6 +12,8 @@ from microtome.images.image import Image
 
 # Cases that are read in full for grey values and shapes of the classes; the rest only by their headers.
 CASES_READ = 12
+# Lower grey values are air in Hounsfield units, and hardly anything in other scales.
+HOUNSFIELD_AIR = -500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,7 @@ class Fingerprint:
         thinnest_vox: thickness of the thinnest class, 2 x area / perimeter, voxels in the plane of a section; infinite
             where no two classes touch (scribbles), so that nothing is known of it.
         section_lag: how many voxels apart in a section look as unlike as two neighbouring sections; None in 2D.
-        low, high, mean, sd: of grey values by channel: 0.5th and 99.5th percentile, mean, standard deviation.
+        low, high, mean, sd: of grey values by channel: 0.5th and 99.5th percentile, mean and sd between them; of CT in the foreground.
         brightness_varies: spread of the images' means in units of their inner spread.
         hounsfield: whether values look like CT numbers.
         left_right_axis: the axis of S that runs from left to right of a patient; None where nothing tells.
@@ -94,7 +96,7 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
         mean=_floats(means.mean(0)),
         sd=_floats(np.sqrt((spreads**2).mean(0) + means.var(0))),
         brightness_varies=float((means.std(0) / spreads.mean(0).clip(1e-9)).max()),
-        hounsfield=bool(np.median(grey[:, 0]) < -500),
+        hounsfield=bool(np.median([s.hounsfield for s in samples]) > 0.5),
         left_right_axis=first.left_right_axis,
     )
 
@@ -108,10 +110,17 @@ class _Sample:
         self.channels, self.name, self.left_right_axis = image.channels, image.path.name, _left_right_axis(image)
         flat = image.array.reshape(image.channels, -1)
         # A million voxels a channel tell percentiles to three digits.
-        flat = flat[:, :: max(1, flat.shape[1] // 1_000_000)].astype(np.float64)
-        finite = [row[np.isfinite(row)] if np.isfinite(row).any() else np.zeros(1) for row in flat]
-        self.low, self.high = np.array([np.percentile(row, [0.5, 99.5]) for row in finite]).T
-        self.mean, self.sd = np.array([row.mean() for row in finite]), np.array([row.std() for row in finite])
+        stride = max(1, flat.shape[1] // 1_000_000)
+        flat = flat[:, ::stride].astype(np.float64)
+        self.hounsfield = bool(np.nanpercentile(flat, 0.5) < HOUNSFIELD_AIR)
+        foreground = np.isin(label, dataset.legend.foreground).ravel()[::stride]
+        if self.hounsfield and foreground.any():
+            # Of a CT the organs count, not the air around the patient (Isensee 2021).
+            flat = flat[:, foreground]
+        rows = [row[np.isfinite(row)] if np.isfinite(row).any() else np.zeros(1) for row in flat]
+        self.low, self.high = np.array([np.percentile(row, [0.5, 99.5]) for row in rows]).T
+        clipped = [row.clip(low, high) for row, low, high in zip(rows, self.low, self.high, strict=True)]
+        self.mean, self.sd = np.array([row.mean() for row in clipped]), np.array([row.std() for row in clipped])
         self.thinnest = thinnest_class(label)
         self.section_lag = section_lag(image.array[0]) if label.ndim == 3 else None
 

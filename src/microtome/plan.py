@@ -24,6 +24,8 @@ Precision = Literal["fp32", "bf16"]
 # Bytes that a training step holds for each voxel of a batch and each channel of the finest level: measured on the modern
 # U-Net in 2D and 3D with autograd's saved activations, gradients and workspace (benchmarks/step_memory.py).
 BYTES_A_VOXEL = MappingProxyType({"bf16": 75, "fp32": 130})
+# Of the memory there is; the rest is for the optimiser, the images, and what the estimate does not know.
+FULL_SHARE = 0.6
 # Voxels of a batch: below it, convolutions do not fill two cores and batch statistics become unsteady.
 BATCH_VOXELS = MappingProxyType({2: 8 * 256**2, 3: 4 * 56**3})
 # Sections further apart than this many pixels show other things than their neighbours.
@@ -73,7 +75,7 @@ def draft_plan(data: Fingerprint, resources: Resources, *, network: str = "moder
     shape = resampled_shape(data.shape_vox, data.spacing_mm, spacing)[-dims:]
     patch = noted("patch_vox", choose_patch(shape, resources, dims))
     topology = noted("network", choose_network(network, patch, spacing[-dims:], resources))
-    patch = noted("patch_vox", fit_patch(patch, topology, data, reasons["patch_vox"]))
+    patch = noted("patch_vox", fit_patch(patch, topology, data, resources, precision=precision, reason=reasons["patch_vox"]))
     return Plan(
         dims=dims,
         channels=data.channels,
@@ -185,25 +187,40 @@ def choose_network(name: str, patch_vox: Shape, spacing_mm: Spacing, resources: 
     )
 
 
-def fit_patch(patch_vox: Shape, network: NetworkConfig, data: Fingerprint, reason: str) -> tuple[Shape, str]:
-    """The smallest size that the network takes and that holds the patch."""
+def fit_patch(
+    patch_vox: Shape, network: NetworkConfig, data: Fingerprint, resources: Resources, *, precision: str, reason: str
+) -> tuple[Shape, str]:
+    """The smallest size that the network takes and that holds the patch, or the largest of which one fits into memory."""
     with torch.device("meta"):
         built = build(network.name, dims=len(patch_vox), in_channels=data.channels, classes=len(data.classes), config=network)
     border = 2 * built.context_vox
     fitted = tuple(built.nearest_sizes(n + border, axis)[1] for axis, n in enumerate(patch_vox))
     if border:
         reason += f", and the border of {built.context_vox} that this network needs on every side"
+    wanted = fitted
+    while _patch_bytes(fitted, network, precision) > FULL_SHARE * resources.memory_bytes:
+        smaller = [built.nearest_sizes(n - 1, axis)[0] for axis, n in enumerate(fitted)]
+        axis = max((i for i, n in enumerate(fitted) if smaller[i] < n), key=lambda i: fitted[i], default=None)
+        if axis is None:
+            break
+        fitted = tuple(smaller[i] if i == axis else n for i, n in enumerate(fitted))
+    if fitted != wanted:
+        reason = f"made smaller than {format_shape(wanted)}, so that a patch fits into {resources.memory_bytes / 2**30:.1f} GB"
     return fitted, f"{format_shape(fitted)}: {reason}; a size that the network can halve" if fitted != patch_vox else reason
+
+
+def _patch_bytes(patch_vox: Shape, network: NetworkConfig, precision: str) -> float:
+    """Memory of one patch in a training step, about."""
+    return float(np.prod(patch_vox)) * (network.widths[0] if network.widths else 64) * BYTES_A_VOXEL[precision]
 
 
 def choose_batch(patch_vox: Shape, network: NetworkConfig, resources: Resources, precision: str) -> tuple[int, str]:
     """As many patches as a step can hold, at most 8 in 2D and 4 in 3D unless they are small."""
     voxels = int(np.prod(patch_vox))
     wanted = int(np.clip(BATCH_VOXELS[len(patch_vox)] // voxels, 2, 16))
-    width = network.widths[0] if network.widths else 64
-    bytes_each = voxels * width * BYTES_A_VOXEL[precision]
-    most = max(1, int(0.6 * resources.memory_bytes / bytes_each))
-    if bytes_each > 0.6 * resources.memory_bytes:
+    bytes_each = _patch_bytes(patch_vox, network, precision)
+    most = max(1, int(FULL_SHARE * resources.memory_bytes / bytes_each))
+    if bytes_each > FULL_SHARE * resources.memory_bytes:
         needed, free = bytes_each / 2**30, resources.memory_bytes / 2**30
         return 1, f"one patch takes about {needed:.1f} GB of the {free:.1f} GB there are: make patch_vox smaller if memory runs out"
     if most < wanted:

@@ -94,6 +94,8 @@ def train_steps(state: TrainState, cases: Sequence[StoredCase], plan: Plan, devi
                 reschedule(progress, plan, clock, hooks, clock.since_step())
                 hooks.save(state, is_best)
                 clock.saved()
+            elif left is not None and is_early_fit(progress.step) and not stopped():
+                reschedule(progress, plan, clock, hooks, 0.0)
             elif stopped() or clock.since_save() > SECONDS_BETWEEN_CHECKPOINTS:
                 hooks.save(state, False)
                 clock.saved()
@@ -126,6 +128,11 @@ def update_average(state: TrainState, plan: Plan) -> None:
                 average.lerp_(current, 1 / span)
             else:
                 average.copy_(current)
+
+
+def is_early_fit(step: int) -> bool:
+    """Whether the schedule is fitted before any validation: the rehearsal may have met a busier or idler machine."""
+    return step in (20, 60)
 
 
 def reschedule(progress: Progress, plan: Plan, clock: "Clock", hooks: Hooks, validation_seconds: float) -> None:

@@ -93,6 +93,17 @@ def read_plan(path: Path) -> Plan:
     return parse_config(Plan, load_yaml(path), path)
 
 
+def _check_plan(dataset: Dataset, plan: Plan) -> None:
+    """Refuse a plan that was made for other data."""
+    if plan.classes != dataset.legend.names:
+        got = f"a plan for {', '.join(plan.classes)}"
+        raise ConfigError(dataset.root, expected=f"the classes {', '.join(dataset.legend.names)}", got=got, do="plan anew for this data")
+    axes = {len(header.shape_vox) for header in dataset.headers.values()}
+    if axes - {len(plan.spacing_mm)}:
+        got = f"images with {sorted(axes)} axes"
+        raise ConfigError(dataset.root, expected=f"{len(plan.spacing_mm)} axes as in the plan", got=got, do="plan anew for this data")
+
+
 class _Session:
     """One process's work on a run folder."""
 
@@ -100,6 +111,7 @@ class _Session:
         self.dataset, self.plan, self.folder, self.on_event = dataset, plan, folder, on_event
         self.device = pick_device(device)
         self.started = time.perf_counter()
+        _check_plan(dataset, plan)
         self.split = split_dataset(dataset, plan.fold, plan.seed)
         self.case_seconds: float | None = None
         self.seconds_before = 0.0
@@ -135,7 +147,7 @@ class _Session:
             self.seconds_before = progress.seconds
         if self.plan.minutes is None:
             progress.steps = max(self.plan.steps, progress.step)
-        elif progress.step and (left := self.seconds_left()):
+        elif progress.step and not self._is_finished() and (left := self.seconds_left()):
             # What the steps took before tells how many fit into what is left, or into minutes that were added.
             progress.steps = progress.step + max(0, int(left * progress.step / progress.seconds))
         progress.next_validation = min(max(progress.next_validation, progress.step + 1), max(progress.steps, 1))
@@ -145,6 +157,12 @@ class _Session:
             # Lines after the checkpoint belong to steps that are made again.
             kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= progress.step]
             write_text(log, "".join(line + "\n" for line in kept))
+
+    def _is_finished(self) -> bool:
+        """Whether the run came to its end and was not given more minutes since."""
+        log = self.folder / "log.jsonl"
+        ended = log.exists() and '"event": "end"' in log.read_text(encoding="utf-8")
+        return ended and self.plan.minutes == read_plan(self.folder / "plan.yaml").minutes
 
     def _check_split(self) -> None:
         """Refuse to go on with other cases than the run began with: what it learned from must not become what it is scored on."""
@@ -224,7 +242,7 @@ class _Session:
         total = self.plan.minutes * 60
         reserve = FIRST_RESERVE * total
         if self.case_seconds is not None:
-            reserve = 1.5 * self.case_seconds * len(self.split.validation) + REPORT_SECONDS
+            reserve = 1.5 * self.case_seconds * len(self.split.validation) + min(REPORT_SECONDS, FIRST_RESERVE * total)
         return total - self.seconds() - reserve
 
     def validate(self, state: TrainState) -> dict[str, Any]:

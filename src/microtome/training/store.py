@@ -51,7 +51,7 @@ class StoredCase:
         return np.concatenate(list(self.class_voxels.values()))
 
     def draw_annotated(self, rng: np.random.Generator) -> np.ndarray:
-        """A voxel index (D,): any voxel of a dense case, else an annotated one."""
+        """A voxel index (D,): any voxel of a dense case, else an annotated one, of large classes no more often than of 2000 voxels."""
         if self.dense:
             return np.array([rng.integers(size) for size in self.shape_vox])
         voxel: np.ndarray = self._annotated[int(rng.integers(len(self._annotated)))]
