@@ -11,7 +11,7 @@ STAMP := .venv/.installed
 
 .PHONY: demo test check fix bench docs lock clean
 
-demo: $(STAMP)  ## the whole road on built-in data; the report is demo/report.html
+demo: $(STAMP)  ## the whole road on built-in data; prints where the report is
 	@$(BIN)/microtome demo --out demo
 
 test: $(STAMP)  ## every test that this machine can run

@@ -64,7 +64,7 @@ def stored_case(label: np.ndarray, image: np.ndarray | None = None, *, name: str
     if image is None:
         image = np.random.default_rng(0).normal(size=(1, *label.shape)).astype(np.float32)
     voxels = {int(k): np.argwhere(label == k) for k in np.unique(label[label >= 0])}
-    return StoredCase(name, image, label, voxels, bool((label >= 0).all()), weight)
+    return StoredCase(name, image, label, voxels, {k: len(found) for k, found in voxels.items()}, weight)
 
 
 def squares(seed: int = 0, size: int = 48) -> StoredCase:

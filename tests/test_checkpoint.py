@@ -111,6 +111,8 @@ def test_a_state_before_its_first_step_comes_back(tmp_path: Path) -> None:
         validations=st.integers(0, 1000),
         next_validation=st.integers(0, 10**9),
         seconds=st.floats(0, 1e9),
+        validated=st.integers(0, 24),
+        case_seconds=st.none() | st.floats(0, 1e6),
     )
 )
 @settings(max_examples=10, deadline=None)

@@ -1,6 +1,7 @@
 """The words that a user types, from one end of the road to the other, in the process and as a command."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -130,6 +131,39 @@ def test_train_refuses_a_folder_that_holds_a_run(
     assert "--resume" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--resume", "--fold", "2/5"), "--fold"),
+        (("--plan", "plan.yaml", "--network", "unet"), "--network"),
+        (("--resume", "--seed", 1), "--seed"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    words: tuple[object, ...],
+    named: str,
+    demo_data: DemoData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, "train", demo_data.cells, "--out", tmp_path / "run", *words) == 2
+    assert f"got {named}" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_takes_another_fold_and_seed(demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = small_plan(classes=("background", "foreground"), steps=1, validations=1)
+    (tmp_path / "plan.yaml").write_text(dump_yaml(plan), encoding="utf-8")
+    parts = []
+    for fold in ("1/3", "2/3"):
+        out = tmp_path / fold.replace("/", "-")
+        assert run(monkeypatch, "train", demo_data.cells, "--out", out, "--plan", tmp_path / "plan.yaml", "--fold", fold, "--seed", 5) == 0
+        parts.append(set(json.loads((out / "dataset.json").read_text())["validation"]))
+        assert yaml.safe_load((out / "plan.yaml").read_text())["seed"] == 5
+    assert not parts[0] & parts[1]
+
+
 def test_resume_goes_on_where_a_longer_plan_says(
     trained: Path, demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,6 +264,10 @@ def test_the_demo_goes_all_the_way_and_says_where_the_reports_are(tmp_path: Path
         run_demo(tmp_path / "demo", 0.15, Terminal(), SMALL)
     text = capsys.readouterr().err
     assert text.count("dense IoU") == 3
+    index = (tmp_path / "demo" / "report.html").read_text()
+    for path in re.findall(r'href="([^"]+)"', index):
+        assert (tmp_path / "demo" / path).is_file()
+    assert index.count("href=") == 5
     for name in ("tubules", "cells"):
         assert (tmp_path / "demo" / "runs" / name / "report.html").stat().st_size > 10_000
         assert (tmp_path / "demo" / "scores" / f"{name}_unseen.html").exists()

@@ -239,9 +239,7 @@ networks = st.builds(
     residual=st.booleans(),
     norm=st.sampled_from(["batch", "instance", "none"]),
 )
-augments = st.builds(
-    AugmentConfig, rotation_p=shares, scale=st.tuples(lengths, lengths), elastic_sd=st.lists(lengths, max_size=3).map(tuple)
-)
+augments = st.builds(AugmentConfig, rotation_p=shares, scale=st.tuples(lengths, lengths).map(sorted).map(tuple), gamma=st.just((0.5, 2.0)))
 normalisations = st.builds(
     lambda values: NormalisationConfig(kind="dataset", low=values, high=values, mean=values, sd=values),
     st.lists(st.floats(-1e30, 1e30), min_size=2, max_size=2).map(tuple),
@@ -277,3 +275,21 @@ def test_yaml_keeps_the_order_of_the_fields() -> None:
     plan = parse_config(Plan, SMALL, "plan.yaml")
     names = [line.partition(":")[0] for line in dump_yaml(plan).splitlines() if not line.startswith((" ", "-"))]
     assert names == list(Plan.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rotation_deg": (20.0,) * 3}, "must have 1 angles"),
+        ({"flip_axes": (5,)}, "must be among (0, 1)"),
+        ({"elastic_spacing": (8.0,)}, "must have 2 values each"),
+        ({"scale": (0.0, 1.0)}, "two numbers above 0"),
+        ({"gamma": (2.0, 1.0)}, "the smaller first"),
+    ],
+)
+def test_an_augmentation_that_does_not_fit_the_dimensions_is_refused_when_it_is_read(change: dict[str, Any], words: str) -> None:
+    values = {"dims": 2, "channels": 1, "classes": ["a", "b"], "spacing_mm": [1, 1], "patch_vox": [8, 8], "batch": 1, "steps": 1}
+    with pytest.raises(ConfigError) as caught:
+        parse_config(Plan, {**values, "augment": change}, "plan.yaml")
+    assert words in str(caught.value)
+    assert str(caught.value).startswith("plan.yaml")

@@ -2,16 +2,18 @@
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from folders import nifti, png, text, tiff
 
+from microtome.data import labels, reading
 from microtome.data.dataset import Case, Dataset, fit_channels, open_dataset, read_case_image
 from microtome.errors import ConfigError, DataError, DataWarning
-from microtome.geometry import same_grid
-from microtome.images.files import read_image
+from microtome.geometry import affine_from_spacing, same_grid
+from microtome.images.files import read_image, write_image
 
 LABEL = np.array([[0, 255, 255], [0, 0, 255]])
 
@@ -109,7 +111,7 @@ def test_label_elsewhere_in_the_world_is_an_error(tmp_path: Path) -> None:
     assert open_dataset(root).read_label(open_dataset(root).cases[0]).shape == (2, 3, 4)
     nifti(root / "labels" / "a.nii.gz", np.arange(24).reshape(2, 3, 4).astype(np.uint8), spacing_mm=(3, 2, 1), origin_mm=5)
     dataset = open_dataset(root)
-    with pytest.raises(DataError, match=r"image and label in the same place.*got a\.nii\.gz with origin \(5, 5, 5\), spacing 3×2×1"):
+    with pytest.raises(DataError, match=r"image and label in the same place.*got a\.nii\.gz with origin \(5, 5, 5\), spacing 3 × 2 × 1"):
         dataset.read_label(dataset.cases[0])
     nifti(root / "labels" / "a.nii.gz", np.zeros((2, 3, 5), np.uint8))
     with pytest.raises(DataError, match="expected the shape"):
@@ -210,6 +212,33 @@ def test_pictures_and_volumes_do_not_go_together(tmp_path: Path) -> None:
     assert {path.name for path in dataset.findings[-1].files} == {"v.nii.gz", "p.png"}
 
 
+def test_files_with_and_without_a_voxel_size_do_not_go_together(tmp_path: Path) -> None:
+    folder(tmp_path, "a", "b")
+    for part in ("images", "masks"):
+        (tmp_path / part / "b.png").unlink()
+    image = read_image(tmp_path / "images" / "a.png")
+    known = replace(image, spacing_mm=(0.002, 0.002), affine=affine_from_spacing((0.002, 0.002)), spacing_known=True)
+    write_image(tmp_path / "images" / "b.tif", known)
+    write_image(tmp_path / "masks" / "b.tif", replace(known, array=LABEL[None].astype(np.uint8)))
+    dataset = open_dataset(tmp_path)
+    [finding] = [finding for finding in dataset.findings if finding.code == "mixed-spacing"]
+    assert finding.severity == "error"
+    assert finding.message.startswith("1 of 2 images state no voxel size (a.png), others do (b.tif: 0.002 × 0.002 mm); state `spacing_mm`")
+    text(tmp_path / "microtome.yaml", "spacing_mm: [0.002, 0.002]")
+    assert codes_of(open_dataset(tmp_path)) == []
+
+
+def test_the_place_of_a_label_is_checked_without_decoding_the_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = open_dataset(volumes(tmp_path, "a"))
+    decoded: list[str] = []
+    for module in (reading, labels):
+        monkeypatch.setattr(
+            module, "read_image", lambda path, **options: (decoded.append(path.parent.name), read_image(path, **options))[1]
+        )
+    assert dataset.read_label(dataset.cases[0]).shape == (2, 3, 4)
+    assert decoded == ["labels"]
+
+
 # Objects.
 
 
@@ -227,6 +256,7 @@ def test_kaggle_masks_become_objects_and_one_class(tmp_path: Path) -> None:
     assert dataset.legend.names == ("background", "nucleus")
     assert dataset.class_counts["1f"] == (4, 2, 0)
     assert codes_of(dataset) == [("note", "overlapping-masks")]
+    assert dataset.findings[0].message.startswith("masks overlap in one case (")
     text(tmp_path / "microtome.yaml", "instances: false")
     dataset = open_dataset(tmp_path)
     assert (dataset.legend.kind, dataset.read_instances(case)) == ("values", None)

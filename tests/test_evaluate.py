@@ -300,6 +300,32 @@ def test_the_truth_may_be_a_dataset_with_a_legend_of_its_own(tmp_path: Path) -> 
     assert sum(item["volume_truth_mm3"] for item in result["cases"] if item["case"] == "case_1") == 4 * 8 * 8 - 2 * 8
 
 
+@in_voxels
+@pytest.mark.parametrize(("described", "drawn"), [("group_by: '(.)_'", "groups (2 groups of 4 cases"), ("{}", "cases,")])
+def test_intervals_resample_the_groups_of_a_dataset(tmp_path: Path, described: str, drawn: str) -> None:
+    truth = np.zeros((10, 10), np.uint8)
+    truth[2:6, 2:6] = 255
+    for name, shift in (("a_1", 0), ("a_2", 2), ("b_1", 2), ("b_2", 4)):
+        save(tmp_path / "data" / "images" / f"{name}.png", np.arange(100, dtype=np.uint8).reshape(10, 10))
+        save(tmp_path / "data" / "masks" / f"{name}.png", truth)
+        save(tmp_path / "out" / f"{name}.png", np.roll(truth, shift, axis=1))
+    (tmp_path / "data" / "microtome.yaml").write_text(described)
+    result = evaluate(tmp_path / "out", tmp_path / "data")
+    assert f"bootstrap over {drawn}" in result["conventions"]["interval"]
+    # Dice is 1, 1/2, 1/2, 0: the groups' means are 3/4 and 1/4.
+    dice = result["summary"]["dice"]
+    assert dice["mean"] == pytest.approx(0.5)
+    assert ((dice["low"], dice["high"]) == pytest.approx((0.25, 0.75))) == ("group_by" in described)
+
+
+def test_every_case_of_its_own_group_is_drawn_by_itself() -> None:
+    rows = [row(case, "cell", dice=value) for case, value in (("a", 0.2), ("b", 0.6), ("c", 0.7))]
+    alone = summarise(rows, THREE, groups={"a": "a", "b": "b", "c": "c"})
+    assert alone == summarise(rows, THREE)
+    assert "over cases" in alone["conventions"]["interval"]
+    assert summarise(rows, THREE, groups={"a": "mouse", "b": "mouse"})["conventions"]["interval"].count("2 groups of 3 cases") == 1
+
+
 def listing(out: Path, names: tuple[str, ...], **cases: str) -> None:
     """A predictions.json with classes of these names and values 0, 5, 9, ..."""
     legend = Legend(names=names, values=((0,), (5,), (9,), (7,))[: len(names)], ignored=(255,), kind="values", background=0, reason="")
@@ -313,7 +339,6 @@ def test_predictions_json_says_which_case_a_file_is_of(tmp_path: Path) -> None:
     predict_for(out)
     (out / "case_1.nii.gz").rename(out / "first.nii.gz")
     (out / "case_2.nii.gz").rename(out / "second.nii.gz")
-    save(out / "first_probabilities.nii.gz", blocks(), (1.0, 1.0, 1.0))
     listing(out, ("nothing", "cell", "wall"), first="case_1", second="case_2")
     assert evaluate(out, tmp_path / "data")["summary"]["dice"]["mean"] == 1
     (out / "second.nii.gz").unlink()
@@ -321,6 +346,17 @@ def test_predictions_json_says_which_case_a_file_is_of(tmp_path: Path) -> None:
         evaluate(out, tmp_path / "data")
     listing(out, ("nothing", "cell", "wall"), first="case_1", second="case_1")
     with pytest.raises(DataError, match=r"one prediction of case_1, got first\.nii\.gz and second\.nii\.gz"):
+        evaluate(out, tmp_path / "data")
+
+
+def test_a_label_file_that_predictions_json_does_not_list_is_an_error_that_names_it(tmp_path: Path) -> None:
+    dataset_of_three_classes(tmp_path / "data")
+    out = tmp_path / "out"
+    predict_for(out)
+    listing(out, ("nothing", "cell", "wall"), case_1="case_1", case_2="case_2")
+    assert evaluate(out, tmp_path / "data")["summary"]["dice"]["mean"] == 1
+    save(out / "case_3.nii.gz", blocks(), (1.0, 1.0, 1.0))
+    with pytest.raises(DataError, match=r"got 1 that predictions\.json does not list: case_3\.nii\.gz"):
         evaluate(out, tmp_path / "data")
 
 

@@ -114,6 +114,7 @@ def test_the_header_alone_foretells_what_is_read(tmp_path_factory, file):
     assert header.channels == image.channels
     assert header.dtype == image.array.dtype.name
     assert (header.spacing_mm, header.spacing_known, header.format) == (image.spacing_mm, image.spacing_known, "nifti")
+    np.testing.assert_array_equal(header.affine, image.affine)
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])

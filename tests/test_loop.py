@@ -304,6 +304,17 @@ def test_a_second_request_leaves_at_once() -> None:
             os.kill(os.getpid(), signal.SIGINT)
 
 
+def test_a_signal_that_is_handled_outside_of_python_is_left_to_its_handler(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, getsignal = signal.getsignal(signal.SIGTERM), signal.getsignal
+    monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else getsignal(number))
+    with stop_requests() as stopped:
+        assert getsignal(signal.SIGTERM) is before
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped()
+    assert getsignal(signal.SIGTERM) is before
+    assert getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 def test_a_thread_trains_without_listening_to_signals(tmp_path: Path) -> None:
     done: list[int] = []
     thread = threading.Thread(target=lambda: done.append(straight(small_plan(), tmp_path / "a.safetensors")[0].progress.step))
@@ -335,13 +346,17 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_weights(tmp_path: Pat
     load_checkpoint(tmp_path / "a.safetensors", other)
     assert other.progress.step == 2
     assert all(t.isfinite().all() for t in contents(other).values())
+    # After --resume without a change it ends there again, and still knows of which step the checkpoint is.
+    with pytest.raises(RunError, match=r"step 3: .*the last checkpoint is of step 2: change plan\.yaml first, as an unchanged plan"):
+        train_steps(other, CASES_POISONED, plan, CPU, Recorder(tmp_path / "a.safetensors").hooks())
 
 
 def test_a_gradient_that_is_no_number_stops_the_run_although_the_loss_is_one(tmp_path: Path) -> None:
     plan, state = small_plan(), fresh(small_plan())
     next(state.network.parameters()).register_hook(lambda gradient: gradient * float("inf"))
     before = contents(state)["network/heads.0.weight"]
-    with pytest.raises(RunError, match=r"step 1: expected a finite loss and gradient.*gradient of length (nan|inf)"):
+    expected = r"step 1: expected a finite loss and gradient.*gradient of length (nan|inf); there is no checkpoint yet: change plan\.yaml"
+    with pytest.raises(RunError, match=expected):
         train_steps(state, CASES, plan, CPU, Recorder(tmp_path / "a.safetensors").hooks())
     assert torch.equal(contents(state)["network/heads.0.weight"], before)
 

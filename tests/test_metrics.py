@@ -253,6 +253,27 @@ def test_fewer_than_two_cases_have_no_interval(values: list[float], mean: float)
     assert mean_interval(np.array(values)) == pytest.approx((mean, NAN, NAN), nan_ok=True)
 
 
+def test_groups_are_drawn_as_wholes() -> None:
+    # Three equally likely means: the patient of two cases twice, both patients, the patient of one case twice.
+    values, groups = np.array([0.0, 0.3, NAN, 0.9]), ["a", "a", "c", "b"]
+    mean, low, high = mean_interval(values, groups)
+    assert (mean, low, high) == pytest.approx((0.4, 0.15, 0.9))
+
+
+def test_twice_the_same_cases_in_groups_are_no_surer_than_once() -> None:
+    values = np.random.default_rng(3).normal(0.8, 0.1, 50)
+    names = [str(number) for number in range(50)]
+    once = mean_interval(values, names)
+    assert once == pytest.approx(mean_interval(values), abs=0.005)
+    assert mean_interval(np.tile(values, 2), names * 2) == pytest.approx(once)
+    _, low, high = mean_interval(np.tile(values, 2))
+    assert high - low < 0.8 * (once[2] - once[1])
+
+
+def test_a_single_group_has_no_interval() -> None:
+    assert mean_interval(np.array([0.2, 0.4]), ["a", "a"]) == pytest.approx((0.3, NAN, NAN), nan_ok=True)
+
+
 def test_a_section_annotated_alone_has_its_surface_at_its_outline_only() -> None:
     annotated = np.zeros((5, 9, 9), bool)
     annotated[2] = True

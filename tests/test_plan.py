@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microtome.appearance import choose_augment, choose_normalisation
 from microtome.config import NetworkConfig, Plan, dump_yaml
 from microtome.data.dataset import open_dataset
 from microtome.errors import ConfigError
@@ -18,11 +19,9 @@ from microtome.geometry import Shape
 from microtome.models.registry import build
 from microtome.plan import (
     Resources,
-    choose_augment,
     choose_batch,
     choose_dims,
     choose_network,
-    choose_normalisation,
     choose_patch,
     choose_precision,
     choose_spacing,
@@ -46,6 +45,7 @@ CELLS = Fingerprint(
     spacing_varies=False,
     spacing_known=False,
     formats=frozenset({"png"}),
+    jpeg_share=0.0,
     thinnest_vox=10.0,
     section_lag=None,
     low=(0.0,),
@@ -61,7 +61,8 @@ VOLUMES = replace(
 )
 STACK = replace(VOLUMES, shape_vox=(30, 512, 512), spacing_mm=(50.0, 4.0, 4.0), spacing_low_mm=(50.0, 4.0, 4.0))
 SCANS = replace(VOLUMES, formats=frozenset({"nifti"}), left_right_axis=2)
-PHOTOGRAPHS = replace(CELLS, channels=3, formats=frozenset({"jpeg"}), low=(0.0,) * 3, high=(255.0,) * 3, mean=(120.0,) * 3, sd=(60.0,) * 3)
+COLOURS: dict[str, Any] = {"channels": 3, "low": (0.0,) * 3, "high": (255.0,) * 3, "mean": (120.0,) * 3, "sd": (60.0,) * 3}
+PHOTOGRAPHS = replace(CELLS, formats=frozenset({"jpeg"}), jpeg_share=1.0, **COLOURS)
 EVERY = {"cells": CELLS, "volumes": VOLUMES, "stack": STACK, "scans": SCANS, "photographs": PHOTOGRAPHS}
 
 
@@ -160,9 +161,9 @@ def test_a_patch_is_within_the_image_and_the_budget_and_no_axis_is_cut_below_a_s
     shape: list[int], minutes: float | None, gpu: bool
 ) -> None:
     resources = Resources(minutes=minutes, memory_bytes=8 * GB, gpu=gpu)
-    patch, reason = choose_patch(tuple(shape), resources, len(shape))
+    patch, reason = choose_patch(tuple(shape), (1.0,) * len(shape), resources)
     assert all(1 <= n <= size for n, size in zip(patch, shape, strict=True))
-    largest = choose_patch((10**5,) * len(shape), resources, len(shape))[0]
+    largest = choose_patch((10**5,) * len(shape), (1.0,) * len(shape), resources)[0]
     assert len(set(largest)) == 1
     # Sizes are rounded up, along each axis.
     assert np.prod([n - 1 for n in patch]) <= np.prod(largest)
@@ -184,11 +185,11 @@ def test_a_patch_is_within_the_image_and_the_budget_and_no_axis_is_cut_below_a_s
     ],
 )
 def test_patches_worked_out_by_hand(shape: Shape, gpu: bool, expected: Shape) -> None:
-    assert choose_patch(shape, GPU if gpu else LAPTOP, len(shape))[0] == expected
+    assert choose_patch(shape, (1.0,) * len(shape), GPU if gpu else LAPTOP)[0] == expected
 
 
 def test_patience_buys_larger_patches() -> None:
-    sides = [choose_patch((2000, 2000), Resources(minutes=minutes, memory_bytes=8 * GB), 2)[0][0] for minutes in (1, 10, 60, None)]
+    sides = [choose_patch((2000, 2000), (1.0, 1.0), Resources(minutes=minutes, memory_bytes=8 * GB))[0][0] for minutes in (1, 10, 60, None)]
     assert sides == sorted(sides)
     assert sides[0] < sides[1] < sides[2] == sides[3]
 
@@ -229,14 +230,14 @@ def test_other_networks_keep_the_sizes_of_their_paper() -> None:
 
 def test_batches_hold_about_as_many_voxels_whatever_the_patch() -> None:
     network = NetworkConfig(widths=(24, 48))
-    sizes = {side: choose_batch((side, side), network, LAPTOP, "fp32")[0] for side in (512, 256, 200, 64)}
-    assert sizes == {512: 2, 256: 8, 200: 13, 64: 16}
-    assert choose_batch((56, 56, 56), network, LAPTOP, "fp32")[0] == 4
+    sizes = {side: choose_batch((side, side), network, LAPTOP, "fp32", 2)[0] for side in (512, 256, 200, 64)}
+    assert sizes == {512: 4, 256: 8, 200: 13, 64: 16}
+    assert choose_batch((56, 56, 56), network, LAPTOP, "fp32", 2)[0] == 4
 
 
 def test_less_memory_makes_smaller_batches_and_says_so() -> None:
     network = NetworkConfig(widths=(24, 48))
-    made = [choose_batch((256, 256), network, Resources(minutes=10, memory_bytes=int(gb * GB)), "fp32") for gb in (8, 1, 0.5, 0.1)]
+    made = [choose_batch((256, 256), network, Resources(minutes=10, memory_bytes=int(gb * GB)), "fp32", 2) for gb in (8, 1, 0.5, 0.1)]
     batches = [batch for batch, _ in made]
     assert batches[0] == 8
     assert batches == sorted(batches, reverse=True)
@@ -248,7 +249,7 @@ def test_less_memory_makes_smaller_batches_and_says_so() -> None:
 
 def test_half_precision_holds_more() -> None:
     network, small = NetworkConfig(widths=(24, 48)), Resources(minutes=10, memory_bytes=GB)
-    assert choose_batch((256, 256), network, small, "bf16")[0] > choose_batch((256, 256), network, small, "fp32")[0]
+    assert choose_batch((256, 256), network, small, "bf16", 2)[0] > choose_batch((256, 256), network, small, "fp32", 2)[0]
 
 
 @pytest.mark.parametrize(("bf16", "expected"), [(True, "bf16"), (False, "fp32")])
@@ -397,3 +398,72 @@ def test_a_plan_for_real_volumes(data_folder: Any) -> None:
     assert takes(plan)
     # Small enough to be seen whole.
     assert "covers the median image" in plan.reasons["patch_vox"]
+
+
+# ---- rules that a review asked for ----
+
+
+@pytest.mark.parametrize("memory_gb", [4, 8, 24, 140])
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("facts", [CELLS, VOLUMES])
+def test_batch_norm_never_sees_fewer_than_four_patches(memory_gb: int, gpu: bool, facts: Fingerprint) -> None:
+    large = replace(facts, shape_vox=tuple(4 * n for n in facts.shape_vox))
+    plan = draft_plan(large, Resources(minutes=600, memory_bytes=memory_gb * GB, gpu=gpu, bf16=True))
+    assert plan.network.norm == "batch"
+    assert plan.batch >= 4
+
+
+def test_a_hundred_classes_take_memory_too() -> None:
+    few, many = (draft_plan(replace(CELLS, classes=tuple(map(str, range(k)))), replace(LAPTOP, memory_bytes=GB)) for k in (2, 100))
+    assert many.batch * np.prod(many.patch_vox) < few.batch * np.prod(few.patch_vox)
+
+
+def test_a_slide_is_never_seen_more_than_four_times_as_coarse() -> None:
+    slide = replace(CELLS, shape_vox=(10_000, 10_000), thinnest_vox=120.0)
+    plan = draft_plan(slide, LAPTOP)
+    assert plan.spacing_mm == (4 * CELLS.spacing_mm[0], 4 * CELLS.spacing_mm[1])
+
+
+def test_a_large_volume_of_thick_classes_is_seen_coarser_until_a_patch_shows_two_hundredths_of_it() -> None:
+    scan = replace(SCANS, shape_vox=(300, 512, 512), spacing_mm=(1.0, 1.0, 1.0), spacing_low_mm=(1.0, 1.0, 1.0), thinnest_vox=24.0)
+    plan = draft_plan(scan, LAPTOP)
+    assert plan.spacing_mm == pytest.approx((2.08, 2.08, 2.08))
+    assert "2% of a volume" in plan.reasons["spacing_mm"]
+    thin = draft_plan(replace(scan, thinnest_vox=5.0), LAPTOP)
+    assert thin.spacing_mm == (1.0, 1.0, 1.0)
+
+
+def test_a_patch_is_a_cube_of_tissue_and_no_rod() -> None:
+    patch, _ = choose_patch((100, 512, 512), (3.5, 1.0, 1.0), LAPTOP)
+    sides_mm = np.array(patch) * (3.5, 1.0, 1.0)
+    assert sides_mm.max() / sides_mm.min() < 1.1
+    assert np.prod(patch) == pytest.approx(56**3, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "names", [("LeftLung", "RightLung"), ("kidney_L", "kidney_R"), ("left_kidney",), ("Right-Hippocampus",), ("lh", "rh")]
+)
+def test_classes_of_one_side_are_never_mirrored(names: tuple[str, ...]) -> None:
+    assert choose_augment(replace(SCANS, classes=("background", *names)), (32, 32, 32), (1.0,) * 3)[0].flip_axes == ()
+
+
+def test_classes_of_no_side_are_mirrored() -> None:
+    names = ("background", "liver", "tumor", "Clear cell")
+    assert choose_augment(replace(SCANS, classes=names), (32, 32, 32), (1.0,) * 3)[0].flip_axes == (2,)
+
+
+def test_three_scans_are_no_colours() -> None:
+    scans = replace(SCANS, **{**COLOURS, "high": (1200.0,) * 3}, brightness_varies=0.5)
+    assert choose_normalisation(scans)[0].kind == "image"
+    assert choose_normalisation(replace(PHOTOGRAPHS, brightness_varies=0.5))[0].kind == "dataset"
+
+
+def test_pixels_stay_pixels_where_no_training_image_states_its_size() -> None:
+    unknown = replace(CELLS, spacing_known=False, spacing_mm=(1.0, 1.0))
+    assert draft_plan(unknown, LAPTOP).stated_spacing_mm == (1.0, 1.0)
+    assert draft_plan(replace(unknown, spacing_known=True), LAPTOP).stated_spacing_mm == ()
+    assert draft_plan(replace(unknown, stated_spacing_mm=(0.5, 0.5)), LAPTOP).stated_spacing_mm == (0.5, 0.5)
+
+
+def test_networks_of_the_papers_learn_at_a_careful_rate() -> None:
+    assert draft_plan(CELLS, LAPTOP, network="unet_same").optimiser.learning_rate < draft_plan(CELLS, LAPTOP).optimiser.learning_rate

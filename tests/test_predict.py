@@ -242,3 +242,12 @@ def test_the_best_class_is_the_first_of_the_largest(classes: int, seed: int) -> 
     np.testing.assert_array_equal(result, logits.argmax(axis=0))
     assert result.dtype == np.int16
     np.testing.assert_array_equal(logits, before)
+
+
+def test_a_coarse_grid_of_one_tile_comes_back_in_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(predict, "CHUNK_VALUES", 3 * 90 * 7)
+    coarse = np.random.default_rng(0).normal(size=(3, 20, 30)).astype(np.float32)
+    parts = list(predict.on_grid(iter([(0, coarse)]), (20, 30), (60, 90)))
+    assert max(rows.shape[1] for _, rows in parts) == 7
+    assert [first for first, _ in parts] == list(range(0, 60, 7))
+    np.testing.assert_allclose(np.concatenate([rows for _, rows in parts], axis=1), resample_whole(coarse, (60, 90)), atol=1e-5)

@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,12 @@ from microtome.bundle import Bundle, save_bundle
 from microtome.config import AugmentConfig, NetworkConfig, Plan
 from microtome.data.dataset import open_dataset
 from microtome.data.legend import Legend
+from microtome.data.listing import LISTING
 from microtome.errors import DataError, RunError
 from microtome.evaluation.evaluate import evaluate
 from microtome.images.files import read_image
-from microtome.inference import predictor as module
 from microtome.inference.predict import predict_labels
-from microtome.inference.predictor import LISTING, Predictor, load, predict_files, safe_name
+from microtome.inference.predictor import Predictor, load, predict_files, safe_name
 from microtome.models.registry import build
 from tests import folders
 
@@ -275,24 +276,47 @@ def test_a_mask_that_somebody_drew_is_never_overwritten(tmp_path: Path) -> None:
 
 def test_earlier_predictions_are_replaced(tmp_path: Path) -> None:
     path = folders.png(tmp_path / "in" / "a.png", noise(16, 16))
-    predict_files(predictor_of(OBJECTS), [path], tmp_path / "out")
+    predict_files(predictor_of(), [path], tmp_path / "out")
+    folders.png(tmp_path / "out" / "a.png", 7)
     predict_files(predictor_of(), [path], tmp_path / "out")
     np.testing.assert_array_equal(pixels_of(tmp_path / "out" / "a.png"), expected(predictor_of(), path))
-    assert json.loads((tmp_path / "out" / LISTING).read_text())["legend"] == VALUES.to_json()
 
 
-def test_a_prediction_that_a_kill_left_out_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_predictions_of_other_classes_are_not_added_to_a_folder(tmp_path: Path) -> None:
     path = folders.png(tmp_path / "in" / "a.png", noise(16, 16))
+    predict_files(predictor_of(OBJECTS), [path], tmp_path / "out")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    line = refusal(lambda: predict_files(predictor_of(), [path], tmp_path / "out"))
+    assert line.startswith(f"{tmp_path / 'out' / LISTING}: expected predictions of ")
+    assert "got those of background (0), object (255)" in line
+    assert line.endswith("give another --out")
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+def test_predictions_of_the_same_values_found_in_another_way_are_added(tmp_path: Path) -> None:
+    for name, legend in (("a", VALUES), ("b", replace(VALUES, reason="said otherwise"))):
+        predict_files(predictor_of(legend), [folders.png(tmp_path / "in" / f"{name}.png", noise(8, 8))], tmp_path / "out")
+    assert set(json.loads((tmp_path / "out" / LISTING).read_text())["cases"]) == {"a.png", "b.png"}
+
+
+@pytest.mark.parametrize("name", ["write_labels", "Recorder.add", "Recorder.close"])
+def test_a_prediction_that_a_kill_left_out_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    paths = [folders.png(tmp_path / "in" / f"{stem}.png", noise(16, 16)) for stem in "ab"]
 
     def killed(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("write_labels", "list_prediction"):
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, killed)
-            with pytest.raises(KeyboardInterrupt):
-                predict_files(predictor_of(), [path], tmp_path / "out")
-        assert len(predict_files(predictor_of(), [path], tmp_path / "out")) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(f"microtome.inference.predictor.{name}" if name == "write_labels" else f"microtome.data.listing.{name}", killed)
+        with pytest.raises(KeyboardInterrupt):
+            predict_files(predictor_of(), paths, tmp_path / "out")
+    assert set(json.loads((tmp_path / "out" / LISTING).read_text())["writing"]) == {"a", "b"}
+    # Another image in between does not make what was left behind somebody else's.
+    other = folders.png(tmp_path / "in" / "c.png", noise(16, 16))
+    predict_files(predictor_of(), [other], tmp_path / "out")
+    assert len(predict_files(predictor_of(), paths, tmp_path / "out")) == 2
+    content = json.loads((tmp_path / "out" / LISTING).read_text())
+    assert (set(content["cases"]), "writing" in content) == ({"a.png", "b.png", "c.png"}, False)
 
 
 @pytest.mark.parametrize("name", ["nowhere", "nowhere.png"])

@@ -1,5 +1,6 @@
 import math
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,19 @@ from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 
 from microtome.config import NormalisationConfig, Plan
-from microtome.preprocess import apply_along, crop_box, grid_shape, normalise, resample, resample_labels, resampling_matrix
+from microtome.errors import DataError
+from microtome.geometry import affine_from_spacing
+from microtome.images.image import Image
+from microtome.preprocess import (
+    apply_along,
+    crop_box,
+    grid_shape,
+    normalise,
+    resample,
+    resample_labels,
+    resampling_matrix,
+    voxel_size,
+)
 from tests.oracles import dense_matrix, resample_whole
 
 IMAGE = NormalisationConfig()
@@ -234,3 +247,34 @@ def test_a_crop_box_lies_inside_and_holds_the_range_with_a_voxel_to_spare(size: 
 
 def test_a_crop_box_computed_by_hand() -> None:
     assert crop_box((10, 10, 10), (2.5, -3.0, 40.0), (4.2, 1.0, 50.0)) == (slice(1, 7), slice(0, 3), slice(9, 10))
+
+
+# the size of a voxel
+
+
+def picture(spacing_mm: tuple[float, ...], *, known: bool) -> Image:
+    array = np.zeros((1, *[4] * len(spacing_mm)))
+    affine = affine_from_spacing(spacing_mm)
+    return Image(array=array, spacing_mm=spacing_mm, affine=affine, axes="CYX", path=Path("a.tif"), format="tiff", spacing_known=known)
+
+
+def test_a_voxel_is_as_large_as_stated_else_as_its_file_says_else_as_assumed() -> None:
+    plan = plan_of((2.0, 2.0), 2)
+    assert voxel_size(picture((1.0, 3.0), known=True), plan) == (1.0, 3.0)
+    assert voxel_size(picture((1.0, 1.0), known=False), plan) == (1.0, 1.0)
+    assumed = plan.model_copy(update={"assumed_spacing_mm": (4.0, 4.0)})
+    assert voxel_size(picture((1.0, 1.0), known=False), assumed) == (4.0, 4.0)
+    assert voxel_size(picture((1.0, 3.0), known=True), assumed) == (1.0, 3.0)
+    stated = assumed.model_copy(update={"stated_spacing_mm": (5.0, 5.0)})
+    assert voxel_size(picture((1.0, 3.0), known=True), stated) == (5.0, 5.0)
+
+
+@pytest.mark.parametrize("spacing_mm", [(0.0005, 0.0005), (1000.0, 1000.0)])
+def test_a_size_that_can_only_be_a_mistake_of_unit_is_refused_by_name(spacing_mm: tuple[float, ...]) -> None:
+    with pytest.raises(DataError, match=r"a\.tif: expected voxels about as large as the plan's"):
+        voxel_size(picture(spacing_mm, known=True), plan_of((1.0, 1.0), 2))
+
+
+def test_sections_of_a_stack_may_lie_at_any_distance() -> None:
+    image = picture((50.0, 1.0, 1.0), known=True)
+    assert voxel_size(image, plan_of((1.0, 1.0, 1.0), 2)) == (50.0, 1.0, 1.0)

@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -22,6 +25,7 @@ from microtome.data.synthetic import DemoConfig, write_demo_data
 from microtome.errors import ConfigError, DataError, RunError
 from microtome.images.files import read_image
 from microtome.inference.predictor import load
+from microtome.training import loop, store
 from microtome.training import run as run_module
 from microtome.training.checkpoint import load_checkpoint
 from microtome.training.rehearsal import make_plan
@@ -274,6 +278,51 @@ def test_other_cases_than_the_run_began_with_are_refused(cells: Dataset, tmp_pat
         train(fewer, plan_for(cells), tmp_path / "run", resume=True)
 
 
+def test_a_complete_run_that_was_given_minutes_goes_on_although_it_was_killed_at_once(
+    cells_run: Path, cells: Dataset, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(cells_run, folder)
+    with pytest.raises(Killed):
+        train(cells, plan_for(cells, minutes=10), folder, resume=True, on_event=kill_at(7))
+    # The report of a run that goes on must not call it complete.
+    assert "end" not in [event["event"] for event in lines(folder)]
+    with pytest.raises(Killed):
+        train(cells, read_plan(folder / "plan.yaml"), folder, resume=True, on_event=kill_at(8))
+    assert [event["step"] for event in lines(folder) if event["event"] == "step"] == list(range(1, 9))
+
+
+def test_a_complete_run_that_is_resumed_as_it_was_stays_complete(cells_run: Path, cells: Dataset, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(cells_run, folder)
+    train(cells, read_plan(folder / "plan.yaml"), folder, resume=True)
+    assert_same_weights(folder, cells_run)
+    assert [event["step"] for event in lines(folder) if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+    # Nothing was prepared for steps that were not made.
+    assert not (folder / "cache").exists()
+
+
+def test_a_run_whose_minutes_went_before_any_validation_still_gives_a_model(
+    cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    plan = plan_for(cells, minutes=10, validations=1)
+    with pytest.raises(Killed):
+        train(cells, plan, tmp_path / "run", on_event=kill_at(4))
+    folder = train(cells, plan.model_copy(update={"minutes": 1e-4}), tmp_path / "run", resume=True)
+    events = [(event["event"], event["step"]) for event in lines(folder)]
+    assert events == [("step", 1), ("step", 2), ("step", 3), ("validation", 3), ("end", 3)]
+    assert load_bundle(folder).provenance["step"] == 3
+    assert all((folder / name).is_file() for name in FILES)
+
+
+def test_the_plan_that_is_given_is_the_one_that_goes_on(cells: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(cells, plan_for(cells), tmp_path / "run", on_event=kill_at(5))
+    folder = train(cells, plan_for(cells, steps=8), tmp_path / "run", resume=True)
+    assert read_plan(folder / "plan.yaml").steps == lines(folder)[-1]["step"] == 8
+
+
 # ---- what is refused ----
 
 
@@ -355,6 +404,57 @@ def test_a_run_by_minutes_ends_with_them(cells: Dataset, tmp_path: Path) -> None
     assert events[-1]["seconds"] < 12
 
 
+def test_more_validation_cases_than_the_minutes_allow_leave_three_quarters_to_training(cells: Dataset, tmp_path: Path) -> None:
+    session = run_module._Session(cells, plan_for(cells, minutes=10), tmp_path, "cpu", lambda event: None)
+    assert session.seconds_left() == pytest.approx(600 * 0.94, abs=2)
+    session.state.progress.case_seconds = 2.0
+    assert len(session.split.validation) == 1
+    assert session.seconds_left() == pytest.approx(600 - 1.5 * 2 - 8, abs=2)
+    session.state.progress.case_seconds = 900.0
+    assert session.seconds_left() == pytest.approx(450, abs=2)
+    # What is kept back is also what the end may take.
+    assert session._seconds_for_end() == pytest.approx(600 - 8, abs=2)
+    session.seconds_before = 500.0
+    assert session._seconds_for_end() == pytest.approx(150 - 8, abs=2)
+
+
+def test_a_run_that_could_not_score_all_cases_says_so(cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_module._Session, "_seconds_for_end", lambda session: 0.0)
+    folder = train(cells, plan_for(cells, fold="1/2", steps=2, validations=1), tmp_path / "run")
+    count = len(json.loads((folder / "dataset.json").read_text())["validation"])
+    assert count > 1
+    said = f"1 of {count} cases, as the minutes allowed"
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["conventions"]["validation_subset"] == lines(folder)[-1]["validation_subset"] == said
+    assert said in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_by_steps_scores_all_however_long_it_takes(cells: Dataset, tmp_path: Path) -> None:
+    session = run_module._Session(cells, plan_for(cells), tmp_path, "cpu", lambda event: None)
+    session.seconds_before = 1e9
+    assert (session.seconds_left(), session._seconds_for_end()) == (None, float("inf"))
+
+
+def test_minutes_that_preparing_takes_are_refused_and_what_was_prepared_is_kept(
+    cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, took = time.perf_counter, [0.0]
+    monkeypatch.setattr(run_module, "time", SimpleNamespace(perf_counter=lambda: clock() + took[0]))
+    store_cases = run_module.store_cases
+
+    def slow(*arguments: Any) -> Any:
+        took[0] = 58.0
+        return store_cases(*arguments)
+
+    monkeypatch.setattr(run_module, "store_cases", slow)
+    expected = r"expected at least 5% of 1 minutes left to train in, got 0 s, as preparing 4 cases took 0\.97 minutes; .*--resume"
+    with pytest.raises(RunError, match=expected):
+        train(cells, plan_for(cells, minutes=1), tmp_path / "run")
+    monkeypatch.setattr(store, "prepare", lambda *arguments: pytest.fail("a case was prepared again"))
+    with pytest.raises(Killed):
+        train(cells, plan_for(cells, minutes=10), tmp_path / "run", resume=True, on_event=kill_at(1))
+
+
 def test_a_plan_of_exactly_so_many_steps(cells: Dataset) -> None:
     plan = make_plan(cells, steps=17, device="cpu", memory_gb=2)
     assert (plan.steps, plan.minutes, plan.reasons["steps"]) == (17, None, "as asked")
@@ -370,3 +470,21 @@ def test_a_run_on_real_volumes(data_folder: Any, tmp_path: Path) -> None:
     source = few.read_image(next(case for case in few.cases if case.name == names[0]))
     assert np.array_equal(written.affine, source.affine)
     assert written.shape_vox == source.shape_vox
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"patch_vox": (30, 32)}, "patch_vox: expected 28 or 32 along axis 0 for modern_unet, got 30"),
+        ({"classes": ("a", "b", "c")}, "expected the classes background, foreground, got a plan for a, b, c"),
+        ({"channels": 3}, "expected 3 channels as in the plan, got 1"),
+        ({"spacing_mm": (1.0, 1.0, 1.0)}, "expected 3 axes as in the plan, got images with [2] axes"),
+    ],
+)
+def test_a_plan_for_other_data_is_refused_before_anything_is_written(
+    change: dict[str, Any], words: str, cells: Dataset, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        train(cells, plan_for(cells).model_copy(update=change), tmp_path / "run")
+    assert words in str(caught.value)
+    assert not (tmp_path / "run").exists()

@@ -1,6 +1,7 @@
 """Samples: a pure function of seed, step and position; from where annotations are; read as crops."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microtome.config import Plan
-from microtome.training.sampling import Batches, Sample, draw_sample, load_sample
+from microtome.training.sampling import Batches, Pool, Sample, draw_sample, load_sample
 from microtome.training.store import StoredCase
 from tests.small import NOTHING, small_plan, small_plan_3d, squares, stored_case
 
 CPU = torch.device("cpu")
 CASES = [squares(seed) for seed in range(3)]
+POOL = Pool.of(CASES)
 # Patches of one voxel: the label is then that of the drawn voxel.
 DOT = small_plan(patch_vox=(1, 1), augment=NOTHING, foreground=1.0)
 
@@ -40,19 +42,20 @@ def same(a: Sample, b: Sample) -> bool:
 
 
 def drawn_labels(cases: list[StoredCase], plan: Plan, count: int, *, border: int = 0) -> list[np.ndarray]:
-    return [load_sample(draw_sample(cases, plan, step, 0, border), cases, plan.patch_vox)[1].numpy() for step in range(count)]
+    pool = Pool.of(cases)
+    return [load_sample(draw_sample(pool, plan, step, 0, border), cases, plan.patch_vox)[1].numpy() for step in range(count)]
 
 
 @given(step=st.integers(0, 10**6), position=st.integers(0, 64), seed=st.integers(0, 10**6))
 @settings(max_examples=20, deadline=None)
 def test_a_sample_is_a_function_of_seed_step_and_position(step: int, position: int, seed: int) -> None:
     plan = small_plan(seed=seed)
-    first = draw_sample(CASES, plan, step, position)
-    draw_sample(CASES, plan, step + 1, position)
-    assert same(first, draw_sample(CASES, plan, step, position))
-    for other in (draw_sample(CASES, plan, step + 1, position), draw_sample(CASES, plan, step, position + 1)):
+    first = draw_sample(POOL, plan, step, position)
+    draw_sample(POOL, plan, step + 1, position)
+    assert same(first, draw_sample(POOL, plan, step, position))
+    for other in (draw_sample(POOL, plan, step + 1, position), draw_sample(POOL, plan, step, position + 1)):
         assert not same(first, other)
-    assert not same(first, draw_sample(CASES, small_plan(seed=seed + 1), step, position))
+    assert not same(first, draw_sample(POOL, small_plan(seed=seed + 1), step, position))
 
 
 def test_neither_order_nor_threads_change_a_sample() -> None:
@@ -60,7 +63,7 @@ def test_neither_order_nor_threads_change_a_sample() -> None:
     places = [(step, position) for step in range(6) for position in range(2)]
 
     def load(place: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return load_sample(draw_sample(CASES, plan, *place), CASES, plan.patch_vox)
+        return load_sample(draw_sample(POOL, plan, *place), CASES, plan.patch_vox)
 
     in_order = [load(place) for place in places]
     backwards = [load(place) for place in reversed(places)][::-1]
@@ -82,7 +85,7 @@ def test_batches_are_the_same_however_many_are_made_ahead(ahead: int) -> None:
     with Batches(CASES, plan, CPU) as resumed:
         assert torch.equal(resumed.get(3)[0], got[3][0])
     for step, (image, label) in enumerate(got):
-        samples = [load_sample(draw_sample(CASES, plan, step, position), CASES, plan.patch_vox) for position in range(3)]
+        samples = [load_sample(draw_sample(POOL, plan, step, position), CASES, plan.patch_vox) for position in range(3)]
         assert torch.equal(image, torch.stack([sample[0] for sample in samples]))
         assert torch.equal(label, torch.stack([sample[1] for sample in samples]))
 
@@ -116,9 +119,9 @@ def test_loading_reads_the_crop_and_no_more() -> None:
     label = np.zeros((200, 300), np.int16)
     case = stored_case(label)
     image, labels = Recorder(case.image), Recorder(label)
-    watched = StoredCase("watched", image, labels, case.class_voxels, True, 1.0)  # type: ignore[arg-type]
+    watched = replace(case, image=image, label=labels)
     plan = small_plan(augment=NOTHING)
-    load_sample(draw_sample([case], plan, 0, 0), [watched], plan.patch_vox)
+    load_sample(draw_sample(Pool.of([case]), plan, 0, 0), [watched], plan.patch_vox)
     # A voxel to spare on each side.
     assert 32**2 <= image.taken <= 34**2
     assert labels.taken == image.taken
@@ -132,8 +135,8 @@ def test_a_2d_network_reads_one_section_of_a_volume() -> None:
     plan = small_plan(augment=NOTHING, spacing_mm=(4.0, 1.0, 1.0))
     seen = set()
     for step in range(40):
-        sample = draw_sample([case], plan, step, 0)
-        loaded, label = load_sample(sample, [StoredCase("watched", watched, volume, case.class_voxels, True, 1.0)], plan.patch_vox)  # type: ignore[arg-type]
+        sample = draw_sample(Pool.of([case]), plan, step, 0)
+        loaded, label = load_sample(sample, [replace(case, image=watched)], plan.patch_vox)
         assert (loaded - sample.section).abs().max() < 1e-5  # type: ignore[operator]
         assert label.shape == (32, 32)
         seen.add(sample.section)
@@ -147,7 +150,7 @@ def test_a_2d_network_sees_only_annotated_sections() -> None:
     label[7, 30:] = 1
     plan = small_plan(augment=NOTHING, spacing_mm=(4.0, 1.0, 1.0))
     case = stored_case(label)
-    assert {draw_sample([case], plan, step, 0).section for step in range(60)} == {2, 7}
+    assert {draw_sample(Pool.of([case]), plan, step, 0).section for step in range(60)} == {2, 7}
 
 
 def test_classes_are_drawn_evenly_however_rare() -> None:
@@ -175,7 +178,32 @@ def test_cases_are_drawn_by_their_weight() -> None:
     label = np.zeros((40, 40), np.int16)
     cases = [stored_case(label, weight=weight) for weight in (1.0, 3.0)]
     plan = small_plan(foreground=0.0)
-    assert np.mean([draw_sample(cases, plan, step, 0).case for step in range(600)]) == pytest.approx(0.75, abs=0.06)
+    assert np.mean([draw_sample(Pool.of(cases), plan, step, 0).case for step in range(600)]) == pytest.approx(0.75, abs=0.06)
+
+
+def test_in_a_sparse_case_a_class_is_drawn_by_its_voxels_however_few_of_them_are_noted() -> None:
+    label = np.zeros((100, 100), np.int16)
+    label[:2, :50], label[-1, -1] = 1, -1
+    case = stored_case(label)
+    assert case.class_counts == {0: 9899, 1: 100}
+    noted = replace(case, class_voxels={k: voxels[::41] for k, voxels in case.class_voxels.items()})
+    for drawn_from in (case, noted):
+        rng = np.random.default_rng(0)
+        voxels = np.array([drawn_from.draw_annotated(rng) for _ in range(3000)])
+        values = label[tuple(voxels.T)]
+        assert set(values) == {0, 1}
+        # Three standard deviations of a share of 1 % among 3000.
+        assert (values == 1).mean() == pytest.approx(0.01, abs=0.0055)
+        # From everywhere, not from the first that are noted.
+        assert voxels[values == 0].mean(0) == pytest.approx([50, 50], abs=4)
+    assert all((noted.class_voxels[0] == voxel).all(1).any() for voxel in voxels[values == 0])
+
+
+def test_a_pool_knows_which_cases_hold_a_class() -> None:
+    cases = [stored_case(np.full((4, 4), k), weight=weight) for k, weight in ((2, 1.0), (0, 2.0), (2, 1.0), (-1, 0.0))]
+    pool = Pool.of(cases)
+    assert [(k, holders.tolist()) for k, holders in pool.holders] == [(0, [1]), (2, [0, 2])]
+    assert pool.shares.tolist() == [0.25, 0.5, 0.25, 0]
 
 
 @pytest.mark.parametrize("foreground", [0.0, 1.0])
@@ -204,7 +232,7 @@ def test_what_a_network_without_padding_answers_for_holds_annotation(foreground:
 def test_dense_patches_reach_every_corner_and_stay_inside() -> None:
     label = np.zeros((50, 70), np.int16)
     plan = small_plan(augment=NOTHING, foreground=0.0)
-    centres = np.array([draw_sample([stored_case(label)], plan, step, 0).centre for step in range(400)])
+    centres = np.array([draw_sample(Pool.of([stored_case(label)]), plan, step, 0).centre for step in range(400)])
     low, high = np.array([15.5, 15.5]), np.array([49, 69]) - 15.5
     assert (centres >= low).all()
     assert (centres <= high).all()
@@ -216,7 +244,7 @@ def test_a_patch_that_is_not_bent_shows_the_image_itself() -> None:
     case = squares(size=47)
     plan = small_plan(augment=NOTHING)
     for step in range(10):
-        sample = draw_sample([case], plan, step, 0)
+        sample = draw_sample(Pool.of([case]), plan, step, 0)
         image, label = load_sample(sample, [case], plan.patch_vox)
         y, x = (sample.centre - 15.5).astype(int)
         assert np.abs(image.numpy() - case.image[:, y : y + 32, x : x + 32]).max() < 1e-5
@@ -227,7 +255,7 @@ def test_a_patch_that_is_not_bent_shows_the_image_itself() -> None:
 def test_an_image_smaller_than_the_patch_lies_in_its_middle(shape: tuple[int, int]) -> None:
     label = np.ones(shape, np.int16)
     plan = small_plan(augment=NOTHING)
-    image, part = load_sample(draw_sample([stored_case(label)], plan, 0, 0), [stored_case(label)], plan.patch_vox)
+    image, part = load_sample(draw_sample(Pool.of([stored_case(label)]), plan, 0, 0), [stored_case(label)], plan.patch_vox)
     assert (part >= 0).sum() == np.prod(np.minimum(shape, 32))
     rows, columns = np.flatnonzero((part >= 0).any(1)), np.flatnonzero((part >= 0).any(0))
     assert abs(rows[0] + rows[-1] - 31) <= 1
@@ -239,6 +267,6 @@ def test_an_image_smaller_than_the_patch_lies_in_its_middle(shape: tuple[int, in
 def test_patches_of_volumes_come_with_all_augmentation() -> None:
     label = np.random.default_rng(0).integers(0, 2, (20, 40, 40)).astype(np.int16)
     plan = small_plan_3d()
-    image, part = load_sample(draw_sample([stored_case(label)], plan, 1, 0), [stored_case(label)], plan.patch_vox)
+    image, part = load_sample(draw_sample(Pool.of([stored_case(label)]), plan, 1, 0), [stored_case(label)], plan.patch_vox)
     assert image.shape == (1, 16, 16, 16)
     assert set(np.unique(part)) <= {-1, 0, 1}

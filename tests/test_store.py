@@ -1,11 +1,21 @@
 """Stored cases: on the plan's grid, memory-mapped, taken up again after an interruption, never half of one."""
 
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 
 from microtome.config import NormalisationConfig
 from microtome.data.dataset import Dataset, open_dataset
@@ -13,7 +23,7 @@ from microtome.data.synthetic import DemoConfig, write_demo_data
 from microtome.errors import RunError
 from microtome.preprocess import normalise, resample, resample_labels
 from microtome.training import store
-from microtome.training.store import VOXELS_A_CLASS, prepare, store_cases
+from microtome.training.store import VOXELS_A_CLASS, class_counts, prepare, store_cases, stored_bytes
 from tests.folders import nifti, png, text
 from tests.small import small_plan, small_plan_3d
 
@@ -49,26 +59,26 @@ def test_a_stored_case_is_the_normalised_image_and_the_label(cells: Dataset, tmp
     stored = store_cases(cells, cells.labelled, small_plan(), tmp_path)
     assert [case.name for case in stored] == [case.name for case in cells.labelled]
     for case, source in zip(stored, cells.labelled, strict=True):
-        assert isinstance(case.image, np.memmap)
-        assert isinstance(case.label, np.memmap)
-        assert (case.image.dtype, case.label.dtype) == (np.float32, np.int16)
-        assert np.array_equal(case.image, normalise(cells.read_image(source).array, small_plan().normalisation))
-        assert np.array_equal(case.label, cells.read_label(source))
+        assert isinstance(case.image[:], np.memmap)
+        assert isinstance(case.label[:], np.memmap)
+        assert (case.image[:].dtype, case.label[:].dtype) == (np.float32, np.int16)
+        assert np.array_equal(case.image[:], normalise(cells.read_image(source).array, small_plan().normalisation))
+        assert np.array_equal(case.label[:], cells.read_label(source))
         assert (case.shape_vox, case.dense, case.weight) == ((48, 56), True, 1.0)
 
 
 def test_memory_maps_cannot_be_written(cells: Dataset, tmp_path: Path) -> None:
     case = store_cases(cells, cells.labelled[:1], small_plan(), tmp_path)[0]
     with pytest.raises(ValueError, match="read-only"):
-        case.image[0, 0, 0] = 1
+        case.image[:][0, 0, 0] = 1
 
 
 def test_cases_are_brought_to_the_plan_s_spacing(cells: Dataset, tmp_path: Path) -> None:
     plan = small_plan(spacing_mm=(2.0, 4.0))
     case, source = store_cases(cells, cells.labelled[:1], plan, tmp_path)[0], cells.labelled[0]
     assert case.shape_vox == (24, 14)
-    assert np.allclose(case.image, resample(normalise(cells.read_image(source).array, plan.normalisation), (24, 14)))
-    assert np.array_equal(case.label, resample_labels(cells.read_label(source), (24, 14)))
+    assert np.allclose(case.image[:], resample(normalise(cells.read_image(source).array, plan.normalisation), (24, 14)))
+    assert np.array_equal(case.label[:], resample_labels(cells.read_label(source), (24, 14)))
 
 
 def test_sections_are_not_mixed_for_a_2d_network(tubules: Dataset, tmp_path: Path) -> None:
@@ -82,7 +92,8 @@ def test_voxels_of_each_class_are_noted_where_they_lie(tubules: Dataset, tmp_pat
         assert set(case.class_voxels) == {0, 1}
         for k, voxels in case.class_voxels.items():
             assert (case.label[tuple(voxels.T)] == k).all()
-            assert len(np.unique(voxels, axis=0)) == len(voxels) == min(VOXELS_A_CLASS, (case.label == k).sum())
+            assert len(np.unique(voxels, axis=0)) == len(voxels) == min(VOXELS_A_CLASS, (case.label[:] == k).sum())
+            assert (voxels.dtype, case.class_counts[k]) == (np.int32, (case.label[:] == k).sum())
 
 
 def test_of_a_large_class_some_voxels_from_everywhere_are_noted(tmp_path: Path) -> None:
@@ -104,18 +115,118 @@ def test_what_an_interrupted_run_stored_is_taken(cells: Dataset, tmp_path: Path,
     assert sorted(prepared) == sorted(case.name for case in cells.labelled)
 
 
-def test_a_case_without_its_label_is_stored_again(cells: Dataset, tmp_path: Path, prepared: list[str]) -> None:
+@pytest.mark.parametrize("last", ["image.npy", "label.npy", "voxels.npz"])
+def test_a_case_of_which_a_file_is_missing_is_stored_again(last: str, cells: Dataset, tmp_path: Path, prepared: list[str]) -> None:
     store_cases(cells, cells.labelled, small_plan(), tmp_path)
     prepared.clear()
-    # What a kill leaves: the image, half of a label under a temporary name.
-    label, image = next(tmp_path.glob("00001*.label.npy")), next(tmp_path.glob("00001*.image.npy"))
-    label.with_name(f".part-x-{label.name}").write_bytes(label.read_bytes()[:100])
-    label.unlink()
-    image.write_bytes(b"half")
+    # What a kill leaves: the files before, half of one under a temporary name.
+    files = [next(tmp_path.glob(f"00001*.{name}")) for name in ("image.npy", "label.npy", "voxels.npz")]
+    while (file := files.pop()) and not file.name.endswith(last):
+        file.unlink()
+    file.rename(file.with_name(f".part-x-{file.name}"))
+    for before in files:
+        before.write_bytes(b"of another day")
     stored = store_cases(cells, cells.labelled, small_plan(), tmp_path)
     assert prepared == [cells.labelled[1].name]
     assert stored[1].shape_vox == (48, 56)
     assert stored[1].image.shape == (1, 48, 56)
+
+
+def test_where_the_classes_are_is_found_once(cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = store_cases(cells, cells.labelled, small_plan(), tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise AssertionError("a voxel was looked at again")
+
+    monkeypatch.setattr(store, "class_counts", fail)
+    monkeypatch.setattr(store, "draw_voxels", fail)
+    for case, again in zip(first, store_cases(cells, cells.labelled, small_plan(), tmp_path), strict=True):
+        assert case.class_counts == again.class_counts
+        assert all(np.array_equal(case.class_voxels[k], again.class_voxels[k]) for k in case.class_counts)
+
+
+@given(label=arrays(np.int16, array_shapes(min_dims=2, max_dims=3, max_side=6), elements=st.sampled_from([-1, 0, 1, 5, 32767])))
+@settings(max_examples=30, deadline=None)
+def test_voxels_are_counted_by_class(label: np.ndarray) -> None:
+    expected = {int(k): int(count) for k, count in zip(*np.unique(label[label >= 0], return_counts=True), strict=True)}
+    assert class_counts(label) == expected
+
+
+def test_no_more_files_are_open_than_are_allowed_and_all_can_be_read(
+    cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "MOST_OPEN", 2)
+    stored = store_cases(cells, cells.labelled, small_plan(), tmp_path)
+    for case, source in [*zip(stored, cells.labelled, strict=True)] * 2:
+        assert np.array_equal(case.image[:], normalise(cells.read_image(source).array, small_plan().normalisation))
+        assert np.array_equal(case.label[:, 3:9], cells.read_label(source)[:, 3:9])
+        open_files = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+        assert sum(str(tmp_path) in name for name in open_files) <= 2
+
+
+def test_two_hundred_files_are_stored_and_read_where_a_process_may_open_fewer(tmp_path: Path) -> None:
+    for number in range(100):
+        for folder in ("images", "labels"):
+            png(tmp_path / "data" / folder / f"{number}.png", np.arange(16).reshape(4, 4) % 2)
+    program = (
+        "import resource, sys; from pathlib import Path\n"
+        "from microtome.data.dataset import open_dataset; from microtome.training.store import store_cases\n"
+        "from tests.small import small_plan\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (170, 170))\n"
+        "dataset = open_dataset(Path(sys.argv[1]))\n"
+        "stored = store_cases(dataset, dataset.labelled, small_plan(), Path(sys.argv[2]))\n"
+        "print(len(stored), sum(int(case.label[:].sum()) for case in stored), sum(case.image[0, 0].size for case in stored))\n"
+    )
+    arguments = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "data"), str(tmp_path / "cache")]
+    done = subprocess.run(arguments, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["100", "800", "400"]
+
+
+def test_no_more_cases_are_prepared_at_once_than_fit_into_memory(cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, most, lock = 0, 0, threading.Lock()
+
+    def slow(*arguments: Any) -> Any:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.02)
+        with lock:
+            now -= 1
+        return prepare(*arguments)
+
+    monkeypatch.setattr(store, "prepare", slow)
+    monkeypatch.setattr(store.os, "cpu_count", lambda: 64)
+    store_cases(cells, cells.labelled * 4, small_plan(), tmp_path)
+    assert 1 < most <= 4
+
+
+@pytest.mark.parametrize("spacing_mm", [(0.00204, 0.00176, 0.00176), (0.004, 0.00352, 0.00704)])
+def test_the_bytes_of_a_case_are_known_from_its_header(spacing_mm: tuple[float, ...], tubules: Dataset, tmp_path: Path) -> None:
+    plan = small_plan_3d(spacing_mm=spacing_mm)
+    whole = tubules.labelled[0]
+    cases = [whole, replace(whole, name=f"{whole.name}[2:11]", sections=(2, 11))]
+    for case in cases:
+        store_cases(tubules, [case], plan, tmp_path / case.name)
+        size = sum(path.stat().st_size for path in (tmp_path / case.name).iterdir())
+        # Headers, and classes of which fewer voxels are annotated than may be noted.
+        assert size - 1500 <= stored_bytes(tubules, case, plan) <= size + 2 * 2000 * 12
+
+
+def test_what_will_not_fit_on_the_disk_is_refused_before_any_work(
+    cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: list[str]
+) -> None:
+    needed = sum(stored_bytes(cells, case, small_plan()) for case in cells.labelled)
+    free = SimpleNamespace(free=needed - 1)
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(RunError, match=rf"expected {needed} free bytes for 4 prepared cases.*got {needed - 1} .*--resume"):
+        store_cases(cells, cells.labelled, small_plan(), tmp_path)
+    assert prepared == []
+    free.free = needed
+    store_cases(cells, cells.labelled, small_plan(), tmp_path)
+    # What is there needs no room any more.
+    free.free = 0
+    assert len(store_cases(cells, cells.labelled, small_plan(), tmp_path)) == 4
 
 
 @pytest.mark.parametrize(
@@ -125,7 +236,7 @@ def test_what_was_stored_for_another_plan_is_not_taken(cells: Dataset, tmp_path:
     before = store_cases(cells, cells.labelled[:1], small_plan(), tmp_path)[0]
     after = store_cases(cells, cells.labelled[:1], small_plan(**change), tmp_path)[0]
     assert len(prepared) == 2
-    assert not np.array_equal(before.image, after.image)
+    assert not np.array_equal(before.image[:], after.image[:])
     store_cases(cells, cells.labelled[:1], small_plan(steps=9, batch=1), tmp_path)
     assert len(prepared) == 2
 
@@ -169,7 +280,7 @@ def test_any_voxel_of_a_dense_case_may_be_drawn_and_only_annotated_ones_of_a_spa
     case = store_cases(tubules, tubules.labelled[:1], small_plan_3d(), tmp_path)[0]
     rng = np.random.default_rng(0)
     assert all(case.label[tuple(case.draw_annotated(rng))] >= 0 for _ in range(200))
-    dense = replace(case, dense=True)
+    dense = replace(case, class_counts={0: math.prod(case.shape_vox)})
     drawn = np.array([dense.draw_annotated(rng) for _ in range(400)])
     assert (drawn.min(0) == 0).all()
     assert (drawn.max(0) == np.array(case.shape_vox) - 1).all()
@@ -182,4 +293,4 @@ def test_real_volumes_are_stored_at_their_spacing(data_folder: Any, tmp_path: Pa
     source = dataset.read_label(dataset.labelled[0])
     assert case.shape_vox == (round(source.shape[0] / 2), *source.shape[1:])
     assert set(case.class_voxels) == set(range(len(dataset.legend.names)))
-    assert abs(case.image.mean()) < 0.05
+    assert abs(case.image[:].mean()) < 0.05

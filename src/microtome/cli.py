@@ -1,6 +1,7 @@
 """The words that a user types -> one call each. Bodies import late, so that `--help` needs no torch."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -39,7 +40,7 @@ def _options(debug: Debug = False) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder for its data, runs and reports.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(help="Folder for its data, runs and reports; a number is added if it is taken.")] = Path("demo"),
     minutes: Annotated[float, typer.Option(help="Wall time of all of it.", min=0.5)] = 4.0,
 ) -> None:
     """The whole road on built-in data: sparse 3D annotation, training, dense prediction, scores, report; then 2D cells."""
@@ -58,13 +59,12 @@ def inspect(
     seed: Seed = 0,
 ) -> None:
     """What was found, how files were paired, and what is wrong, before anyone trains. Exit code 2 if there are errors."""
-    from microtome.data.quality import case_thumbnails, inspect_dataset, inspection_html
-    from microtome.data.split import split_dataset
+    from microtome.data.quality import case_thumbnails, inspect_fold, inspection_html
     from microtome.files import write_text
     from microtome.terminal import print_inspection, print_json
 
     dataset = _open(data)
-    inspection = inspect_dataset(dataset, split_dataset(dataset, fold, seed))
+    inspection = inspect_fold(dataset, fold, seed)
     if html is not None:
         write_text(html, inspection_html(inspection, case_thumbnails(dataset, inspection)))
     if as_json:
@@ -110,9 +110,9 @@ def train(
     minutes: Minutes = None,
     steps: Annotated[int | None, typer.Option(help="Exactly so many steps, instead of minutes.", min=1)] = None,
     memory: Memory = None,
-    network: Network = "modern_unet",
-    fold: Fold = "1/5",
-    seed: Seed = 0,
+    network: Annotated[str | None, typer.Option(help="One of `microtome networks`; modern_unet if not given.")] = None,
+    fold: Annotated[str | None, typer.Option(help="K/N: part K of N validates (1/5 if not given); all: nothing validates.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random; 0 if not given.", min=0)] = None,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --out, with its plan.")] = False,
 ) -> None:
@@ -126,25 +126,29 @@ def train(
     from microtome.training.run import train as train_run
 
     terminal = Terminal()
-    if resume and (plan is not None or memory is not None or (network, fold, seed) != ("modern_unet", "1/5", 0)):
-        got = "--plan, --memory, --network, --fold or --seed beside it"
-        raise ConfigError(
-            "--resume", expected="only --minutes or --steps beside it", got=got, do="edit plan.yaml in the run folder, or start a new run"
-        )
+    others = {"--network": network, "--memory": memory}
+    if resume:
+        _refuse("--resume", others | {"--plan": plan, "--fold": fold, "--seed": seed})
+    elif plan is not None:
+        _refuse("--plan", others)
     check_folder(out, resume=resume)
     dataset = _open(data)
     terminal.say_dataset(dataset)
+    if fold not in (None, "all") and (dataset.config.validation or dataset.config.validation_sections):
+        raise ConfigError("--fold", expected="no fold beside `validation` in microtome.yaml", got=str(fold), do="remove one of the two")
     chosen: Plan
     if resume or plan is not None:
-        chosen = read_plan(out / "plan.yaml" if resume or plan is None else plan)
-        changes = {name: value for name, value in (("minutes", minutes), ("steps", steps)) if value is not None}
-        chosen = chosen.model_copy(update={**changes, **({"minutes": None} if steps else {})})
+        chosen = read_plan(out / "plan.yaml" if plan is None else plan)
+        changes = {"minutes": minutes, "steps": steps, "fold": fold, "seed": seed}
+        chosen = chosen.model_copy(update={name: value for name, value in changes.items() if value is not None})
+        chosen = chosen if steps is None else chosen.model_copy(update={"minutes": None})
     else:
         if minutes is None and steps is None:
             minutes = 10.0
             terminal.say("neither --minutes nor --steps given: training for 10 minutes")
         terminal.say("timing a few steps to plan ...")
-        chosen = make_plan(dataset, minutes=minutes, steps=steps, memory_gb=memory, network=network, device=device, seed=seed, fold=fold)
+        words: dict[str, Any] = {"network": network or "modern_unet", "fold": fold or "1/5", "seed": seed or 0}
+        chosen = make_plan(dataset, minutes=minutes, steps=steps, memory_gb=memory, device=device, **words)
     terminal.say_plan(chosen)
     with terminal.training(chosen) as on_event:
         folder = train_run(dataset, chosen, out, device=device, resume=resume, on_event=on_event, started=started)
@@ -213,6 +217,15 @@ def networks(as_json: AsJson = False) -> None:
         print_json([{field: getattr(entry, field) for field in fields} for entry in NETWORKS.values()])
     else:
         print_networks(NETWORKS.values())
+
+
+def _refuse(word: str, others: Mapping[str, object]) -> None:
+    """Options that would be ignored in silence beside `word`."""
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ConfigError(
+            word, expected="none of " + ", ".join(others), got=" ".join(given), do="change the plan instead, or start a new run"
+        )
 
 
 def _open(data: Path) -> "Dataset":

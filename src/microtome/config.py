@@ -46,6 +46,7 @@ class NetworkConfig(Config):
     convolutions: int = Field(2, ge=1, le=6, description="convolutions (or residual units) a level")
     residual: bool = Field(False, description="residual units in the encoder")
     norm: Literal["batch", "instance", "none"] = Field("batch", description="normalisation after each convolution")
+    variant: str = Field("", description="a variant that `microtome networks` lists; empty: the first")
     supervised_levels: int = Field(1, ge=1, description="decoder levels with a loss of their own, finest first")
 
 
@@ -119,11 +120,25 @@ class Plan(Config):
             raise ValueError(f"spacing_mm {self.spacing_mm} and assumed_spacing_mm {self.assumed_spacing_mm} must be lengths above 0")
         if min(self.patch_vox) < 1:
             raise ValueError(f"patch_vox {self.patch_vox} must be at least 1 along each axis")
+        self._check_augment()
         fixed = self.normalisation
         counts = {len(values) for values in (fixed.low, fixed.high, fixed.mean, fixed.sd)}
         if fixed.kind == "dataset" and counts != {self.channels}:
             raise ValueError(f"normalisation needs low, high, mean and sd of {self.channels} values each, one a channel")
         return self
+
+    def _check_augment(self) -> None:
+        """Lengths and axes that fit the number of dimensions: a wrong one would stop a run at a random step."""
+        augment, dims = self.augment, self.dims
+        if len(augment.rotation_deg) not in (0, 1 if dims == 2 else 3):
+            raise ValueError(f"augment.rotation_deg {augment.rotation_deg} must have {1 if dims == 2 else 3} angles, or none")
+        if not set(augment.flip_axes) <= set(range(dims)):
+            raise ValueError(f"augment.flip_axes {augment.flip_axes} must be among {tuple(range(dims))}")
+        if {len(augment.elastic_spacing), len(augment.elastic_sd)} - {0, dims} or len(augment.elastic_spacing) != len(augment.elastic_sd):
+            raise ValueError(f"augment.elastic_spacing and elastic_sd must have {dims} values each, or none")
+        for name, (low, high) in (("scale", augment.scale), ("gamma", augment.gamma)):
+            if not 0 < low <= high:
+                raise ValueError(f"augment.{name} {(low, high)} must be two numbers above 0, the smaller first")
 
 
 C = TypeVar("C", bound=Config)

@@ -1,13 +1,14 @@
 """The whole road on built-in data: sparse 3D annotation -> training -> dense prediction -> scores -> report, then 2D cells."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from microtome.data.dataset import open_dataset
 from microtome.data.synthetic import DemoConfig, DemoData, write_demo_data
 from microtome.errors import ConfigError
 from microtome.evaluation.evaluate import evaluate
-from microtome.evaluation.pages import scores_html
+from microtome.evaluation.pages import environment, scores_html
 from microtome.files import write_json, write_text
 from microtome.inference.predictor import load, predict_files
 from microtome.terminal import Terminal
@@ -22,16 +23,13 @@ def run_demo(out: Path, minutes: float, terminal: Terminal, config: DemoConfig |
     """Make the data, train on it, predict what no one annotated, score it against the truth, say where the reports are.
 
     Args:
-        out: folder for data, runs, predictions and scores.
+        out: folder for data, runs, predictions and scores; `demo-2` where `demo` is taken.
         minutes: wall time of the two trainings, about.
         terminal: says what is going on.
         config: how much data; None: as much as two cores learn from in minutes.
 
-    Raises:
-        ConfigError: `out` is not empty.
     """
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(out, expected="a new or empty folder", got="one with files in it", do="remove it or give another --out")
+    out = _free(out)
     terminal.say("making two volumes of tubules annotated in 8 sections each, one unseen volume, and pictures of cells ...")
     data = write_demo_data(out / "data", config)
     terminal.say("\n3D: a network that learns from a few annotated sections")
@@ -39,10 +37,27 @@ def run_demo(out: Path, minutes: float, terminal: Terminal, config: DemoConfig |
     terminal.say("\n2D: cells")
     _train(data.cells, out / "runs" / "cells", minutes * SHARE_2D, terminal)
     terminal.say("")
-    for line in _scores(data, out):
+    lines = _scores(data, out)
+    for line in lines:
         terminal.say(line)
-    for name in ("tubules", "cells"):
-        terminal.say(f"report: {(out / 'runs' / name / 'report.html').resolve()}")
+    write_text(out / "report.html", _index(lines))
+    terminal.say(f"report: {(out / 'report.html').resolve()}")
+
+
+def _free(out: Path) -> Path:
+    """`out`, or the first of `out-2`, `out-3`, ... that holds nothing yet."""
+    candidates = [out, *(out.with_name(f"{out.name}-{number}") for number in range(2, 1000))]
+    for candidate in candidates:
+        if not candidate.exists() or (candidate.is_dir() and not any(candidate.iterdir())):
+            return candidate
+    raise ConfigError(out, expected="a new folder", got=f"{len(candidates)} that are taken", do="give another --out")
+
+
+def _index(lines: Sequence[str]) -> str:
+    """A page that leads to the reports and scores."""
+    pages = [(f"runs/{name}/report.html", f"training report: {name}") for name in ("tubules", "cells")]
+    pages += [(f"scores/{name}.html", f"scores: {name}") for name in ("tubules_dense", "tubules_unseen", "cells_unseen")]
+    return environment().get_template("index.html").render(title="microtome demo", lines=lines, pages=pages)
 
 
 def _train(folder: Path, run: Path, minutes: float, terminal: Terminal) -> None:

@@ -30,7 +30,7 @@ class Fingerprint:
         spacing_varies: whether cases differ by more than 1 %.
         spacing_known: whether every file states its spacing.
         stated_spacing_mm: what `microtome.yaml` states for all of them; empty where it does not.
-        formats: what the files are ("nifti", "jpeg", ...).
+        formats: what the files are ("nifti", "png", ...), and `jpeg_share`, how many of them are JPEG.
         thinnest_vox: thickness of the thinnest class, 2 x area / perimeter, voxels in the plane of a section; infinite
             where no two classes touch (scribbles), so that nothing is known of it.
         section_lag: how many voxels apart in a section look as unlike as two neighbouring sections; None in 2D.
@@ -50,6 +50,7 @@ class Fingerprint:
     spacing_known: bool
     stated_spacing_mm: Spacing = ()
     formats: frozenset[str]
+    jpeg_share: float
     thinnest_vox: float
     section_lag: float | None
     low: tuple[float, ...]
@@ -65,7 +66,7 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
     """Measure the labelled `cases`: headers of all, pixels of a dozen spread over them.
 
     Raises:
-        DataError: no cases, or 2D and 3D images or different numbers of channels in one dataset.
+        DataError: no cases, or 2D and 3D images, different numbers of channels, or files with and without a voxel size in one dataset.
     """
     if not cases:
         raise DataError(dataset.root, expected="labelled cases to train on", got="none", do="run `microtome inspect` on the folder")
@@ -74,6 +75,9 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
     first = samples[0]
     shapes, spacings, known, formats = _headers(dataset, cases)
     _check_alike(dataset, cases, shapes, samples)
+    if len(set(known)) > 1:
+        got = f"none in {cases[known.index(False)].name}, one in {cases[known.index(True)].name}"
+        raise DataError(dataset.root, expected="a voxel size in every image or in none", got=got, do="state `spacing_mm` in microtome.yaml")
     spacing = np.array(spacings)
     grey = np.array([[s.low, s.high, s.mean, s.sd] for s in samples])
     means, spreads = grey[:, 2], grey[:, 3]
@@ -86,9 +90,10 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
         spacing_mm=_floats(np.median(spacing, axis=0)),
         spacing_low_mm=_floats(np.percentile(spacing, 10, axis=0)),
         spacing_varies=bool((spacing.max(0) / spacing.min(0) > 1.01).any()),
-        spacing_known=known,
+        spacing_known=all(known),
         stated_spacing_mm=tuple(dataset.config.spacing_mm or ()),
-        formats=formats,
+        formats=frozenset(formats),
+        jpeg_share=formats.count("jpeg") / len(formats),
         thinnest_vox=float(np.median([s.thinnest for s in samples])),
         section_lag=float(np.median(lags)) if lags else None,
         low=_floats(np.median(grey[:, 0], axis=0)),
@@ -132,6 +137,9 @@ def thinnest_class(label: np.ndarray) -> float:
     not those to unannotated voxels or to the edge of the image. Infinite where there is no border.
     """
     planes = label.reshape(-1, *label.shape[-2:])
+    # Of a sparse annotation those sections that hold most of it.
+    annotated = (planes >= 0).sum(axis=(1, 2))
+    planes = planes[annotated > 0.5 * annotated.max()]
     planes = planes[np.linspace(0, len(planes) - 1, min(len(planes), 16)).round().astype(int)]
     found = [np.inf]
     for k in np.unique(planes[planes >= 0]):
@@ -167,9 +175,9 @@ def _unlike(a: np.ndarray, b: np.ndarray) -> float:
     return float(((a - b) ** 2).mean())
 
 
-def _headers(dataset: Dataset, cases: Sequence[Case]) -> tuple[list[Shape], list[Spacing], bool, frozenset[str]]:
-    """Shapes, spacings, whether all spacings are stated, and formats, from the files' headers alone."""
-    shapes, spacings, known, formats = [], [], True, set()
+def _headers(dataset: Dataset, cases: Sequence[Case]) -> tuple[list[Shape], list[Spacing], list[bool], list[str]]:
+    """Shape, spacing, whether that is stated, and format of each case, from the files' headers alone."""
+    shapes, spacings, known, formats = [], [], [], []
     for case in cases:
         # Parts of one stack carry its name with their sections behind it.
         header = dataset.headers[case.name if case.name in dataset.headers else case.name.rpartition("[")[0]]
@@ -178,9 +186,9 @@ def _headers(dataset: Dataset, cases: Sequence[Case]) -> tuple[list[Shape], list
             shape[0] = case.sections[1] - case.sections[0]
         shapes.append(tuple(shape))
         spacings.append(tuple(dataset.config.spacing_mm or header.spacing_mm)[-len(shape) :])
-        known &= header.spacing_known or dataset.config.spacing_mm is not None
-        formats.add(header.format)
-    return shapes, spacings, known, frozenset(formats)
+        known.append(header.spacing_known or dataset.config.spacing_mm is not None)
+        formats.append(header.format)
+    return shapes, spacings, known, formats
 
 
 def _check_alike(dataset: Dataset, cases: Sequence[Case], shapes: Sequence[Shape], samples: Sequence[_Sample]) -> None:

@@ -4,6 +4,8 @@
 voxel index in that same order to a point in millimetres, voxel centres at whole numbers.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 
 Shape = tuple[int, ...]
@@ -45,6 +47,11 @@ def same_grid(a: np.ndarray, b: np.ndarray, shape_vox: Shape, tolerance_vox: flo
 def anisotropy(spacing_mm: Spacing) -> float:
     """Largest voxel side over the smallest, 1 for cubes."""
     return max(spacing_mm) / min(spacing_mm)
+
+
+def format_sides(sides: Iterable[float]) -> str:
+    """Lengths for people: `1 × 0.5 × 0.5`."""
+    return " × ".join(f"{side:.4g}" for side in sides)
 
 
 def format_shape(shape_vox: Shape) -> str:

@@ -4,7 +4,6 @@ Every rule is a small function from measured facts to (value, reason). `training
 steps of the drafted plan and fits `steps` and `batch` to the minutes.
 """
 
-import re
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeVar
@@ -12,7 +11,8 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 
-from microtome.config import AugmentConfig, NetworkConfig, NormalisationConfig, Plan
+from microtome.appearance import choose_augment, choose_normalisation
+from microtome.config import NetworkConfig, OptimiserConfig, Plan
 from microtome.fingerprint import Fingerprint
 from microtome.geometry import Shape, Spacing, format_shape, resampled_shape
 from microtome.models.registry import build, find
@@ -24,6 +24,10 @@ Precision = Literal["fp32", "bf16"]
 # Bytes that a training step holds for each voxel of a batch and each channel of the finest level: measured on the modern
 # U-Net in 2D and 3D with autograd's saved activations, gradients and workspace (benchmarks/step_memory.py).
 BYTES_A_VOXEL = MappingProxyType({"bf16": 75, "fp32": 130})
+# The loss holds logits, probabilities, their products with the labels and gradients of each class in float32.
+BYTES_A_CLASS = 40
+# Fewer patches than this are no batch: the statistics of batch norm would be those of one image.
+SMALLEST_BATCH = 4
 # Of the memory there is; the rest is for the optimiser, the images, and what the estimate does not know.
 FULL_SHARE = 0.6
 # Voxels of a batch: below it, convolutions do not fill two cores and batch statistics become unsteady.
@@ -32,11 +36,14 @@ BATCH_VOXELS = MappingProxyType({2: 8 * 256**2, 3: 4 * 56**3})
 THICK_SECTIONS = 4.0
 # A class thinner than this many voxels is lost between them.
 THINNEST_VOX = 6.0
+# Coarser than this, what fills a class (nuclei, texture) is gone, however thick the class is.
+COARSEST = 4.0
+# A patch of a smaller share of a volume does not show where in the body it lies.
+SMALLEST_SHARE = 0.02
 FIXED_REASONS = MappingProxyType(
     {
         "foreground": "half of the patches lie on a class drawn evenly, so that rare classes are seen",
         "dice_weight": "cross-entropy alone neglects small classes, Dice alone is noisy; both ignore what is not annotated",
-        "optimiser": "AdamW with a high rate that falls to zero learns fastest in short runs; weights are averaged over the last steps",
         "overlap": "tiles overlap by a quarter and are blended by Gaussian weights: more costs time and gains little",
         "assumed_spacing_mm": "the median of the training images",
         "validations": "a look at whole images now and then; the best is kept",
@@ -73,7 +80,7 @@ def draft_plan(data: Fingerprint, resources: Resources, *, network: str = "moder
     precision = noted("precision", choose_precision(resources))
     spacing = noted("spacing_mm", choose_spacing(data, dims, _largest_patch(resources, dims)))
     shape = resampled_shape(data.shape_vox, data.spacing_mm, spacing)[-dims:]
-    patch = noted("patch_vox", choose_patch(shape, resources, dims))
+    patch = noted("patch_vox", choose_patch(shape, spacing[-dims:], resources))
     topology = noted("network", choose_network(network, patch, spacing[-dims:], resources))
     patch = noted("patch_vox", fit_patch(patch, topology, data, resources, precision=precision, reason=reasons["patch_vox"]))
     return Plan(
@@ -81,12 +88,13 @@ def draft_plan(data: Fingerprint, resources: Resources, *, network: str = "moder
         channels=data.channels,
         classes=data.classes,
         spacing_mm=spacing,
-        stated_spacing_mm=data.stated_spacing_mm,
+        stated_spacing_mm=noted("stated_spacing_mm", choose_stated(data)),
         assumed_spacing_mm=data.spacing_mm,
         normalisation=noted("normalisation", choose_normalisation(data)),
         network=topology,
         patch_vox=patch,
-        batch=noted("batch", choose_batch(patch, topology, resources, precision)),
+        optimiser=noted("optimiser", choose_optimiser(topology)),
+        batch=noted("batch", choose_batch(patch, topology, resources, precision, len(data.classes))),
         augment=noted("augment", choose_augment(data, patch, spacing[-dims:])),
         steps=1000,
         minutes=resources.minutes,
@@ -129,44 +137,56 @@ def choose_spacing(data: Fingerprint, dims: int, patch: int) -> tuple[Spacing, s
     """The voxel size at which the network works.
 
     The median of the dataset; along an axis more than 3 times as coarse as the others its 10th percentile (Isensee 2021).
-    Pictures larger than a patch are seen at a coarser scale as long as the thinnest class stays THINNEST_VOX wide.
+    Images much larger than a patch are seen at a coarser scale, at most COARSEST times, as long as the thinnest class stays
+    THINNEST_VOX wide.
     """
-    spacing = list(data.spacing_mm)
-    if dims == 3:
-        axis = int(np.argmax(spacing))
-        others = [value for i, value in enumerate(spacing) if i != axis]
-        if spacing[axis] > 3 * max(others):
-            spacing[axis] = max(data.spacing_low_mm[axis], max(others))
-            return tuple(spacing), "median voxel size; along the coarse axis its 10th percentile"
-        return tuple(spacing), "median voxel size of the images" + ("; others are resampled to it" if data.spacing_varies else "")
+    spacing, words = _own_spacing(data, dims)
     if not np.isfinite(data.thinnest_vox):
-        return tuple(spacing), "median pixel size of the images; how thin the classes are cannot be told, as none touches another"
-    side = max(data.shape_vox[-2:])
-    factor = min(side / patch, data.thinnest_vox / THINNEST_VOX)
+        return spacing, f"{words}; how thin the classes are cannot be told, as none touches another"
+    if dims == 3:
+        share = patch**3 / np.prod(data.shape_vox)
+        larger, what = float((SMALLEST_SHARE / share) ** (1 / 3)), f"a patch then shows {SMALLEST_SHARE:.0%} of a volume or more"
+    else:
+        side = max(data.shape_vox[-2:])
+        larger, what = side / patch, f"a patch of {patch} then shows more of an image of {side}"
+    factor = round(min(larger, data.thinnest_vox / THINNEST_VOX, COARSEST), 2)
     if factor < 1.5:
-        return tuple(spacing), "median pixel size of the images"
-    factor = round(factor, 2)
-    coarse = [*spacing[:-2], *(float(f"{value * factor:.6g}") for value in spacing[-2:])]
-    return tuple(coarse), (
-        f"pixels {factor:g} times as large as in the images: a patch of {patch} then shows more of an image of {side}, "
-        f"and the thinnest class ({data.thinnest_vox:.0f} pixels) keeps {data.thinnest_vox / factor:.0f}; results come at full size"
+        return spacing, words
+    finest = min(spacing[-dims:]) * factor
+    coarse = (*spacing[:-dims], *(float(f"{max(value, finest):.6g}") for value in spacing[-dims:]))
+    return coarse, (
+        f"voxels {factor:g} times as large as in the images: {what}, and the thinnest class ({data.thinnest_vox:.0f} pixels) "
+        f"keeps {data.thinnest_vox / factor:.0f}; results come at full size"
     )
 
 
-def choose_patch(shape_vox: Shape, resources: Resources, dims: int) -> tuple[Shape, str]:
+def _own_spacing(data: Fingerprint, dims: int) -> tuple[Spacing, str]:
+    """The voxel size of the images themselves."""
+    spacing = list(data.spacing_mm)
+    axis = int(np.argmax(spacing))
+    others = [value for i, value in enumerate(spacing) if i != axis]
+    if dims == 3 and spacing[axis] > 3 * max(others):
+        spacing[axis] = max(data.spacing_low_mm[axis], max(others))
+        return tuple(spacing), "median voxel size; along the coarse axis its 10th percentile"
+    return tuple(spacing), "median voxel size of the images" + ("; others are resampled to it" if data.spacing_varies else "")
+
+
+def choose_patch(shape_vox: Shape, spacing_mm: Spacing, resources: Resources) -> tuple[Shape, str]:
     """What the network sees at once: the whole image if it is small, else a block of the largest affordable volume."""
+    dims = len(shape_vox)
     limit = _largest_patch(resources, dims) ** dims
-    patch = np.array(shape_vox, float)
-    # Shrink the axis that is longest, as a cube of tissue tells more than a plate of the same volume.
+    patch, spacing = np.array(shape_vox, float), np.array(spacing_mm)
+    # Shrink the axis that is longest in mm, as a cube of tissue tells more than a rod of the same volume.
     # The tolerance is for rounding: a root taken to the power again may lie just above the limit for ever.
     while patch.prod() > limit * (1 + 1e-9):
-        longest = patch == patch.max()
-        rest = patch[~longest]
-        wanted = (limit / rest.prod()) ** (1 / longest.sum())
-        patch[longest] = max(wanted, rest.max()) if len(rest) else wanted
-    return tuple(int(np.ceil(n)) for n in patch), (
-        "covers the median image" if (patch >= np.array(shape_vox)).all() else f"a part of the median image of {format_shape(shape_vox)}"
-    )
+        sides = patch * spacing
+        longest = sides >= sides.max() * (1 - 1e-9)
+        rest = sides[~longest]
+        wanted = (limit * spacing.prod() / rest.prod()) ** (1 / longest.sum())
+        patch[longest] = (max(wanted, rest.max()) if len(rest) else wanted) / spacing[longest]
+    whole = tuple(max(1, int(np.ceil(n - 1e-6))) for n in patch)
+    covers = all(n >= size for n, size in zip(whole, shape_vox, strict=True))
+    return whole, "covers the median image" if covers else f"a part of the median image of {format_shape(shape_vox)}"
 
 
 def choose_network(name: str, patch_vox: Shape, spacing_mm: Spacing, resources: Resources) -> tuple[NetworkConfig, str]:
@@ -198,27 +218,46 @@ def fit_patch(
     if border:
         reason += f", and the border of {built.context_vox} that this network needs on every side"
     wanted = fitted
-    while _patch_bytes(fitted, network, precision) > FULL_SHARE * resources.memory_bytes:
+    # A network of one of the papers has no widths to be planned: there one patch has to do.
+    patches = SMALLEST_BATCH if network.widths else 1
+    while patches * _patch_bytes(fitted, network, precision, len(data.classes)) > FULL_SHARE * resources.memory_bytes:
         smaller = [built.nearest_sizes(n - 1, axis)[0] for axis, n in enumerate(fitted)]
         axis = max((i for i, n in enumerate(fitted) if smaller[i] < n), key=lambda i: fitted[i], default=None)
         if axis is None:
             break
         fitted = tuple(smaller[i] if i == axis else n for i, n in enumerate(fitted))
     if fitted != wanted:
-        reason = f"made smaller than {format_shape(wanted)}, so that a patch fits into {resources.memory_bytes / 2**30:.1f} GB"
+        reason = f"made smaller than {format_shape(wanted)}, so that {patches} fit into {resources.memory_bytes / 2**30:.1f} GB"
     return fitted, f"{format_shape(fitted)}: {reason}; a size that the network can halve" if fitted != patch_vox else reason
 
 
-def _patch_bytes(patch_vox: Shape, network: NetworkConfig, precision: str) -> float:
-    """Memory of one patch in a training step, about."""
-    return float(np.prod(patch_vox)) * (network.widths[0] if network.widths else 64) * BYTES_A_VOXEL[precision]
+def _patch_bytes(patch_vox: Shape, network: NetworkConfig, precision: str, classes: int) -> float:
+    """Memory of one patch in a training step, about: activations of the network, and probabilities of the loss."""
+    width = network.widths[0] if network.widths else 64
+    return float(np.prod(patch_vox)) * (width * BYTES_A_VOXEL[precision] + classes * BYTES_A_CLASS)
 
 
-def choose_batch(patch_vox: Shape, network: NetworkConfig, resources: Resources, precision: str) -> tuple[int, str]:
-    """As many patches as a step can hold, at most 8 in 2D and 4 in 3D unless they are small."""
+def choose_stated(data: Fingerprint) -> tuple[Spacing, str]:
+    """Whether files are asked for their voxel size at all."""
+    if data.stated_spacing_mm:
+        return data.stated_spacing_mm, "as microtome.yaml says"
+    if not data.spacing_known:
+        return data.spacing_mm, "no training image states its size, so that of other images would mean something else: pixels are pixels"
+    return (), "each file's own"
+
+
+def choose_optimiser(network: NetworkConfig) -> tuple[OptimiserConfig, str]:
+    """A high rate for the normalised default; a careful one for the papers' networks, some of which have no normalisation."""
+    if network.widths:
+        return OptimiserConfig(), "AdamW with a high rate that falls to zero learns fastest in short runs; averaged over the last steps"
+    return OptimiserConfig(learning_rate=3e-4), "AdamW with a low rate: networks without normalisation diverge at a high one"
+
+
+def choose_batch(patch_vox: Shape, network: NetworkConfig, resources: Resources, precision: str, classes: int) -> tuple[int, str]:
+    """Enough patches to fill two cores, no fewer than steady batch statistics need, as far as memory allows."""
     voxels = int(np.prod(patch_vox))
-    wanted = int(np.clip(BATCH_VOXELS[len(patch_vox)] // voxels, 2, 16))
-    bytes_each = _patch_bytes(patch_vox, network, precision)
+    wanted = int(np.clip(BATCH_VOXELS[len(patch_vox)] // voxels, SMALLEST_BATCH, 16))
+    bytes_each = _patch_bytes(patch_vox, network, precision, classes)
     most = max(1, int(FULL_SHARE * resources.memory_bytes / bytes_each))
     if bytes_each > FULL_SHARE * resources.memory_bytes:
         needed, free = bytes_each / 2**30, resources.memory_bytes / 2**30
@@ -226,54 +265,6 @@ def choose_batch(patch_vox: Shape, network: NetworkConfig, resources: Resources,
     if most < wanted:
         return most, f"what fits into {resources.memory_bytes / 2**30:.1f} GB at about {bytes_each / 2**20:.0f} MB a patch"
     return wanted, f"enough patches for steady statistics; about {wanted * bytes_each / 2**30:.1f} GB"
-
-
-def choose_normalisation(data: Fingerprint) -> tuple[NormalisationConfig, str]:
-    """Fixed numbers where grey values mean something by themselves, else each image by itself."""
-    fixed = NormalisationConfig(kind="dataset", low=data.low, high=data.high, mean=data.mean, sd=tuple(max(s, 1e-6) for s in data.sd))
-    if data.hounsfield:
-        return fixed, "values look like CT numbers, which mean the same in every scan: clipped to 0.5-99.5 %, mean and sd of the dataset"
-    if data.channels == 3 and data.brightness_varies < 1:
-        return fixed, "colour pictures of like brightness: mean and sd of the dataset for each channel, so that colours keep their meaning"
-    return NormalisationConfig(), "mean 0 and sd 1 for each image and channel by itself, because brightness differs between images"
-
-
-def choose_augment(data: Fingerprint, patch_vox: Shape, spacing_mm: Spacing) -> tuple[AugmentConfig, str]:
-    """Changes that leave an image as likely as before: what may be mirrored or turned depends on what is shown."""
-    dims = len(patch_vox)
-    flips: Shape
-    if _sided(data.classes):
-        flips, turn, why = (), 20.0, "classes are told apart by their side: never mirrored, turned a little"
-    elif "jpeg" in data.formats:
-        flips, turn, why = (dims - 1,), 20.0, "photographs: mirrored left to right and turned a little, as up is not down"
-    elif data.left_right_axis is not None:
-        flips, turn, why = _patient_flips(data, dims), 20.0, "oriented volumes: mirrored left to right only, turned a little"
-    else:
-        flips, turn, why = tuple(range(dims)), 180.0, "microscopy has no up or down: mirrored and turned freely in the plane"
-    if turn == 180.0 and dims == 3:
-        angles: tuple[float, ...] = (180.0, 30.0, 30.0)
-    else:
-        angles = (turn,) if dims == 2 else (turn,) * 3
-    # Control points as far apart as a quarter of the patch, in the plane's units; Cicek 2016 uses 32 voxels with sd 4 at 132.
-    gap_mm = max(8.0, min(32.0, max(patch_vox) / 4)) * min(spacing_mm)
-    gaps = tuple(max(2.0, gap_mm / value) for value in spacing_mm)
-    return AugmentConfig(
-        flip_axes=flips,
-        rotation_deg=angles,
-        elastic_spacing=gaps,
-        elastic_sd=tuple(gap / 8 for gap in gaps),
-    ), why + "; scaled, bent by B-splines, grey values changed"
-
-
-def _sided(classes: tuple[str, ...]) -> bool:
-    """Whether a class is named after a side: `left_kidney`, `Right-Hippocampus`."""
-    return any({"left", "right"} & set(re.split(r"[\W_]+", name.lower())) for name in classes)
-
-
-def _patient_flips(data: Fingerprint, dims: int) -> tuple[int, ...]:
-    """The left-right axis, if the network sees it."""
-    axis = (data.left_right_axis or 0) - (len(data.shape_vox) - dims)
-    return () if axis < 0 else (axis,)
 
 
 def _largest_patch(resources: Resources, dims: int) -> int:

@@ -6,8 +6,12 @@ import numpy as np
 from scipy import sparse
 
 from microtome.config import NormalisationConfig, Plan
+from microtome.errors import DataError
 from microtome.geometry import Shape, Spacing, resampled_shape
 from microtome.images.image import Image
+
+# Images of one kind hardly differ more than this in voxel size; a unit mistaken for another does.
+MOST_RESAMPLED = 16.0
 
 
 def normalise(array: np.ndarray, config: NormalisationConfig) -> np.ndarray:
@@ -38,10 +42,19 @@ def voxel_size(image: Image, plan: Plan) -> Spacing:
     """The spacing along S that an image is taken to have: as stated for all, else its own, else as assumed for those without.
 
     Training and prediction both ask here, or a network would see another scale than it learned from.
+
+    Raises:
+        DataError: so far from the plan's that it is a mistake of unit; the resampled image would be a speck or fill the memory.
     """
     if plan.stated_spacing_mm:
         return plan.stated_spacing_mm
-    return image.spacing_mm if image.spacing_known else plan.assumed_spacing_mm or image.spacing_mm
+    spacing_mm = image.spacing_mm if image.spacing_known else plan.assumed_spacing_mm or image.spacing_mm
+    factors = [own / target for own, target in zip(spacing_mm[-plan.dims :], plan.spacing_mm[-plan.dims :], strict=True)]
+    if not all(1 / MOST_RESAMPLED <= factor <= MOST_RESAMPLED for factor in factors):
+        sizes = " × ".join(f"{value:g}" for value in spacing_mm)
+        expected = f"voxels about as large as the plan's, {' × '.join(f'{value:g}' for value in plan.spacing_mm)} mm"
+        raise DataError(image.path, expected=expected, got=f"{sizes} mm", do="correct the file's voxel size or unit")
+    return spacing_mm
 
 
 def grid_shape(shape_vox: Shape, spacing_mm: Spacing, plan: Plan) -> Shape:

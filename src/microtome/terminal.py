@@ -174,7 +174,7 @@ def print_scores(result: Mapping[str, Any]) -> None:
     shown = ("dice", "iou", "hd95_mm", "assd_mm", "nsd", "precision", "recall", "pixel_accuracy")
     summary = [(name, _interval(result["summary"][name])) for name in shown]
     _print_table(console, ("over foreground and cases", "mean [95 % interval]"), summary)
-    rows = [(name, *(_number(values[metric]["mean"]) for metric in shown)) for name, values in result["classes"].items()]
+    rows = [(name, *(_defined(values[metric]) for metric in shown)) for name, values in result["classes"].items()]
     _print_table(console, ("class", *shown), rows)
     by_case = {row["case"]: row for row in result["cases"]}
     console.print("worst: " + ", ".join(name for name in result["worst"][:5] if name in by_case), markup=False, soft_wrap=True)
@@ -208,9 +208,15 @@ def _short(value: Any) -> str:
 
 
 def _interval(entry: Mapping[str, Any]) -> str:
-    """`0.873 [0.861, 0.884]`."""
+    """`0.873 [0.861, 0.884]`, and over how many values it is not."""
     low, high = entry.get("low"), entry.get("high")
-    return _number(entry["mean"]) + (f" [{_number(low)}, {_number(high)}]" if low is not None and high is not None else "")
+    return _defined(entry, f" [{_number(low)}, {_number(high)}]" if low is not None and high is not None else "")
+
+
+def _defined(entry: Mapping[str, Any], interval: str = "") -> str:
+    """`1.200 (10 undefined)`: a mean that leaves cases out says so, or a method that finds nothing would look good."""
+    undefined = f" ({entry['undefined']} undefined)" if entry.get("undefined") else ""
+    return _number(entry["mean"]) + interval + undefined
 
 
 def _number(value: float | None) -> str:

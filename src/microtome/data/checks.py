@@ -1,7 +1,7 @@
 """What can be wrong with cases, told from their rows: numbers that `quality` takes while each case is in memory."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -11,7 +11,7 @@ import numpy as np
 from microtome.data.case import Finding
 from microtome.data.legend import Legend
 from microtome.data.names import some
-from microtome.geometry import Shape, Spacing, anisotropy, format_shape
+from microtome.geometry import Shape, Spacing, anisotropy, format_shape, format_sides
 
 Severity = Literal["error", "warning", "note"]
 
@@ -236,8 +236,3 @@ def _places(rows: Sequence[CaseRow]) -> str:
 def _labels(rows: Sequence[CaseRow]) -> str:
     """The label files of the rows, the first few of many."""
     return some((row.where_label for row in rows), most=4)
-
-
-def format_sides(sides: Iterable[float]) -> str:
-    """Lengths for people: `1 × 0.5 × 0.5`."""
-    return " × ".join(f"{side:.4g}" for side in sides)

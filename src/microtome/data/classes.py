@@ -7,13 +7,16 @@ from pathlib import Path
 
 import numpy as np
 
-from microtome.data.case import NOT_ANNOTATED, Declared, LabelValue
-from microtome.data.labels import LabelScan
+from microtome.data.case import NOT_ANNOTATED, Declared, Finding, LabelValue
+from microtome.data.description import DatasetConfig
+from microtome.data.labels import MOST_CLASSES, LabelScan, counted_anew
 from microtome.data.legend import Legend, code_of, format_value, value_of
 from microtome.errors import ConfigError, DataError
 
-# More different values than this are objects, not classes.
-MOST_CLASSES = 32
+# Numbers of objects are one piece each in nearly all cases, values of classes are not.
+WHOLE, IN_PIECES = 0.9, 0.5
+# Unnamed classes are seldom as many as this.
+MANY_CLASSES = 8
 # 255 beside class numbers below this is what Pascal VOC and Cityscapes call void.
 VOID, MOST_VOID_CLASSES = 255, 40
 # A value this far from a class's own still is that class, where a picture was smeared.
@@ -45,7 +48,9 @@ def make_legend(scans: Sequence[LabelScan], rules: LegendRules) -> Legend:
 
     Declared classes count as declared. Otherwise every value found is a class in ascending order, except that
     -1, and 255 beside small class numbers, are not annotated (declare `not_annotated: []` where they are classes);
-    more than 32 different values are objects; the smeared values of JPEG masks are taken as the nearest frequent one.
+    values that are counted from 1 anew in every file and are one piece each are objects, and so are more than 32 that do
+    not lie in pieces (`doubts` says what that leaves open); the smeared values of JPEG masks are taken as the nearest
+    frequent one.
 
     Raises:
         ConfigError: as many names are declared as values are not found.
@@ -53,7 +58,7 @@ def make_legend(scans: Sequence[LabelScan], rules: LegendRules) -> Legend:
     """
     found = _merged(scans)
     centres = None if rules.per_instance else _smeared_centres(found, jpeg=any(scan.format == "jpeg" for scan in scans))
-    if _are_instances(found, rules, smeared=centres is not None):
+    if _are_instances(scans, rules, smeared=centres is not None):
         return _instance_legend(found, rules)
     declared = rules.declared
     if any(declared.classes.values()):
@@ -96,13 +101,83 @@ def _merged(scans: Sequence[LabelScan]) -> _Found:
     return _Found(counts=counts, colour=colour, eight_bit=all(scan.eight_bit for scan in scans))
 
 
-def _are_instances(found: _Found, rules: LegendRules, *, smeared: bool) -> bool:
+def doubts(scans: Sequence[LabelScan], rules: LegendRules) -> list[Finding]:
+    """A warning where values were taken as objects, or as classes, and could well be the other; it says what settles that."""
+    if rules.instances is not None or rules.per_instance or any(rules.declared.classes.values()):
+        return []
+    found = _merged(scans)
+    if _smeared_centres(found, jpeg=any(scan.format == "jpeg" for scan in scans)) is not None:
+        return []
+    count, whole = len(_numbers(scans)), _whole(scans)
+    pieces = "" if whole is None else f", and {whole:.0%} of those looked at are one piece"
+    if _are_instances(scans, rules, smeared=False):
+        # Many numbers, counted anew in every file, one piece each: nothing else looks like that.
+        if count > MOST_CLASSES and counted_anew(scans) and whole is not None and whole >= WHOLE:
+            return []
+        message = f"the labels hold {count} values beside 0{pieces}: each is taken as an object, not as a class; "
+        message += "state `instances: true` in microtome.yaml if that is right, else `instances: false` and `classes:`"
+    elif not rules.declared.classes and (count > MANY_CLASSES or (counted_anew(scans) and whole is not None and whole >= IN_PIECES)):
+        message = f"the labels hold {count} values beside 0{pieces}: each is taken as a class; "
+        message += "state `instances: true` in microtome.yaml if each is an object, else `instances: false`"
+    else:
+        return []
+    return [Finding(severity="warning", code="classes-or-objects", message=message)]
+
+
+def choose_background(legend: Legend, config: DatasetConfig, named_by: str) -> Legend:
+    """The legend with the background that `microtome.yaml` states, or none where it names two classes and neither is that.
+
+    Raises:
+        ConfigError: no class has the stated name.
+    """
+    if config.background is None:
+        return replace(legend, background=None)
+    if config.background:
+        if config.background not in legend.names:
+            raise ConfigError(
+                named_by,
+                expected=f"`background` out of {', '.join(legend.names)}",
+                got=repr(config.background),
+                do="give one of these, or null",
+            )
+        return replace(legend, background=legend.names.index(config.background))
+    if len(config.classes) == len(legend.names) == 2 and not any(_means_background(name) for name in legend.names):
+        reason = f"{legend.reason}; both count as foreground, as none is called background (`background:` in microtome.yaml)"
+        return replace(legend, background=None, reason=reason)
+    return legend
+
+
+def _means_background(name: str) -> bool:
+    """Whether a class is called background."""
+    return name.casefold() in ("background", "bg")
+
+
+def _are_instances(scans: Sequence[LabelScan], rules: LegendRules, *, smeared: bool) -> bool:
     """Whether a value is an object rather than a class."""
     if rules.instances is not None:
         return rules.instances
     if rules.per_instance:
         return True
-    return not any(rules.declared.classes.values()) and not smeared and len(found.counts) - (0 in found.counts) > MOST_CLASSES
+    if any(rules.declared.classes.values()) or smeared:
+        return False
+    whole, numbers = _whole(scans), _numbers(scans)
+    if len(numbers) > MOST_CLASSES:
+        return whole is None or whole >= IN_PIECES
+    # A name for each value, or for several, says that they are classes.
+    named = len(rules.declared.classes)
+    return named <= 2 and named != len({code for scan in scans for code in scan.counts}) and whole is not None and whole >= WHOLE
+
+
+def _numbers(scans: Sequence[LabelScan]) -> frozenset[int]:
+    """All codes other than 0."""
+    return frozenset[int]().union(*(scan.numbers for scan in scans))
+
+
+def _whole(scans: Sequence[LabelScan]) -> float | None:
+    """The share of the values looked at that are one piece; None where none were."""
+    looked_at = [scan for scan in scans if scan.whole is not None]
+    total = sum(len(scan.numbers) for scan in looked_at)
+    return sum(len(scan.numbers) * (scan.whole or 0) for scan in looked_at) / total if total else None
 
 
 def _smeared_centres(found: _Found, *, jpeg: bool) -> set[int] | None:
@@ -151,8 +226,11 @@ def _instance_legend(found: _Found, rules: LegendRules) -> Legend:
     objects = len(found.counts) - (0 in found.counts)
     if rules.instances:
         reason = "each value is an object (`instances: true`)"
+    elif rules.per_instance:
+        reason = "one mask file an object"
     else:
-        reason = "one mask file an object" if rules.per_instance else f"{objects} different values: objects, not classes"
+        kind = "different values" if objects > MOST_CLASSES else "values, counted anew in every image and one piece each"
+        reason = f"{objects} {kind}: objects, not classes"
     return Legend(
         names=(names[0], names[1]),
         values=((0,), (255,)),
@@ -182,7 +260,7 @@ def _declared_legend(found: _Found, declared: Declared, *, snap: bool) -> Legend
         values=tuple(values for values, _ in ordered),
         ignored=ignored,
         kind="colours" if colours else "values",
-        background=next((index for index, (values, _) in enumerate(ordered) if _has_zero(values)), None),
+        background=_background([name for _, name in ordered], [values for values, _ in ordered]),
         reason=f"named in {Path(declared.source).name}: {words}" + _not_annotated(ignored, ""),
         snap=snap,
     )
@@ -216,15 +294,22 @@ def _found_legend(found: _Found, codes: Sequence[int], declared: Declared) -> Le
     if declared.classes and len(declared.classes) != len(values):
         got = f"{len(declared.classes)} names for {len(values)} values: {listed}"
         raise ConfigError(declared.source, expected="a name for each value in the labels", got=got, do="write `classes:` as `name: value`")
-    zero = next((index for index, value in enumerate(values) if _has_zero((value,))), None)
+    classes = [(value,) for value in values]
+    zero = _background(tuple(declared.classes), classes)
     plain = ("background", "foreground") if zero == 0 and len(values) == 2 else tuple(_name(value) for value in values)
     return Legend(
         names=tuple(declared.classes) or plain,
-        values=tuple((value,) for value in values),
+        values=tuple(classes),
         kind="colours" if found.colour else "values",
         background=zero,
         reason=f"the labels hold the {'colours' if found.colour else 'values'} {listed}",
     )
+
+
+def _background(names: Sequence[str], values: Sequence[Sequence[LabelValue]]) -> int | None:
+    """The class that is called background, else that of 0 or black, if there is one."""
+    called = next((index for index, name in enumerate(names) if _means_background(name)), None)
+    return next((index for index, each in enumerate(values) if _has_zero(each)), None) if called is None else called
 
 
 def _name(value: LabelValue) -> str:

@@ -12,17 +12,18 @@ from types import MappingProxyType
 import numpy as np
 
 from microtome.data.case import NOT_ANNOTATED, Case, Declared, Finding, LabelValue, Layout
-from microtome.data.classes import LegendRules, make_legend
+from microtome.data.classes import LegendRules, choose_background, doubts, make_legend
 from microtome.data.description import DatasetConfig, load_description, unknown_name
 from microtome.data.documents import channel_groups
 from microtome.data.labels import LabelScan, class_counts, label_findings, read_label_image, scan_labels
 from microtome.data.layouts import find_layout, image_side
 from microtome.data.legend import Legend, label_codes
-from microtome.data.names import natural, some, unique_names
+from microtome.data.names import natural, relative_words, some, unique_names
 from microtome.data.reading import checked_label, cut, fit_channels, read_case_image, stack_channels, with_spacing
 from microtome.errors import DataError, DataWarning
+from microtome.geometry import format_sides
 from microtome.images.files import probe_image, stem_of
-from microtome.images.image import Header, Image, Palette
+from microtome.images.image import Header, Image
 
 __all__ = [
     "NOT_ANNOTATED",
@@ -123,7 +124,7 @@ class Dataset:
         """The label file or files as one image on the grid of the case's image."""
         if not case.labels:
             raise DataError(case.name, expected="a labelled case", got="no label file", do="take a case of `labelled`")
-        label, _ = read_label_image(case, palette=_palette(self.legend), per_instance=self.per_instance)
+        label, _ = read_label_image(case, palette=self.legend.palette, per_instance=self.per_instance)
         return cut(checked_label(case, label), case.sections)
 
 
@@ -158,13 +159,14 @@ def open_dataset(path: Path) -> Dataset:
     if not scans:
         raise next(iter(faults.values()))
     rules = LegendRules(declared=declared, instances=config.instances, per_instance=layout.per_instance, object_name=layout.object_name)
-    legend = make_legend(scans, rules)
+    legend = choose_background(make_legend(scans, rules), config, named_by)
     names, channel_findings = _channel_names(headers, labelled, layout)
     findings = [
         *layout.findings,
         *(_unreadable(case, case.images, image_faults[case.name]) for case in labelled if case.name in image_faults),
         *(_unreadable(case, case.labels, faults[case.name]) for case in labelled if case.name in faults),
         *(Finding(severity="note", code="assumed", message=text) for text in dict.fromkeys(str(warning.message) for warning in caught)),
+        *doubts(scans, rules),
         *label_findings(scans, legend, Path(declared.source).name if declared.classes else ""),
         *channel_findings,
         *_geometry_findings(headers, labelled, config),
@@ -174,7 +176,7 @@ def open_dataset(path: Path) -> Dataset:
         layout=layout.sentence,
         cases=layout.cases,
         legend=legend,
-        findings=tuple(findings),
+        findings=tuple(replace(finding, message=relative_words(root, finding.message)) for finding in findings),
         config=config,
         channel_names=names,
         class_counts=MappingProxyType({scan.case: class_counts(scan, legend) for scan in scans}),
@@ -248,11 +250,6 @@ def _declared(config: DatasetConfig, layout: Layout, named_by: str) -> Declared:
     return layout.declared
 
 
-def _palette(legend: Legend) -> Palette:
-    """How palette files of this legend are read."""
-    return "colours" if legend.kind == "colours" else "indices"
-
-
 def _scan(cases: Sequence[Case], declared: Declared, layout: Layout) -> tuple[list[LabelScan], dict[str, DataError]]:
     """Every label, palettes as numbers unless the classes are colours."""
     stated = any(isinstance(value, tuple) for values in declared.classes.values() for value in values)
@@ -305,12 +302,12 @@ def _channel_names(headers: Mapping[str, Header], cases: Sequence[Case], layout:
 
 
 def _geometry_findings(headers: Mapping[str, Header], cases: Sequence[Case], config: DatasetConfig) -> list[Finding]:
-    """Volumes without a voxel size, which also warn, and pictures among volumes."""
+    """Voxel sizes that only some files state, volumes without one, which also warn, and pictures among volumes."""
     found = []
     volumes = [case for case in cases if case.name in headers and len(headers[case.name].shape_vox) == 3]
     unknown = [case.images[0] for case in volumes if not headers[case.name].spacing_known]
     if unknown and config.spacing_mm is None:
-        message = f"{unknown[0]}{f' and {len(unknown) - 1} more' if len(unknown) > 1 else ''}: no voxel size in the file, 1 mm is assumed; "
+        message = f"{some(unknown, 1)}: no voxel size in the file, 1 mm is assumed; "
         message += "state `spacing_mm: [z, y, x]` in microtome.yaml"
         warnings.warn(message, DataWarning, stacklevel=3)
         found.append(Finding(severity="warning", code="no-spacing", message=message, files=tuple(unknown)))
@@ -319,4 +316,18 @@ def _geometry_findings(headers: Mapping[str, Header], cases: Sequence[Case], con
         message = f"volumes ({volumes[0].images[0].name}) and pictures ({picture.images[0].name}) in one dataset; state in "
         message += "microtome.yaml which are meant (`images:`, `labels:` or `pairs:`)"
         found.append(Finding(severity="error", code="mixed-dimensions", message=message, files=(volumes[0].images[0], picture.images[0])))
+    elif config.spacing_mm is None:
+        found += _mixed_spacing(headers, cases)
     return found
+
+
+def _mixed_spacing(headers: Mapping[str, Header], cases: Sequence[Case]) -> list[Finding]:
+    """An error where some files state a voxel size and others none: 1 mm for the others cannot be right."""
+    probed = [case for case in cases if case.name in headers]
+    known, unknown = ([case.images[0] for case in probed if headers[case.name].spacing_known is yes] for yes in (True, False))
+    if not known or not unknown:
+        return []
+    size = format_sides(next(headers[case.name].spacing_mm for case in probed if case.images[0] == known[0]))
+    message = f"{len(unknown)} of {len(probed)} images state no voxel size ({some((path.name for path in unknown), 3)}), others do "
+    message += f"({known[0].name}: {size} mm); state `spacing_mm` in microtome.yaml, or take one kind out"
+    return [Finding(severity="error", code="mixed-spacing", message=message, files=(*unknown, known[0]))]

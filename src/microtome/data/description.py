@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from microtome.config import Config, load_yaml, parse_config
 from microtome.data.case import LabelValue
+from microtome.data.names import some
 from microtome.errors import ConfigError, DataError
 
 NAMES = ("microtome.yaml", "microtome.yml")
@@ -57,6 +58,9 @@ class DatasetConfig(Config):
     )
     not_annotated: Annotated[tuple[LabelValue, ...] | None, BeforeValidator(lambda v: v if v is None else _label_values(v))] = Field(
         default=None, description="values of voxels that nobody looked at; an empty list: there are none"
+    )
+    background: str | None = Field(
+        default="", description="the class that is not foreground, null: none; by default the one of that name or else of value 0 or black"
     )
     spacing_mm: tuple[float, ...] | None = Field(default=None, description="voxel size along Z, Y, X (or Y, X), whatever the files say")
     images: str | None = Field(default=None, description="subfolder or glob of the images (`scans`, `scans/*_t1.nii.gz`)")
@@ -147,9 +151,7 @@ def existing(root: Path, name: str, named_by: str | Path) -> Path:
 
 def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a case that a document names and the folder does not have."""
-    names = sorted(known)
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    return ConfigError(where, expected=f"`{kind}` to name cases out of {shown}", got=repr(name), do="mend the name")
+    return ConfigError(where, expected=f"`{kind}` to name cases out of {some(sorted(known), 8)}", got=repr(name), do="mend the name")
 
 
 def _refuse_repeats(kind: str, members: Mapping[str, tuple[Any, ...]]) -> None:

@@ -1,5 +1,6 @@
 """Label files -> what stands in them: one pass over every file, a case a thread, and the legend that follows from it."""
 
+import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -8,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from microtome.data.case import Case, Finding
-from microtome.data.legend import Legend, format_value, label_codes, value_of
+from microtome.data.legend import TABLE_SIZE, Legend, format_value, label_codes, value_of
+from microtome.data.names import some
 from microtome.errors import DataError
 from microtome.geometry import Shape, format_shape
 from microtome.images.files import read_image
@@ -18,6 +21,14 @@ from microtome.images.image import Image, Palette
 
 # Voxels counted at a time: bincount turns its input into int64, eight times the size of most labels.
 CHUNK_VOX = 1 << 22
+# More different values than this are objects rather than classes.
+MOST_CLASSES = 32
+# Numbers 1 to n in a single file are objects from this n on; among several files one must have this many.
+MANY_IN_ONE_FILE, LEAST_OBJECTS = 8, 3
+# Files, and values of each, in which pieces are counted.
+LOOKED_AT, LOOKED_AT_VALUES = 4, 32
+# Voxels of the box around a value beyond which it is looked at coarsely.
+LOOKED_AT_VOX = 1 << 21
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +45,7 @@ class LabelScan:
         shape_vox: the label's shape.
         objects: mask files, of the layout with one mask an instance.
         overlap_vox: voxels that more than one mask claims.
+        whole: share of its values that are one connected piece each, as objects are; None where that was not looked at.
     """
 
     case: str
@@ -45,6 +57,12 @@ class LabelScan:
     shape_vox: Shape
     objects: int = 0
     overlap_vox: int = 0
+    whole: float | None = None
+
+    @property
+    def numbers(self) -> frozenset[int]:
+        """The codes found, other than 0."""
+        return frozenset(self.counts) - {0}
 
 
 def read_label_image(case: Case, *, palette: Palette = "indices", per_instance: bool = False) -> tuple[Image, int]:
@@ -75,7 +93,10 @@ def read_label_image(case: Case, *, palette: Palette = "indices", per_instance: 
 
 
 def scan_labels(cases: Sequence[Case], *, palette: Palette, per_instance: bool) -> tuple[list[LabelScan], dict[str, DataError]]:
-    """Count the values of every label, one case a thread in memory; and the error of each case that cannot be read."""
+    """Count the values of every label, one case a thread in memory; and the error of each case that cannot be read.
+
+    Where the values may be numbers of objects, a few files are looked at once more for the pieces that a value has.
+    """
 
     def scan(case: Case) -> LabelScan | DataError:
         try:
@@ -85,9 +106,32 @@ def scan_labels(cases: Sequence[Case], *, palette: Palette, per_instance: bool) 
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(scan, cases))
-    scans = [result for result in results if isinstance(result, LabelScan)]
+        scans = [result for result in results if isinstance(result, LabelScan)]
+        if not per_instance and may_be_objects(scans):
+            telling = sorted((each for each in scans if each.numbers), key=lambda each: -len(each.numbers))[:LOOKED_AT]
+            looked_at = dict(zip((each.case for each in telling), pool.map(lambda each: _whole(each, palette), telling), strict=True))
+            scans = [replace(each, whole=looked_at.get(each.case)) for each in scans]
     named = zip(cases, results, strict=True)
     return scans, {case.name: result for case, result in named if isinstance(result, DataError)}
+
+
+def may_be_objects(scans: Sequence[LabelScan]) -> bool:
+    """Whether the values of unnamed labels could be numbers of objects: too many for classes, or counted anew in every file."""
+    return len(frozenset[int]().union(*(scan.numbers for scan in scans))) > MOST_CLASSES or counted_anew(scans)
+
+
+def counted_anew(scans: Sequence[LabelScan]) -> bool:
+    """Whether every file has the values 1 to n, n differing from file to file as numbers of objects do and of classes do not.
+
+    A class that is missing here and there leaves most files with the same n; a single file tells where n is 8 or more.
+    """
+    filled = [scan.numbers for scan in scans if scan.numbers]
+    if not filled or any(scan.colour for scan in scans) or any(max(numbers) != len(numbers) or min(numbers) != 1 for numbers in filled):
+        return False
+    highest = Counter(len(numbers) for numbers in filled)
+    if len(filled) == 1:
+        return max(highest) >= MANY_IN_ONE_FILE
+    return max(highest) >= LEAST_OBJECTS and 2 * max(highest.values()) <= len(filled)
 
 
 def count_codes(codes: np.ndarray) -> dict[int, int]:
@@ -122,10 +166,9 @@ def label_findings(scans: Iterable[LabelScan], legend: Legend, source: str) -> l
     found = [finding for scan in scans for finding in _unknown_values(scan, legend, source)]
     overlapping = [scan for scan in scans if scan.overlap_vox]
     if overlapping:
+        cases = "one case" if len(overlapping) == 1 else f"{len(overlapping)} cases"
         worst = max(overlapping, key=lambda scan: scan.overlap_vox)
-        message = (
-            f"masks overlap in {len(overlapping)} cases ({sum(scan.overlap_vox for scan in overlapping)} voxels, most in {worst.case}: "
-        )
+        message = f"masks overlap in {cases} ({sum(scan.overlap_vox for scan in overlapping)} voxels, most in {worst.case}: "
         message += f"{worst.overlap_vox}); the first mask by name keeps them"
         found.append(Finding(severity="note", code="overlapping-masks", message=message, files=worst.files[:1]))
     if legend.snap:
@@ -154,6 +197,36 @@ def _scan(case: Case, palette: Palette, per_instance: bool) -> LabelScan:
     )
 
 
+def _whole(scan: LabelScan, palette: Palette) -> float:
+    """The share of a label's values, of some of them where there are many, that are one connected piece (specks aside)."""
+    codes, _ = label_codes(read_image(scan.files[0], palette=palette))
+    chosen = sorted(scan.numbers)[:: -(-len(scan.numbers) // LOOKED_AT_VALUES)]
+    numbered = _numbered(codes, chosen)
+    whole = 0
+    for seen, (number, box) in enumerate(enumerate(ndimage.find_objects(numbered), start=1)):
+        # Classes are spread over the image and slow to look at: some of them that lie in pieces say enough.
+        if seen >= 3 and whole < seen / 2:
+            return whole / seen
+        region = numbered[box]
+        # Of a large region every second voxel (third, ...) will do; what it tears apart is thin for its size.
+        step = math.ceil((region.size / LOOKED_AT_VOX) ** (1 / region.ndim))
+        pieces, count = ndimage.label(region[(slice(None, None, step),) * region.ndim] == number, structure=np.ones((3,) * region.ndim))
+        sizes = np.bincount(pieces.ravel())[1:]
+        whole += count == 1 or bool(count and sizes.max() >= 0.95 * sizes.sum())
+    return whole / len(chosen)
+
+
+def _numbered(codes: np.ndarray, chosen: Sequence[int]) -> np.ndarray:
+    """1, 2, ... (*S) uint8 where a code is one of those chosen, which are ascending and fewer than 256; 0 elsewhere."""
+    low, high = int(codes.min()), int(codes.max())
+    if high - low >= TABLE_SIZE:
+        places = np.searchsorted(chosen, codes).clip(0, len(chosen) - 1)
+        return np.where(np.asarray(chosen)[places] == codes, places + 1, 0).astype(np.uint8)
+    table = np.zeros(high - low + 1, np.uint8)
+    table[np.asarray(chosen) - low] = np.arange(1, len(chosen) + 1)
+    return np.asarray(table[codes if low == 0 else codes.astype(np.int64) - low])
+
+
 def _mask(image: Image) -> np.ndarray:
     """Where the mask of one object is set, (*S) bool; what JPEG smears around it is not."""
     return np.asarray(image.array.max(axis=0) > (127 if image.format == "jpeg" else 0))
@@ -178,7 +251,7 @@ def _snapped(scans: Sequence[LabelScan], legend: Legend) -> list[Finding]:
         return []
     jpeg = any(scan.format == "jpeg" for scan in between)
     kind = "JPEG ringing" if jpeg else "blurred edges"
-    message = f"{between[0].files[0]} and {len(between) - 1} more" if len(between) > 1 else str(between[0].files[0])
-    message += f": {kind}; values between those of the classes are taken as the nearest, so save masks as PNG without smoothing"
+    message = f"{some((scan.files[0] for scan in between), 1)}: {kind}; values between those of the classes are taken as the nearest, "
+    message += "so save masks as PNG without smoothing"
     files = tuple(scan.files[0] for scan in between)
     return [Finding(severity="warning", code="jpeg-ringed-mask" if jpeg else "blurred-mask", message=message, files=files)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from microtome.data.case import Case, Finding, Layout
 from microtome.data.description import DatasetConfig, existing, inside, load_description
 from microtome.data.documents import CHANNEL, read_document
-from microtome.data.names import Role, image_files, key_of, natural, role_of, some, unique_names
+from microtome.data.names import Role, image_files, key_of, natural, relative, role_of, some, unique_names
 from microtome.errors import DataError
 from microtome.images.files import stem_of
 
@@ -361,7 +361,7 @@ def _unlabelled_note(root: Path, files: Sequence[Path]) -> list[Finding]:
 
 def _short(root: Path, files: Iterable[Path]) -> list[str]:
     """Paths as they stand in the folder."""
-    return [path.relative_to(root).as_posix() for path in files]
+    return [relative(root, path) for path in files]
 
 
 def _nothing_found(root: Path, work: _Pairs) -> DataError:

@@ -7,8 +7,9 @@ from typing import Any, Literal, Self
 import numpy as np
 
 from microtome.data.case import NOT_ANNOTATED, LabelValue
+from microtome.data.names import some
 from microtome.errors import DataError
-from microtome.images.image import Image
+from microtome.images.image import Image, Palette
 
 # A range of codes this wide, that of all colours, is looked up in a table; a wider one is sorted.
 TABLE_SIZE = 1 << 24
@@ -24,7 +25,7 @@ class Legend:
         ignored: source values that become NOT_ANNOTATED.
         kind: values: a number is a class; colours: an RGB colour is a class; instances: a number is an object,
             and whatever is neither 0 nor ignored is class 1.
-        background: the class of value 0 or black, which is not foreground; None if there is no such value.
+        background: the class that is not foreground: as stated, else that of this name or of value 0 or black; None if none is.
         reason: in words, how all this was found.
         snap: whether values that are not listed are taken as the nearest that is (JPEG ringing, blurred edges).
     """
@@ -41,6 +42,16 @@ class Legend:
     def foreground(self) -> tuple[int, ...]:
         """The classes other than the background."""
         return tuple(index for index in range(len(self.names)) if index != self.background)
+
+    @property
+    def palette(self) -> Palette:
+        """How palette files of this legend are read: their numbers are the classes, unless their colours are."""
+        return "colours" if self.kind == "colours" else "indices"
+
+    @property
+    def words(self) -> str:
+        """The classes and their values for people: `ground (0), cell (1, 2)`."""
+        return ", ".join(f"{name} ({some(map(format_value, values))})" for name, values in zip(self.names, self.values, strict=True))
 
     def decode(self, label_image: Image) -> np.ndarray:
         """The label map (*S) int16 of a label file; values that the legend does not know become NOT_ANNOTATED.

@@ -62,6 +62,16 @@ def some(names: Iterable[object], most: int = 5) -> str:
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
+def relative(root: Path, path: Path) -> str:
+    """A path as it stands in a folder; whole where it lies outside."""
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+
+
+def relative_words(root: Path, message: str) -> str:
+    """A message in which files of a folder are named as they stand in it."""
+    return message.replace(os.path.join(root, ""), "")
+
+
 def _plain(name: str) -> str:
     """In small letters, with camel case taken apart: `imagesTr` -> `images_tr`."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()

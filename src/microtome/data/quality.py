@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,15 @@ import jinja2
 import numpy as np
 
 from microtome.data.case import Case, Finding
-from microtome.data.checks import CaseRow, Severity, class_shares, findings_of, format_share, format_sides
+from microtome.data.checks import CaseRow, Severity, class_shares, findings_of, format_share
 from microtome.data.dataset import Dataset
 from microtome.data.labels import count_codes
 from microtome.data.legend import Legend
-from microtome.data.split import Split
+from microtome.data.names import relative, relative_words
+from microtome.data.split import Split, split_dataset
 from microtome.data.thumbnails import Thumbnail, class_colours, draw_thumbnail
 from microtome.errors import DataWarning, MicrotomeError
-from microtome.geometry import format_shape
+from microtome.geometry import format_shape, format_sides
 from microtome.images.image import Image
 
 NUMBER_COLUMNS = frozenset({"channels", "annotated"})
@@ -70,6 +71,22 @@ class Inspection:
         }
 
 
+def inspect_fold(dataset: Dataset, fold: str, seed: int) -> Inspection:
+    """Inspect a dataset that is to be split; that it cannot be split is one more finding.
+
+    Raises:
+        ConfigError: `fold` is none, or there is none of that number.
+    """
+    try:
+        return inspect_dataset(dataset, split_dataset(dataset, fold, seed))
+    except MicrotomeError as error:
+        if error.where == "fold":
+            raise
+        reason = f"cannot be split into training and validation: {' '.join(str(error).split())}"
+    finding = Finding(severity="warning", code="no-split", message=relative_words(dataset.root, reason))
+    return inspect_dataset(replace(dataset, findings=(*dataset.findings, finding)))
+
+
 def inspect_dataset(dataset: Dataset, split: Split | None = None) -> Inspection:
     """Read every case once and say what is wrong with it, and with the cases together.
 
@@ -89,6 +106,7 @@ def inspect_dataset(dataset: Dataset, split: Split | None = None) -> Inspection:
     said = {path for finding in dataset.findings if finding.severity == "error" for path in finding.files}
     found = [finding for _, findings in examined for finding in findings if finding.code != "unreadable" or said.isdisjoint(finding.files)]
     found += [*_warned(caught), *findings_of(rows, dataset.legend)]
+    found = [replace(finding, message=relative_words(dataset.root, finding.message)) for finding in found]
     return Inspection(
         root=dataset.root, layout=dataset.layout, legend=dataset.legend, rows=rows, findings=_in_order([*dataset.findings, *found])
     )
@@ -214,7 +232,7 @@ def _row(root: Path, case: Case, image: Image, part: str, voxels: tuple[int, ...
     return CaseRow(
         name=case.name,
         where=_where(root, case),
-        where_label=_short(root, case.labels[0]) if case.labels else "",
+        where_label=relative(root, case.labels[0]) if case.labels else "",
         files=case.images,
         part=part,
         shape_vox=image.shape_vox,
@@ -246,7 +264,7 @@ def _unreadable(case: Case, files: tuple[Path, ...], where: str, error: Exceptio
 
 def _mismatch(root: Path, case: Case, error: Exception) -> Finding:
     """The finding that a label does not lie on its image; open_dataset could read its values, so that is what is left."""
-    where = _short(root, case.labels[0])
+    where = relative(root, case.labels[0])
     return Finding(severity="error", code="grid-mismatch", case=case.name, message=_said(where, error), files=case.images + case.labels)
 
 
@@ -274,12 +292,7 @@ def _in_order(findings: Iterable[Finding]) -> tuple[Finding, ...]:
 def _where(root: Path, case: Case) -> str:
     """The case's first image file for a message."""
     section = f" section {case.sections[0]}" if case.sections else ""
-    return _short(root, case.images[0]) + section
-
-
-def _short(root: Path, path: Path) -> str:
-    """A path as it stands in the dataset."""
-    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
+    return relative(root, case.images[0]) + section
 
 
 def _class_text(row: CaseRow, names: tuple[str, ...]) -> str:

@@ -6,9 +6,9 @@ import numpy as np
 
 from microtome.data.case import Case
 from microtome.errors import ConfigError, DataError
-from microtome.geometry import Spacing, format_shape, same_grid
+from microtome.geometry import Spacing, format_shape, format_sides, same_grid
 from microtome.images.files import probe_image, read_image
-from microtome.images.image import Image
+from microtome.images.image import Header, Image
 
 
 def read_case_image(case: Case) -> Image:
@@ -27,9 +27,12 @@ def stack_channels(case: Case) -> Image:
         DataError: a file cannot be read, or two of them are not on one grid.
     """
     images = [read_image(path) for path in case.images]
+    if len(images) == 1:
+        return images[0]
+    header = probe_image(case.images[0])
     for other in images[1:]:
-        _check_grid(case, images[0], other, "channels")
-    return replace(images[0], array=np.concatenate([image.array for image in images])) if len(images) > 1 else images[0]
+        _check_grid(case, header, other, "channels")
+    return replace(images[0], array=np.concatenate([image.array for image in images]))
 
 
 def fit_channels(image: Image, channels: int) -> Image:
@@ -77,26 +80,20 @@ def checked_label(case: Case, label: Image) -> Image:
     Raises:
         DataError: another shape, or in NIfTI files another place in the world; names both files.
     """
-    path = case.images[0]
-    if label.format == "nifti":
-        # Only the pixels' reader gives the affine.
-        _check_grid(case, read_image(path), label, "image and label")
-        return label
-    shape_vox = probe_image(path).shape_vox
-    if shape_vox != label.shape_vox:
-        raise _shape_error(case, shape_vox, path.name, label)
+    _check_grid(case, probe_image(case.images[0]), label, "image and label")
     return label
 
 
-def _check_grid(case: Case, image: Image, other: Image, what: str) -> None:
-    """Compare shape and, where both files know theirs, place."""
+def _check_grid(case: Case, image: Header, other: Image, what: str) -> None:
+    """Compare shape and, where both files know theirs, place with those of the case's first image."""
+    name = case.images[0].name
     if image.shape_vox != other.shape_vox:
-        raise _shape_error(case, image.shape_vox, image.path.name, other)
-    if image.format == other.format == "nifti" and not same_grid(image.affine, other.affine, image.shape_vox):
+        raise _shape_error(case, image.shape_vox, name, other)
+    if image.affine is not None and other.format == "nifti" and not same_grid(image.affine, other.affine, image.shape_vox):
         raise DataError(
             case.name,
-            expected=f"{what} in the same place ({image.path.name}, origin {_origin(image)}, spacing {_sizes(image)})",
-            got=f"{other.path.name} with origin {_origin(other)}, spacing {_sizes(other)}",
+            expected=f"{what} in the same place ({name}, origin {_origin(image.affine)}, spacing {format_sides(image.spacing_mm)})",
+            got=f"{other.path.name} with origin {_origin(other.affine)}, spacing {format_sides(other.spacing_mm)}",
             do="resample the label to the image's grid, or copy its header if the voxels agree",
         )
 
@@ -113,11 +110,6 @@ def _shape_error(case: Case, shape_vox: tuple[int, ...], name: str, label: Image
     )
 
 
-def _origin(image: Image) -> str:
+def _origin(affine: np.ndarray) -> str:
     """Where voxel 0 lies, mm."""
-    return "(" + ", ".join(f"{value:.4g}" for value in image.affine[:-1, -1]) + ")"
-
-
-def _sizes(image: Image) -> str:
-    """The voxel size, mm."""
-    return "×".join(f"{size:.4g}" for size in image.spacing_mm)
+    return "(" + ", ".join(f"{value:.4g}" for value in affine[:-1, -1]) + ")"

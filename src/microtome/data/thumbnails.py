@@ -98,12 +98,17 @@ def picture_size(shape_YX: tuple[int, ...], spacing_mm: tuple[float, ...], side_
 
 def visible(pixels_CYX: np.ndarray) -> np.ndarray:
     """Grey values as (Y, X, 3) uint8, stretched between the 0.5 and 99.5 percentiles unless they are a photograph."""
-    if len(pixels_CYX) == 3 and pixels_CYX.dtype == np.uint8:
+    if is_photograph(pixels_CYX):
         return np.moveaxis(pixels_CYX, 0, -1)
     values = np.nan_to_num(pixels_CYX[0].astype(np.float32), posinf=0, neginf=0)
     low, high = np.percentile(values, [0.5, 99.5])
     grey = np.clip((values - low) / max(float(high - low), 1e-12), 0, 1)
     return np.repeat((255 * grey).astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def is_photograph(pixels_CYX: np.ndarray) -> bool:
+    """Whether the channels are red, green and blue."""
+    return len(pixels_CYX) == 3 and pixels_CYX.dtype == np.uint8
 
 
 def resized(rgb_YXC: np.ndarray, height_width: tuple[int, int]) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Folders of predictions and of truth -> scores: every case of the truth is scored or the whole is refused."""
 
-import json
 import math
 import os
 import warnings
@@ -19,6 +18,7 @@ from microtome.data.description import NAMES, load_description
 from microtome.data.labels import count_codes, scan_labels
 from microtome.data.layouts import find_layout
 from microtome.data.legend import Legend, code_of, format_value, label_codes, value_of
+from microtome.data.listing import LISTING, Listing, read_listing
 from microtome.data.names import image_files, some, unique_names
 from microtome.errors import ConfigError, DataError, DataWarning
 from microtome.evaluation.pairing import Named, pair
@@ -30,7 +30,6 @@ __all__ = ["METRICS", "CaseScore", "evaluate", "score_case", "summarise"]
 
 # Each thread holds one case; more threads than this would buy little and cost memory.
 MOST_THREADS = 8
-LISTING = "predictions.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +42,7 @@ class Truth:
         read: gives the classes (*S).
         spacing_mm: along S, 1 where unknown.
         spacing_known: whether distances are in mm.
+        group: cases of one group (a patient) are no independent witnesses; empty where nobody says.
     """
 
     named: Named
@@ -50,6 +50,7 @@ class Truth:
     read: Callable[[], np.ndarray]
     spacing_mm: Spacing
     spacing_known: bool
+    group: str = ""
 
 
 def evaluate(predictions: Path, truth: Path, *, tolerance_mm: float | None = None) -> dict[str, Any]:
@@ -64,16 +65,16 @@ def evaluate(predictions: Path, truth: Path, *, tolerance_mm: float | None = Non
         tolerance_mm: of `nsd`; None: the largest voxel side of each case.
 
     Raises:
-        DataError: a case without a prediction, a prediction without a case, a value that the legend does not know,
-            shapes that differ, a case in which nothing is annotated.
+        DataError: a case without a prediction, a prediction without a case, one that `predictions.json` does not list,
+            a value that the legend does not know, shapes that differ, a case in which nothing is annotated.
     """
     if tolerance_mm is not None and not (tolerance_mm >= 0 and math.isfinite(tolerance_mm)):
         raise ConfigError("tolerance", expected="a length in mm of at least 0", got=str(tolerance_mm), do="give another --tolerance")
     for path in (predictions, truth):
         if not path.exists():
             raise DataError(path, expected="a file or a folder", got="nothing there", do="check the path")
-    listed = _listing(predictions)
-    legend, truths = _open_truth(truth, listed.legend)
+    listed = read_listing(predictions if predictions.is_dir() else predictions.parent)
+    legend, truths = _open_truth(truth, listed.legend if listed else None)
     files = _prediction_files(predictions, listed)
     if predictions.is_file() and truth.is_file():
         files = {truths[0].named.case: predictions}
@@ -86,48 +87,33 @@ def evaluate(predictions: Path, truth: Path, *, tolerance_mm: float | None = Non
             f"{truth}: {len(in_voxels)} of {len(truths)} cases have no voxel size (first: {in_voxels[0]}); their distances are in voxels"
         )
         warnings.warn(message, DataWarning, stacklevel=2)
-    return summarise([row for rows in scored for row in rows], legend, tolerance_mm=tolerance_mm, in_voxels=in_voxels)
+    groups = {item.named.case: item.group for item in truths if item.group}
+    return summarise([row for rows in scored for row in rows], legend, tolerance_mm=tolerance_mm, in_voxels=in_voxels, groups=groups)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listing:
-    """What `predictions.json` says: the legend, and the case of each file. Both None without one."""
+def _prediction_files(predictions: Path, listed: Listing | None) -> dict[str, Path]:
+    """The prediction files by the names that cases may know them by.
 
-    legend: Legend | None = None
-    cases: Mapping[str, str] | None = None
-
-
-def _listing(predictions: Path) -> Listing:
-    """Read the `predictions.json` of a folder, or beside a single prediction, if there is one."""
-    path = (predictions if predictions.is_dir() else predictions.parent) / LISTING
-    if not path.is_file():
-        return Listing()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        cases = {str(file): str(entry["case"]) for file, entry in content["cases"].items()}
-        return Listing(legend=Legend.from_json(content["legend"]), cases=cases)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            path,
-            expected="the list that `microtome predict` writes",
-            got=f"{type(error).__name__}: {error}",
-            do="predict again or remove it",
-        ) from None
-
-
-def _prediction_files(predictions: Path, listed: Listing) -> dict[str, Path]:
-    """The prediction files by the names that cases may know them by."""
+    Raises:
+        DataError: two are listed for one case, or one in the folder is not listed.
+    """
     if predictions.is_file():
-        case = (listed.cases or {}).get(predictions.name)
-        return {case or stem_of(predictions): predictions}
-    if listed.cases is None:
+        entry = listed.entries.get(predictions.name) if listed else None
+        return {entry.case if entry else stem_of(predictions): predictions}
+    if listed is None:
         return _files_by_stem(predictions)
     files: dict[str, Path] = {}
-    for name, case in listed.cases.items():
-        if case in files:
-            got = f"{files[case].name} and {name}"
-            raise DataError(predictions / LISTING, expected=f"one prediction of {case}", got=got, do="predict into an empty folder")
-        files[case] = predictions / name
+    for name, entry in listed.entries.items():
+        if entry.case in files:
+            got = f"{files[entry.case].name} and {name}"
+            raise DataError(predictions / LISTING, expected=f"one prediction of {entry.case}", got=got, do="predict into an empty folder")
+        files[entry.case] = predictions / name
+    known = set(files.values())
+    # A label file is not left out in silence: it may be somebody's prediction of a case, or that of an unfinished call.
+    others = [path.relative_to(predictions).as_posix() for path in image_files(predictions) if path not in known]
+    if others:
+        got = f"{len(others)} that {LISTING} does not list: {some(others)}"
+        raise DataError(predictions, expected="only files that `predict` wrote", got=got, do="predict again, or move them away")
     # A file that is listed and not there is reported as the missing prediction of its case.
     return {case: path for case, path in files.items() if path.is_file()}
 
@@ -188,7 +174,7 @@ def _with_legend(dataset: Dataset, legend: Legend) -> Dataset:
     if unknown:
         got = some(map(format_value, unknown))
         do = "evaluate against labels of the same classes"
-        raise DataError(dataset.root, expected=f"label values of {_known(legend)}", got=got, do=do)
+        raise DataError(dataset.root, expected=f"label values of {legend.words}", got=got, do=do)
     return replace(dataset, legend=legend)
 
 
@@ -209,6 +195,7 @@ def _dataset_truth(dataset: Dataset, case: Case) -> Truth:
         read=lambda: dataset.read_label(case),
         spacing_mm=spacing_mm,
         spacing_known=known,
+        group=case.group,
     )
 
 
@@ -259,15 +246,9 @@ def _classes(path: Path, legend: Legend) -> np.ndarray:
     Raises:
         DataError: names the file and the value.
     """
-    # The numbers of a palette are the classes, unless the legend is of its colours.
-    codes, colour = label_codes(read_image(path, palette="colours" if legend.kind == "colours" else "indices"))
+    codes, colour = label_codes(read_image(path, palette=legend.palette))
     unknown = [value_of(code, colour) for code in count_codes(codes) if not legend.knows(code, colour=colour)]
     if unknown:
         got = some(map(format_value, unknown))
-        raise DataError(path, expected=f"label values of {_known(legend)}", got=got, do="check its label values")
+        raise DataError(path, expected=f"label values of {legend.words}", got=got, do="check its label values")
     return legend.lookup(codes, colour=colour)
-
-
-def _known(legend: Legend) -> str:
-    """The classes and their values for people."""
-    return ", ".join(f"{name} ({some(map(format_value, values))})" for name, values in zip(legend.names, legend.values, strict=True))

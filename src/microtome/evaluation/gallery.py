@@ -1,7 +1,6 @@
 """Cases as pictures: image, truth, prediction, and what is wrong where."""
 
 import io
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,9 +16,10 @@ from microtome.config import Plan
 from microtome.data.case import NOT_ANNOTATED, Case
 from microtome.data.dataset import Dataset, open_dataset
 from microtome.data.legend import Legend
+from microtome.data.listing import read_listing
 from microtome.data.split import split_dataset
-from microtome.data.thumbnails import class_colours, picture_size, resized, resized_label, visible
-from microtome.errors import DataError, DataWarning, MicrotomeError
+from microtome.data.thumbnails import class_colours, is_photograph, picture_size, resized, resized_label, visible
+from microtome.errors import DataWarning, MicrotomeError
 from microtome.evaluation.metrics import dice
 from microtome.geometry import format_shape
 from microtome.images.files import read_image
@@ -157,15 +157,10 @@ def read_predictions(folder: Path) -> Predictions | None:
     Raises:
         DataError: the list is not what `predict` writes.
     """
-    path = folder / "predictions.json"
-    if not path.is_file():
+    listing = read_listing(folder)
+    if listing is None:
         return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        files = {str(entry["case"]): folder / name for name, entry in content["cases"].items()}
-        return Predictions(files=files, legend=Legend.from_json(content["legend"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(path, expected="a list of predictions", got=f"{type(error).__name__}: {error}", do="predict again") from None
+    return Predictions(files={entry.case: folder / name for name, entry in listing.entries.items()}, legend=listing.legend)
 
 
 def make_gallery(predictions: Predictions, names: Sequence[str], plan: Plan, data: Dataset | Path) -> Gallery:
@@ -221,7 +216,7 @@ def draw_case(case: Case, image: Image, truth: np.ndarray, prediction: np.ndarra
         draw_errors(base, resized_label(errors_YX, height_width)),
     )
     first = case.sections[0] if case.sections else 0
-    named = dataset.channel_names[0] if dataset.channel_names and len(pixels_CYX) > 1 and not _is_photograph(pixels_CYX) else ""
+    named = dataset.channel_names[0] if dataset.channel_names and len(pixels_CYX) > 1 and not is_photograph(pixels_CYX) else ""
     return Exhibit(
         case=case.name,
         dice=scores,
@@ -260,9 +255,7 @@ def _drawn(dataset: Dataset, case: Case | None, name: str, predictions: Predicti
         return f"{name} is not shown: {missing}."
     try:
         image, truth = dataset.read_image(case), dataset.read_label(case)
-        # The numbers of a palette are the classes, unless the legend is of its colours.
-        file = read_image(path, palette="colours" if dataset.legend.kind == "colours" else "indices")
-        prediction = dataset.legend.decode(file)
+        prediction = dataset.legend.decode(read_image(path, palette=dataset.legend.palette))
     except MicrotomeError as error:
         return f"{name} is not shown: {error}."
     if prediction.shape != truth.shape:
@@ -289,11 +282,6 @@ def _orientation(image: Image) -> tuple[tuple[slice, slice], str]:
     grows = columns[axes, [0, 1]] > 0
     flips = tuple(slice(None, None, -1 if yes else 1) for yes in grows)
     return (flips[0], flips[1]), f"{WORLD[axes[0]]} is at the top, {WORLD[axes[1]]} at the left"
-
-
-def _is_photograph(pixels_CYX: np.ndarray) -> bool:
-    """Whether the channels are red, green and blue."""
-    return len(pixels_CYX) == 3 and pixels_CYX.dtype == np.uint8
 
 
 def _with_classes(rgb: np.ndarray, label_YX: np.ndarray, colours: tuple[tuple[int, int, int] | None, ...]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from types import MappingProxyType
@@ -31,7 +31,6 @@ CONVENTIONS = MappingProxyType(
         "volume_mm3": "of the prediction, beside volume_truth_mm3 (2D: area in mm²); the worst is the one furthest from the truth",
         "pixel_accuracy": "share of annotated voxels with the right class, background included; the same number in each row of a case",
         "summary": "mean over the foreground classes of a case, then over the cases where that is defined (their number is beside it)",
-        "interval": f"{COVERAGE:.0%} percentile bootstrap over cases, {RESAMPLES} resamples, fixed seed; too narrow with few cases",
         "sd": "sample standard deviation (n - 1)",
         "undefined": "null in a row; left out of means and counted beside them",
     }
@@ -99,7 +98,12 @@ def score_case(
 
 
 def summarise(
-    rows: Sequence[CaseScore], legend: Legend, *, tolerance_mm: float | None = None, in_voxels: Sequence[str] = ()
+    rows: Sequence[CaseScore],
+    legend: Legend,
+    *,
+    tolerance_mm: float | None = None,
+    in_voxels: Sequence[str] = (),
+    groups: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """The content of `metrics.json`: summary, classes, cases, worst, conventions, versions.
 
@@ -108,9 +112,9 @@ def summarise(
         legend: the one the rows were made with.
         tolerance_mm: as it was asked for; None: each case's largest voxel side.
         in_voxels: cases whose voxel size is not known, so that their distances are in voxels.
+        groups: case -> group (a patient); where a group has several of the cases, intervals resample groups and not cases.
     """
-    chosen = legend.foreground if legend.background is not None else range(len(legend.names))
-    foreground = {legend.names[index] for index in chosen}
+    foreground = {legend.names[index] for index in legend.foreground}
     by_case: dict[str, list[CaseScore]] = {}
     for row in rows:
         by_case.setdefault(row.case, []).append(row)
@@ -118,15 +122,16 @@ def summarise(
         name: np.array([_mean([row.values[name] for row in group if row.class_name in foreground]) for group in by_case.values()])
         for name in METRICS
     }
+    members = [(groups or {}).get(case, case) for case in by_case]
     # Cases in which no foreground is expected and none was found are not bad: they come last.
     order = np.argsort(np.nan_to_num(means["dice"], nan=np.inf), kind="stable")
     shown = [row for row in rows if row.class_name in foreground]
     return {
-        "summary": {name: _summary(values, shown, name) for name, values in means.items()},
+        "summary": {name: _summary(values, shown, name, members) for name, values in means.items()},
         "classes": {name: _class_scores([row for row in rows if row.class_name == name]) for name in legend.names},
         "cases": [row.to_json() for row in rows],
         "worst": [list(by_case)[index] for index in order],
-        "conventions": _conventions(rows, sorted(foreground), tolerance_mm, in_voxels),
+        "conventions": {"interval": _interval(members), **_conventions(rows, sorted(foreground), tolerance_mm, in_voxels)},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in ("microtome", "numpy", "scipy")}},
     }
 
@@ -149,9 +154,9 @@ def _mask_scores(
     }
 
 
-def _summary(values: np.ndarray, rows: Sequence[CaseScore], name: str) -> dict[str, float | int | None]:
+def _summary(values: np.ndarray, rows: Sequence[CaseScore], name: str, groups: Sequence[str]) -> dict[str, float | int | None]:
     """Mean and interval of one number a case (cases,), over how many cases, and how many rows had to be left out of it."""
-    mean, low, high = mean_interval(values)
+    mean, low, high = mean_interval(values, groups)
     undefined = sum(not math.isfinite(row.values[name]) for row in rows)
     return {
         "mean": _number(mean),
@@ -207,6 +212,14 @@ def _conventions(
         "empty_cases": dict(EMPTY_CASES),
         **CONVENTIONS,
     }
+
+
+def _interval(groups: Sequence[str]) -> str:
+    """How the intervals were made, from the group of each case."""
+    units = "cases"
+    if len(set(groups)) < len(groups):
+        units = f"groups ({len(set(groups))} groups of {len(groups)} cases, as the dataset's `groups` or `group_by` says)"
+    return f"{COVERAGE:.0%} percentile bootstrap over {units}, {RESAMPLES} resamples, fixed seed; too narrow with few of them"
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

@@ -61,6 +61,7 @@ class Header:
         spacing_mm: voxel size along each axis of S; 1 where the file does not say.
         spacing_known: False where the spacing of 1 is an assumption.
         format: what the file really is, whatever its suffix.
+        affine: as in `Image`; None where the format has no place in the world.
     """
 
     shape_vox: Shape
@@ -69,6 +70,8 @@ class Header:
     spacing_mm: Spacing
     spacing_known: bool
     format: str
+    # Arrays have no single answer to whether they are equal; the other fields do.
+    affine: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def claimed_bytes(self) -> int:

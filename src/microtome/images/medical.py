@@ -160,6 +160,7 @@ def _describe(path: Path, nifti: Any) -> _Found:
         spacing_mm=place.spacing_mm,
         spacing_known=place.known,
         format="nifti",
+        affine=place.affine,
     )
     return _Found(header=header, place=place, dtype=dtype, values=math.prod(file_shape), slope=slope, intercept=intercept)
 

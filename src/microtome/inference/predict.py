@@ -5,6 +5,7 @@ are divided by their weights, brought to the original grid, turned into labels a
 a slab of all classes, never all classes of the whole image.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -16,6 +17,9 @@ from microtome.preprocess import apply_along, grid_shape, normalise, resample, r
 from microtome.tiling import Tile, blend_weights, cover, read_mirrored
 
 Engine = Callable[[np.ndarray], np.ndarray]
+
+# Logits that are brought to the original grid at a time: 64 MB of float32.
+CHUNK_VALUES = 1 << 24
 
 
 class Sized(Protocol):
@@ -129,15 +133,18 @@ def on_grid(slabs: Iterator[tuple[int, np.ndarray]], grid: Shape, shape_vox: Sha
     waiting: np.ndarray | None = None
     base = written = 0
     for first, part in slabs:
-        for axis, matrix in enumerate(matrices[1:], start=2):
-            part = apply_along(matrix, part, axis)
         waiting = part if waiting is None else np.concatenate([waiting, part], axis=1)
         ready = int(np.searchsorted(needs, first + part.shape[1]))
         if ready == written:
             continue
-        rows = matrices[0][written:ready]
-        yield written, apply_along(rows[:, base : base + waiting.shape[1]], waiting, 1)
-        written = ready
+        while written < ready:
+            # A few rows at a time, or a coarse grid of one tile would become all classes of the whole image.
+            until = min(ready, written + max(1, CHUNK_VALUES // (len(waiting) * math.prod(shape_vox[1:]))))
+            rows = apply_along(matrices[0][written:until][:, base : base + waiting.shape[1]], waiting, 1)
+            for axis, matrix in enumerate(matrices[1:], start=2):
+                rows = apply_along(matrix, rows, axis)
+            yield written, rows
+            written = until
         if written < len(needs):
             # Everything before the first row that is still needed can go.
             keep = int(matrices[0][[written]].indices.min()) - base

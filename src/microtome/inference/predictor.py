@@ -1,24 +1,21 @@
 """A trained model and image files -> label files in the images' own format and geometry."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from microtome.bundle import Bundle, load_bundle
 from microtome.data.case import Case
 from microtome.data.dataset import fit_channels, list_images, read_case_image
+from microtome.data.listing import Listing, continued_listing, recording
 from microtome.errors import DataError
-from microtome.files import write_json
 from microtome.images.files import label_suffix, read_image, write_labels
 from microtome.images.image import Image
 from microtome.inference.engines import TorchEngine, pick_device, processor_has_bf16, recycle_memory, to_device
 from microtome.inference.predict import predict_labels
 from microtome.preprocess import voxel_size
 
-LISTING = "predictions.json"
 # What `label_suffix` may give.
 LABEL_SUFFIXES = (".png", ".tif", ".nii", ".nii.gz")
 
@@ -78,18 +75,23 @@ def predict_files(
 
     Raises:
         DataError: no images, two that would have the same name in `out`, `out` among the images or with files that
-            `predict` did not write and would overwrite, or (after all others) images that failed.
+            `predict` did not write and would overwrite or with predictions of another legend, or (after all others)
+            images that failed.
     """
+    legend = predictor.bundle.legend
     _check_out(inputs, out)
+    listed = continued_listing(out, legend)
     cases = list(_cases(inputs, predictor.bundle.plan.channels))
-    _check_names(cases, out)
+    _check_names(cases, out, listed)
     written, failed = [], []
-    for number, case in enumerate(cases, start=1):
-        try:
-            written.append(write_prediction(predictor, case, out))
-        except DataError as error:
-            failed.append(error)
-        on_done(case.name, number, len(cases))
+    with recording(out, legend, (safe_name(case.name) for case in cases)) as record:
+        for number, case in enumerate(cases, start=1):
+            try:
+                written.append(write_prediction(predictor, case, out))
+                record.add(written[-1], case)
+            except DataError as error:
+                failed.append(error)
+            on_done(case.name, number, len(cases))
     if failed and len(failed) < len(cases):
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise DataError(failed[0].where, expected=failed[0].expected, got=failed[0].got + more, do=f"the other {len(written)} are in {out}")
@@ -103,18 +105,8 @@ def write_prediction(predictor: Predictor, case: Case, out: Path) -> Path:
     image = read_case_image(case)
     labels = predictor.bundle.legend.encode(predictor(image))
     path = out / (safe_name(case.name) + label_suffix(image))
-    # Listed first: a file that a kill leaves unlisted would be taken for somebody else's.
-    list_prediction(out, path, case, predictor.bundle)
     write_labels(path, labels, like=image)
     return path
-
-
-def list_prediction(out: Path, path: Path, case: Case, bundle: Bundle) -> None:
-    """Note in `predictions.json` what the file is a prediction of, so that `evaluate` can pair it and read its values."""
-    listed, legend = _listing(out), bundle.legend.to_json()
-    cases = listed["cases"] if listed["legend"] == legend else {}
-    entry = {"case": case.name, "input": str(case.images[0])}
-    write_json(out / LISTING, {"legend": legend, "cases": {**cases, path.relative_to(out).as_posix(): entry}})
 
 
 def safe_name(name: str) -> str:
@@ -130,19 +122,6 @@ def _cases(inputs: Sequence[Path], channels: int) -> Iterator[Case]:
         yield from list_images(path, channels=channels)
 
 
-def _listing(out: Path) -> dict[str, Any]:
-    """The legend and the cases that `predictions.json` lists; None and none where there is no such file."""
-    path = out / LISTING
-    if not path.exists():
-        return {"legend": None, "cases": {}}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return {"legend": content["legend"], "cases": dict(content["cases"])}
-    except (ValueError, KeyError, TypeError) as error:
-        got = f"{type(error).__name__}: {error}"
-        raise DataError(path, expected="the list that `microtome predict` writes", got=got, do="remove it") from None
-
-
 def _check_out(inputs: Sequence[Path], out: Path) -> None:
     """Refuse to write into a folder of images, where the next call would take predictions for images."""
     for path in inputs:
@@ -150,10 +129,9 @@ def _check_out(inputs: Sequence[Path], out: Path) -> None:
             raise DataError(out, expected=f"a folder outside of the images' {path}", got="one inside", do="give another --out")
 
 
-def _check_names(cases: Sequence[Case], out: Path) -> None:
+def _check_names(cases: Sequence[Case], out: Path, listed: Listing) -> None:
     """Refuse inputs whose results would overwrite each other, themselves, or what `predict` did not write."""
     seen: dict[str, Path] = {}
-    listed = _listing(out)["cases"]
     for case in cases:
         name = safe_name(case.name)
         if name in seen:
@@ -168,7 +146,7 @@ def _check_names(cases: Sequence[Case], out: Path) -> None:
                 out, expected="another folder than the images'", got="theirs", do="give another --out, or images would be overwritten"
             )
         for file in (name + suffix for suffix in LABEL_SUFFIXES):
-            if (out / file).exists() and file not in listed:
+            if (out / file).exists() and file not in listed.entries and name not in listed.writing:
                 raise DataError(
                     out / file, expected="no file of that name", got="one that `predict` did not write", do="give another --out"
                 )

@@ -122,6 +122,7 @@ def build(name: str, *, dims: int, in_channels: int, classes: int, config: Netwo
         ConfigError: an unknown name or variant, dimensions it does not have, or a setting that it would not obey.
     """
     entry = find(name)
+    variant = variant or (config.variant if config else "")
     if dims not in entry.dims:
         others = [other.name for other in NETWORKS.values() if dims in other.dims]
         expected = " or ".join(f"{n}D" for n in entry.dims)
@@ -139,6 +140,6 @@ def _check_settings(entry: Entry, config: NetworkConfig) -> None:
     """Refuse a setting that the network would pass over in silence."""
     for field, info in NetworkConfig.model_fields.items():
         value = getattr(config, field)
-        if field != "name" and field not in entry.settings and value != info.default:
+        if field not in ("name", "variant") and field not in entry.settings and value != info.default:
             expected = f"settings that it has ({', '.join(sorted(entry.settings))})"
             raise ConfigError(entry.name, expected=expected, got=f"`{field}: {value}`", do=f"remove `network.{field}` or use modern_unet")

@@ -26,6 +26,8 @@ class Progress:
         best: best validation score so far and `best_step`, the step at which it was reached.
         validations: how many were made; `next_validation`, the step of the next.
         seconds: wall time of the run so far.
+        validated: how many cases each validation looks at; 0 before the first, which finds out how many fit into its time.
+        case_seconds: what the last prediction takes for a case, with its scores and its file; None before a validation.
     """
 
     step: int = 0
@@ -35,6 +37,8 @@ class Progress:
     validations: int = 0
     next_validation: int = 0
     seconds: float = 0.0
+    validated: int = 0
+    case_seconds: float | None = None
 
 
 @dataclass

@@ -45,9 +45,9 @@ def train_steps(state: TrainState, cases: Sequence[StoredCase], plan: Plan, devi
     """Train from where `state` is to the end of its schedule; returns where the time went.
 
     Raises:
-        RunError: the loss is not finite, or somebody stopped the run; the last checkpoint is good.
+        RunError: the loss is not finite, or somebody stopped the run; the last checkpoint, if there is one, is good.
     """
-    progress, clock = state.progress, Clock()
+    progress, clock, saved = state.progress, Clock(), state.progress.step
     parameters = list(state.network.parameters())
     border = getattr(state.network, "context_vox", 0)
     state.network.train()
@@ -69,7 +69,7 @@ def train_steps(state: TrainState, cases: Sequence[StoredCase], plan: Plan, devi
                 length = torch.nn.utils.clip_grad_norm_(parameters, plan.optimiser.clip_norm)
                 # On a GPU this is the one point of a step at which the processor waits for it.
                 value, slope = torch.stack([loss.detach(), length]).tolist()
-                check_finite(value, slope, progress.step)
+                check_finite(value, slope, progress.step, saved)
                 state.optimiser.step()
                 state.optimiser.zero_grad(set_to_none=True)
                 update_average(state, plan)
@@ -85,25 +85,33 @@ def train_steps(state: TrainState, cases: Sequence[StoredCase], plan: Plan, devi
                 progress.steps = progress.step
             # The last step is validated even if somebody stops the run there: nothing would do it after --resume.
             if progress.step == progress.steps or (progress.step >= progress.next_validation and not stopped()):
-                result = hooks.validate(state)
-                is_best = progress.best is None or result["score"] >= progress.best
-                if is_best:
-                    progress.best, progress.best_step = result["score"], progress.step
-                hooks.log({"event": "validation", "step": progress.step, **result})
-                progress.validations += 1
+                is_best = validate_now(state, hooks)
                 reschedule(progress, plan, clock, hooks, clock.since_step())
                 hooks.save(state, is_best)
                 clock.saved()
+                saved = progress.step
             elif left is not None and is_early_fit(progress.step) and not stopped():
                 reschedule(progress, plan, clock, hooks, 0.0)
             elif stopped() or clock.since_save() > SECONDS_BETWEEN_CHECKPOINTS:
                 hooks.save(state, False)
                 clock.saved()
+                saved = progress.step
             if stopped():
                 raise RunError(
                     f"step {progress.step}", expected=f"{progress.steps} steps", got="a request to stop", do="continue with --resume"
                 )
     return clock
+
+
+def validate_now(state: TrainState, hooks: Hooks) -> bool:
+    """Score the averaged weights and note the score; whether it is the best so far, or as good."""
+    progress, result = state.progress, hooks.validate(state)
+    is_best = progress.best is None or result["score"] >= progress.best
+    if is_best:
+        progress.best, progress.best_step = result["score"], progress.step
+    hooks.log({"event": "validation", "step": progress.step, **result})
+    progress.validations += 1
+    return bool(is_best)
 
 
 def learning_rate(step: int, steps: int, plan: Plan) -> float:
@@ -153,14 +161,23 @@ def crop_border(label_BS: Tensor, border: int) -> Tensor:
     return label_BS[(slice(None), *[slice(border, -border)] * (label_BS.dim() - 1))]
 
 
-def check_finite(loss: float, slope: float, step: int) -> None:
-    """Stop before a loss that is no number, or a gradient of such a length, reaches the weights."""
+def check_finite(loss: float, slope: float, step: int, saved: int) -> None:
+    """Stop before a loss that is no number, or a gradient of such a length, reaches the weights.
+
+    Args:
+        loss: of the step.
+        slope: length of its gradient.
+        step: steps done before it.
+        saved: the step of the last checkpoint; 0: there is none.
+    """
     if not (math.isfinite(loss) and math.isfinite(slope)):
+        kept = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
         raise RunError(
             f"step {step + 1}",
             expected="a finite loss and gradient",
             got=f"a loss of {loss} with a gradient of length {slope}",
-            do="the checkpoint before it is good: lower optimiser.learning_rate in plan.yaml, or set precision: fp32, and --resume",
+            do=f"{kept}: change plan.yaml first, as an unchanged plan ends here again "
+            "(lower optimiser.learning_rate, or set precision: fp32), then --resume",
         )
 
 
@@ -210,7 +227,8 @@ class Clock:
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """A function that tells whether Ctrl-C or SIGTERM came; the step then ends and the state is saved.
 
-    A second Ctrl-C leaves at once, as Python does by itself. Only the main thread can listen to signals.
+    A second Ctrl-C leaves at once, as Python does by itself. Only the main thread can listen to signals; one that is
+    handled by a program around this one, outside of Python, is left to it: its handler could not be put back.
     """
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -221,7 +239,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         asked.set()
         signal.signal(number, signal.default_int_handler)
 
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
+    before = {number: signal.signal(number, on_signal) for number in ours}
     try:
         yield asked.is_set
     finally:

@@ -13,7 +13,7 @@ from microtome.data.split import split_dataset
 from microtome.fingerprint import take_fingerprint
 from microtome.inference.engines import arithmetic, pick_device, processor_has_bf16, recycle_memory, to_device
 from microtome.models.registry import build
-from microtome.plan import Resources, draft_plan
+from microtome.plan import SMALLEST_BATCH, Resources, draft_plan
 from microtome.training.loop import crop_border
 from microtome.training.losses import segmentation_loss
 
@@ -21,8 +21,6 @@ from microtome.training.losses import segmentation_loss
 SHARE_OF_STEPS = 0.92
 # With fewer steps than this a network has not seen enough; batches are made smaller first.
 FEWEST_STEPS = 500
-# Fewer patches than this are no batch: the statistics of batch norm would be those of one image.
-SMALLEST_BATCH = 4
 # Timing goes on no longer than this, after every precision has been timed once.
 MOST_SECONDS = 6.0
 

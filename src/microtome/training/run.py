@@ -7,13 +7,11 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 
 from microtome.bundle import Bundle, save_bundle
@@ -21,25 +19,24 @@ from microtome.config import Plan, dump_yaml, load_yaml, parse_config
 from microtome.data.dataset import Dataset
 from microtome.data.split import split_dataset
 from microtome.errors import ConfigError, DataError, RunError
-from microtome.evaluation.metrics import dice
 from microtome.evaluation.report import build_report
-from microtome.evaluation.scores import CaseScore, score_case, summarise
 from microtome.files import write_json, write_text
-from microtome.images.files import label_suffix, write_labels
-from microtome.inference.engines import TorchEngine, pick_device, recycle_memory, to_device
-from microtome.inference.predict import predict_labels
-from microtome.inference.predictor import Predictor, list_prediction, load, safe_name
+from microtome.inference.engines import pick_device, recycle_memory, to_device
+from microtome.inference.predictor import load
+from microtome.models.network import Network
 from microtome.models.registry import build
-from microtome.preprocess import voxel_size
 from microtome.training.checkpoint import TrainState, load_checkpoint, new_state, save_checkpoint
-from microtome.training.loop import Event, Hooks, train_steps
+from microtome.training.loop import Clock, Event, Hooks, train_steps, validate_now
 from microtome.training.store import store_cases
+from microtome.training.validation import Validation
 
-# Cases that are predicted at each validation during training; the last one, on the best weights, takes all.
-MOST_VALIDATED = 24
 # Share of the minutes kept for the end before the first validation has shown what one case takes.
 FIRST_RESERVE = 0.06
 REPORT_SECONDS = 8.0
+# The end may not take more than this; where all validation cases take longer, some are scored.
+MOST_RESERVE = 0.25
+# A run that has less left when it could begin to train would be no training.
+LEAST_TRAINING = 0.05
 
 
 def train(
@@ -56,16 +53,17 @@ def train(
 
     Args:
         dataset: as `open_dataset` returns it.
-        plan: as `make_plan` returns it, or `read_plan`.
+        plan: as `make_plan` returns it, or `read_plan`; to resume, that of `out`, which may be changed: it is written there.
         out: the run folder; must be new or empty, unless `resume`.
         device: "auto", "cpu", "cuda".
-        resume: go on from the last checkpoint in `out`, with the plan that lies there.
+        resume: go on from the last checkpoint in `out`.
         on_event: sees each line of `log.jsonl` as it is written.
         started: `time.perf_counter()` from which the minutes count; None: now.
 
     Raises:
         ConfigError: `out` holds another run, or nothing to resume.
-        RunError: the loss is not finite, the disk is full, somebody stopped the run; what was saved is good.
+        RunError: the loss is not finite, the disk is full, the minutes are too few to train in, somebody stopped the
+            run; what was saved is good.
     """
     recycle_memory()
     began = time.perf_counter() if started is None else started
@@ -102,6 +100,19 @@ def _check_plan(dataset: Dataset, plan: Plan) -> None:
     if axes - {len(plan.spacing_mm)}:
         got = f"images with {sorted(axes)} axes"
         raise ConfigError(dataset.root, expected=f"{len(plan.spacing_mm)} axes as in the plan", got=got, do="plan anew for this data")
+    if dataset.channel_names and len(dataset.channel_names) != plan.channels:
+        got = f"{len(dataset.channel_names)}"
+        raise ConfigError(dataset.root, expected=f"{plan.channels} channels as in the plan", got=got, do="plan anew for this data")
+
+
+def _check_patch(network: Network, plan: Plan) -> None:
+    """Refuse a patch that the network cannot take, before any image is prepared for it."""
+    for axis, size in enumerate(plan.patch_vox):
+        if not network.valid_size(size, axis):
+            near = " or ".join(map(str, sorted(set(network.nearest_sizes(size, axis)))))
+            raise ConfigError(
+                "patch_vox", expected=f"{near} along axis {axis} for {plan.network.name}", got=str(size), do="change the plan"
+            )
 
 
 class _Session:
@@ -113,11 +124,13 @@ class _Session:
         self.started = time.perf_counter()
         _check_plan(dataset, plan)
         self.split = split_dataset(dataset, plan.fold, plan.seed)
-        self.case_seconds: float | None = None
-        self.seconds_before = 0.0
+        self.validation = Validation(dataset=dataset, cases=self.split.validation, plan=plan, device=self.device, folder=folder)
+        self.clock, self.seconds_before = Clock(), 0.0
         torch.manual_seed(plan.seed)
         network = build(plan.network.name, dims=plan.dims, in_channels=plan.channels, classes=len(plan.classes), config=plan.network)
+        _check_patch(network, plan)
         self.state = new_state(to_device(network, self.device, plan.dims), plan)
+        self.hooks = Hooks(log=self.log, validate=self.validation.score, save=self.save, seconds_left=self.seconds_left)
 
     @property
     def checkpoint(self) -> Path:
@@ -145,17 +158,23 @@ class _Session:
             load_checkpoint(self.checkpoint, self.state)
             progress = self.state.progress
             self.seconds_before = progress.seconds
+        finished = self._is_finished()
         if self.plan.minutes is None:
             progress.steps = max(self.plan.steps, progress.step)
-        elif progress.step and not self._is_finished() and (left := self.seconds_left()):
+        elif progress.step and not finished and (left := self.seconds_left()) is not None:
             # What the steps took before tells how many fit into what is left, or into minutes that were added.
             progress.steps = progress.step + max(0, int(left * progress.step / progress.seconds))
         progress.next_validation = min(max(progress.next_validation, progress.step + 1), max(progress.steps, 1))
+        # The log first: were the plan with more minutes there beside an end, the run would be taken for finished.
+        self._shorten_log(ended=finished and progress.step >= progress.steps)
         write_text(self.folder / "plan.yaml", dump_yaml(self.plan))
+
+    def _shorten_log(self, *, ended: bool) -> None:
+        """Take out lines after the checkpoint, whose steps are made again, and the end of a run that goes on."""
         log = self.folder / "log.jsonl"
         if log.exists():
-            # Lines after the checkpoint belong to steps that are made again.
-            kept = [line for line in log.read_text(encoding="utf-8").splitlines() if _step_of(line) <= progress.step]
+            events = [(line, _event(line)) for line in log.read_text(encoding="utf-8").splitlines()]
+            kept = [line for line, (kind, step) in events if step <= self.state.progress.step and (ended or kind != "end")]
             write_text(log, "".join(line + "\n" for line in kept))
 
     def _is_finished(self) -> bool:
@@ -192,24 +211,46 @@ class _Session:
 
     def train(self) -> None:
         """All steps that are left."""
+        if self.state.progress.step >= self.state.progress.steps:
+            return
+        before = self.seconds_left()
         cases = store_cases(self.dataset, self.split.train, self.plan, self.folder / "cache")
         if not cases:
             raise DataError(
                 self.dataset.root, expected="annotated voxels to learn from", got="none", do="run `microtome inspect` on the folder"
             )
-        hooks = Hooks(log=self.log, validate=self.validate, save=self.save, seconds_left=self.seconds_left)
-        self.clock = train_steps(self.state, cases, self.plan, self.device, hooks)
+        self._check_minutes(before, len(cases))
+        self.clock = train_steps(self.state, cases, self.plan, self.device, self.hooks)
+
+    def _check_minutes(self, before: float | None, cases: int) -> None:
+        """Refuse to begin a training that would be over at once because preparing the cases took its time."""
+        minutes, left = self.plan.minutes, self.seconds_left()
+        if minutes is None or before is None or left is None or self.state.progress.step:
+            return
+        least = LEAST_TRAINING * minutes * 60
+        if left < least <= before:
+            raise RunError(
+                self.folder,
+                expected=f"at least {LEAST_TRAINING:.0%} of {minutes:g} minutes left to train in",
+                got=f"{max(0.0, left):.0f} s, as preparing {cases} cases took {(before - left) / 60:.2g} minutes",
+                do="give more --minutes with --resume; what was prepared is kept",
+            )
 
     def finish(self) -> None:
-        """Predict all validation cases with the best weights, score them, write the report, remove what only training needed."""
+        """Predict the validation cases with the best weights, score them, write the report, remove what only training needed."""
+        progress, subset = self.state.progress, None
+        if progress.best is None:
+            # The minutes were over before the first validation, and the process was gone.
+            self.save(self.state, validate_now(self.state, self.hooks))
         if self.split.validation:
-            rows, unknown = self._predict_validation(load(self.folder, device=self.device.type))
-            if rows:
-                write_json(self.folder / "metrics.json", summarise(rows, self.dataset.legend, in_voxels=unknown))
-        progress = self.state.progress
+            metrics = self.validation.score_all(load(self.folder, device=self.device.type), self._seconds_for_end(), self.on_event)
+            if metrics:
+                write_json(self.folder / "metrics.json", metrics)
+                subset = metrics["conventions"].get("validation_subset")
         reason = "the minutes are over" if self.plan.minutes else "all steps are done"
         share = round(self.clock.network_seconds / max(1e-9, time.perf_counter() - self.started), 4)
-        self.log({"event": "end", "step": progress.step, "reason": reason, "network_share": share})
+        said = {"validation_subset": subset} if subset else {}
+        self.log({"event": "end", "step": progress.step, "reason": reason, "network_share": share, **said})
         build_report(self.folder, dataset=self.dataset)
         shutil.rmtree(self.folder / "cache", ignore_errors=True)
 
@@ -239,49 +280,23 @@ class _Session:
         """Seconds until training must end, so that the last prediction and the report fit into the minutes."""
         if self.plan.minutes is None:
             return None
-        total = self.plan.minutes * 60
+        total, case_seconds = self.plan.minutes * 60, self.state.progress.case_seconds
         reserve = FIRST_RESERVE * total
-        if self.case_seconds is not None:
-            reserve = 1.5 * self.case_seconds * len(self.split.validation) + min(REPORT_SECONDS, FIRST_RESERVE * total)
+        if case_seconds is not None:
+            reserve = min(1.5 * case_seconds * len(self.split.validation) + self._report_seconds(total), MOST_RESERVE * total)
         return total - self.seconds() - reserve
 
-    def validate(self, state: TrainState) -> dict[str, Any]:
-        """Mean Dice of the foreground over some validation cases, predicted whole, as `predict` would."""
-        if not self.split.validation:
-            return {"score": 0.0, "dice": None, "classes": {}}
-        engine = TorchEngine(network=state.average, device=self.device, precision=self.plan.precision)
-        count = len(self.split.validation)
-        chosen = [self.split.validation[i] for i in np.unique(np.linspace(0, count - 1, min(count, MOST_VALIDATED)).round().astype(int))]
-        began, table = time.perf_counter(), []
-        for case in chosen:
-            image, truth = self.dataset.read_image(case), self.dataset.read_label(case)
-            labels = predict_labels(image.array, voxel_size(image, self.plan), plan=self.plan, network=state.average, engine=engine)  # type: ignore[arg-type]
-            annotated = truth >= 0
-            table.append([dice((truth == k) & annotated, (labels == k) & annotated) for k in range(len(self.plan.classes))])
-        self.case_seconds = (time.perf_counter() - began) / len(chosen)
-        means = [_mean([row[k] for row in table]) for k in range(len(self.plan.classes))]
-        score = _mean([means[k] for k in self.dataset.legend.foreground])
-        classes = {name: None if math.isnan(value) else round(value, 5) for name, value in zip(self.plan.classes, means, strict=True)}
-        score = 0.0 if math.isnan(score) else score
-        return {"score": score, "dice": round(score, 5), "classes": classes}
+    def _seconds_for_end(self) -> float:
+        """Seconds that the last prediction may take: its share of the minutes, or more where more are left."""
+        if self.plan.minutes is None:
+            return math.inf
+        total = self.plan.minutes * 60
+        return max(MOST_RESERVE * total, total - self.seconds()) - self._report_seconds(total)
 
-    def _predict_validation(self, predictor: Predictor) -> tuple[list[CaseScore], list[str]]:
-        """Write the predictions of all validation cases; their scores, and the cases whose voxel size is unknown."""
-        rows: list[CaseScore] = []
-        unknown = []
-        out = self.folder / "validation"
-        for number, case in enumerate(self.split.validation, start=1):
-            image, truth = self.dataset.read_image(case), self.dataset.read_label(case)
-            labels = predictor(image)
-            path = out / (safe_name(case.name) + label_suffix(image))
-            write_labels(path, self.dataset.legend.encode(labels), like=image)
-            list_prediction(out, path, case, predictor.bundle)
-            if (truth >= 0).any():
-                rows += score_case(truth, labels, image.spacing_mm, self.dataset.legend, case=case.name)
-            if not image.spacing_known:
-                unknown.append(case.name)
-            self.on_event({"event": "predicted", "case": case.name, "done": number, "of": len(self.split.validation)})
-        return rows, unknown
+    @staticmethod
+    def _report_seconds(total: float) -> float:
+        """What the report may take of so many seconds."""
+        return min(REPORT_SECONDS, FIRST_RESERVE * total)
 
 
 def environment(device: torch.device) -> dict[str, str | int]:
@@ -310,15 +325,10 @@ def _processor() -> str:
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
 
 
-def _mean(values: Sequence[float]) -> float:
-    """Mean of the values that are defined; NaN if none is."""
-    defined = [value for value in values if not math.isnan(value)]
-    return sum(defined) / len(defined) if defined else math.nan
-
-
-def _step_of(line: str) -> float:
-    """The step of a log line; infinite for a line that was cut off."""
+def _event(line: str) -> tuple[str, float]:
+    """Kind and step of a log line; the step is infinite for a line that was cut off."""
     try:
-        return float(json.loads(line)["step"])
+        event = json.loads(line)
+        return str(event["event"]), float(event["step"])
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return "", math.inf

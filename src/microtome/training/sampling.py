@@ -25,7 +25,7 @@ class Sample:
     """What is drawn for one patch.
 
     Attributes:
-        case: index into the stored cases.
+        case: index into the pool's cases.
         section: index along the slowest axis where a 2D network sees sections of a volume, else None.
         centre: (D,) voxel of the case under the middle of the patch.
         warp: the spatial change.
@@ -39,7 +39,43 @@ class Sample:
     intensity: Intensity
 
 
-def draw_sample(cases: Sequence[StoredCase], plan: Plan, step: int, position: int, border: int = 0) -> Sample:
+@dataclass(frozen=True)
+class Pool:
+    """The cases to draw from, and what is drawn by, found once.
+
+    Attributes:
+        cases: all of them.
+        shares: the probability of each case, by its weight.
+        holders: for each class that is annotated anywhere, in order: the class and the cases (N,) that hold it.
+    """
+
+    cases: tuple[StoredCase, ...]
+    shares: np.ndarray
+    holders: tuple[tuple[int, np.ndarray], ...]
+
+    @classmethod
+    def of(cls, cases: Sequence[StoredCase]) -> Self:
+        """The pool of these cases."""
+        weights = np.array([case.weight for case in cases])
+        found: dict[int, list[int]] = {}
+        for number, case in enumerate(cases):
+            for k in case.class_voxels:
+                found.setdefault(k, []).append(number)
+        return cls(tuple(cases), weights / weights.sum(), tuple((k, np.array(found[k])) for k in sorted(found)))
+
+    def draw_case(self, rng: np.random.Generator) -> int:
+        """A case, by its weight."""
+        return int(rng.choice(len(self.cases), p=self.shares))
+
+    def draw_class_voxel(self, rng: np.random.Generator) -> tuple[int, np.ndarray]:
+        """A case and a voxel of a class drawn evenly among the classes that any case holds."""
+        k, holders = self.holders[int(rng.integers(len(self.holders)))]
+        number = int(holders[int(rng.integers(len(holders)))])
+        voxels = self.cases[number].class_voxels[k]
+        return number, voxels[int(rng.integers(len(voxels)))]
+
+
+def draw_sample(pool: Pool, plan: Plan, step: int, position: int, border: int = 0) -> Sample:
     """The sample at this place of the run.
 
     With probability `plan.foreground` a class is drawn evenly among those annotated anywhere, then a case that has
@@ -50,11 +86,11 @@ def draw_sample(cases: Sequence[StoredCase], plan: Plan, step: int, position: in
     rng = np.random.default_rng([plan.seed, step, position])
     by_class = rng.random() < plan.foreground
     if by_class:
-        number, voxel = _draw_class_voxel(rng, cases)
+        number, voxel = pool.draw_class_voxel(rng)
     else:
-        number = _draw_case(rng, cases)
-        voxel = cases[number].draw_annotated(rng)
-    case, dims = cases[number], plan.dims
+        number = pool.draw_case(rng)
+        voxel = pool.cases[number].draw_annotated(rng)
+    case, dims = pool.cases[number], plan.dims
     section = int(voxel[0]) if len(case.shape_vox) > dims else None
     shape_vox = case.shape_vox[-dims:]
     seen_vox = tuple(n - 2 * border for n in plan.patch_vox)
@@ -88,7 +124,7 @@ class Batches:
     """
 
     def __init__(self, cases: Sequence[StoredCase], plan: Plan, device: torch.device, border: int = 0) -> None:
-        self.cases, self.plan, self.device, self.border = cases, plan, device, border
+        self.drawn_from, self.plan, self.device, self.border = Pool.of(cases), plan, device, border
         self.ahead = 0 if device.type == "cpu" else 3
         self.waiting: dict[int, list[Future[tuple[Tensor, Tensor]]]] = {}
         threads = torch.get_num_threads()
@@ -109,8 +145,8 @@ class Batches:
 
     def _load(self, step: int, position: int) -> tuple[Tensor, Tensor]:
         """One sample of one step."""
-        sample = draw_sample(self.cases, self.plan, step, position, self.border)
-        return load_sample(sample, self.cases, self.plan.patch_vox)
+        sample = draw_sample(self.drawn_from, self.plan, step, position, self.border)
+        return load_sample(sample, self.drawn_from.cases, self.plan.patch_vox)
 
     def __enter__(self) -> Self:
         return self
@@ -122,22 +158,6 @@ class Batches:
 def _one_thread_each() -> None:
     """A sample's operations are too small to be shared out: two threads would mostly wait for each other."""
     torch.set_num_threads(1)
-
-
-def _draw_case(rng: np.random.Generator, cases: Sequence[StoredCase]) -> int:
-    """A case, by its weight."""
-    weights = np.array([case.weight for case in cases])
-    return int(rng.choice(len(cases), p=weights / weights.sum()))
-
-
-def _draw_class_voxel(rng: np.random.Generator, cases: Sequence[StoredCase]) -> tuple[int, np.ndarray]:
-    """A case and a voxel of a class drawn evenly among the classes that any case holds."""
-    present = sorted({k for case in cases for k in case.class_voxels})
-    k = present[int(rng.integers(len(present)))]
-    holders = [number for number, case in enumerate(cases) if k in case.class_voxels]
-    number = holders[int(rng.integers(len(holders)))]
-    voxels = cases[number].class_voxels[k]
-    return number, voxels[int(rng.integers(len(voxels)))]
 
 
 def _place(rng: np.random.Generator, voxel: np.ndarray, shape_vox: Shape, patch_vox: Shape, *, free: bool) -> np.ndarray:

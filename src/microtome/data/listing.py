@@ -1,0 +1,139 @@
+"""`predictions.json`: which case each prediction in a folder is of, and the legend of their values."""
+
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from microtome.data.case import Case
+from microtome.data.legend import Legend
+from microtome.errors import DataError
+from microtome.files import write_json
+
+LISTING = "predictions.json"
+# The list is written anew after so many files or seconds: with every file, many files would cost the square of their number.
+FILES_BETWEEN, SECONDS_BETWEEN = 50, 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """What a prediction is of: the case's name and its (first) image file."""
+
+    case: str
+    image: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The content of `predictions.json`.
+
+    Attributes:
+        legend: of the values in the files.
+        entries: file, relative to the folder -> what it is a prediction of.
+        writing: names without suffix of files that a call was about to write; empty once it ended.
+    """
+
+    legend: Legend
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    writing: frozenset[str] = frozenset()
+
+
+def read_listing(folder: Path) -> Listing | None:
+    """The list of a folder; None where there is none.
+
+    Raises:
+        DataError: the list is not one that `predict` wrote.
+    """
+    path = folder / LISTING
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return Listing(
+            legend=Legend.from_json(content["legend"]),
+            entries={str(file): Entry(case=str(of["case"]), image=str(of["input"])) for file, of in content["cases"].items()},
+            writing=frozenset(map(str, content.get("writing", ()))),
+        )
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        got = f"{type(error).__name__}: {error}"
+        raise DataError(path, expected="the list that `microtome predict` writes", got=got, do="predict again or remove it") from None
+
+
+def write_listing(folder: Path, listing: Listing) -> None:
+    """Write the list of a folder in one step."""
+    content: dict[str, Any] = {
+        "legend": listing.legend.to_json(),
+        "cases": {file: {"case": entry.case, "input": entry.image} for file, entry in listing.entries.items()},
+    }
+    if listing.writing:
+        content["writing"] = sorted(listing.writing)
+    write_json(folder / LISTING, content)
+
+
+def continued_listing(folder: Path, legend: Legend) -> Listing:
+    """What a folder lists already, if predictions of this legend may be added to it; an empty list where there is none.
+
+    Raises:
+        DataError: it lists predictions with other values, beside which nobody could tell what a value means.
+    """
+    listing = read_listing(folder)
+    if listing is None:
+        return Listing(legend=legend)
+    if _codes(listing.legend) != _codes(legend):
+        expected = f"predictions of {legend.words}, or none"
+        raise DataError(folder / LISTING, expected=expected, got=f"those of {listing.legend.words}", do="give another --out")
+    return listing
+
+
+class Recorder:
+    """Notes predictions as they are written; `recording` makes it."""
+
+    def __init__(self, folder: Path, legend: Legend, names: Iterable[str]) -> None:
+        before, own = continued_listing(folder, legend), frozenset(names)
+        self.folder, self.legend, self.entries = folder, legend, dict(before.entries)
+        # What a kill left behind is ours for as long as nobody has written it anew.
+        self.left = before.writing - own
+        self.own = own
+        self._write(self.left | own)
+
+    def add(self, path: Path, case: Case) -> None:
+        """Note that `path`, a file in the folder that is complete, is a prediction of this case."""
+        self.entries[path.relative_to(self.folder).as_posix()] = Entry(case=case.name, image=str(case.images[0]))
+        self.waiting += 1
+        if self.waiting >= FILES_BETWEEN or time.monotonic() - self.written > SECONDS_BETWEEN:
+            self._write(self.left | self.own)
+
+    def close(self) -> None:
+        """Write the whole list: nothing is under way any more."""
+        self._write(self.left)
+
+    def _write(self, writing: frozenset[str]) -> None:
+        write_listing(self.folder, Listing(legend=self.legend, entries=self.entries, writing=writing))
+        self.waiting, self.written = 0, time.monotonic()
+
+
+@contextmanager
+def recording(folder: Path, legend: Legend, names: Iterable[str]) -> Iterator[Recorder]:
+    """A recorder of the predictions that the body writes into a folder; entries of earlier calls stay.
+
+    All names are listed before the first file is written, so that what a kill leaves behind is known as ours.
+
+    Args:
+        folder: of the predictions.
+        legend: of the values in them.
+        names: of the files to come, relative to the folder, without suffix.
+
+    Raises:
+        DataError: the folder has a list that `predict` did not write, or of a legend with other values.
+    """
+    recorder = Recorder(folder, legend, names)
+    yield recorder
+    recorder.close()
+
+
+def _codes(legend: Legend) -> tuple[Any, ...]:
+    """What must be alike for a value to mean the same; how a legend was found need not be."""
+    return legend.names, legend.values, legend.ignored, legend.kind

@@ -1,0 +1,73 @@
+"""The list of predictions: what it holds while files are written, after a kill, and how seldom it is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from microtome.data import listing as module
+from microtome.data.case import Case
+from microtome.data.legend import Legend
+from microtome.data.listing import LISTING, Entry, Listing, continued_listing, read_listing, recording, write_listing
+from microtome.errors import DataError
+
+LEGEND = Legend(names=("ground", "cell"), values=((0,), (7,)), background=0, reason="seen")
+OTHER = Legend(names=("ground", "cell"), values=((0,), (9,)), background=0, reason="seen")
+
+
+def case_of(name: str) -> Case:
+    return Case(name=name, images=(Path(f"in/{name}.png"),))
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    assert read_listing(tmp_path) is None
+    listing = Listing(legend=LEGEND, entries={"a/b.png": Entry(case="a/b", image="in/a/b.png")}, writing=frozenset({"c"}))
+    write_listing(tmp_path, listing)
+    assert read_listing(tmp_path) == listing
+
+
+def test_all_names_are_listed_before_the_first_file_and_none_after_the_last(tmp_path: Path) -> None:
+    with recording(tmp_path, LEGEND, ["a", "b"]) as record:
+        assert json.loads((tmp_path / LISTING).read_text())["writing"] == ["a", "b"]
+        record.add(tmp_path / "a.png", case_of("a"))
+    found = read_listing(tmp_path)
+    assert found is not None
+    assert (found.entries, found.writing) == ({"a.png": Entry(case="a", image="in/a.png")}, frozenset())
+
+
+def test_the_list_is_written_once_for_fifty_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(module, "write_listing", lambda folder, listing: written.append(len(listing.entries)))
+    monkeypatch.setattr(module.time, "monotonic", lambda: 0.0)
+    with recording(tmp_path, LEGEND, []) as record:
+        for number in range(120):
+            record.add(tmp_path / f"{number}.png", case_of(str(number)))
+    assert written == [0, 50, 100, 120]
+
+
+def test_the_list_is_written_when_five_seconds_have_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    seconds = iter([0.0, 3.0, 6.0, 6.0, 8.0, 8.0])
+    monkeypatch.setattr(module, "write_listing", lambda folder, listing: written.append(len(listing.entries)))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(seconds))
+    with recording(tmp_path, LEGEND, []) as record:
+        for name in "abc":
+            record.add(tmp_path / f"{name}.png", case_of(name))
+    assert written == [0, 2, 3]
+
+
+def test_a_list_goes_on_with_the_same_values_only(tmp_path: Path) -> None:
+    assert continued_listing(tmp_path, LEGEND) == Listing(legend=LEGEND)
+    with recording(tmp_path, LEGEND, ["a"]) as record:
+        record.add(tmp_path / "a.png", case_of("a"))
+    assert set(continued_listing(tmp_path, LEGEND).entries) == {"a.png"}
+    expected = r"expected predictions of ground \(0\), cell \(9\), or none, got those of ground \(0\), cell \(7\)"
+    with pytest.raises(DataError, match=expected):
+        continued_listing(tmp_path, OTHER)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"cases": {}}', '{"legend": 1, "cases": {}}', '{"legend": {}, "cases": {"a.png": 3}}'])
+def test_a_damaged_list_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / LISTING).write_text(text)
+    with pytest.raises(DataError, match=r"predictions\.json: expected the list that `microtome predict` writes"):
+        read_listing(tmp_path)
