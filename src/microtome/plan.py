@@ -28,6 +28,8 @@ BYTES_A_VOXEL = MappingProxyType({"bf16": 75, "fp32": 130})
 BYTES_A_CLASS = 40
 # Fewer patches than this are no batch: the statistics of batch norm would be those of one image.
 SMALLEST_BATCH = 4
+# Share of a side by which a patch may be smaller than wanted to be of a size that the network takes.
+ROUNDED_DOWN = 0.15
 # Of the memory there is; the rest is for the optimiser, the images, and what the estimate does not know.
 FULL_SHARE = 0.6
 # Voxels of a batch: below it, convolutions do not fill two cores and batch statistics become unsteady.
@@ -210,11 +212,11 @@ def choose_network(name: str, patch_vox: Shape, spacing_mm: Spacing, resources: 
 def fit_patch(
     patch_vox: Shape, network: NetworkConfig, data: Fingerprint, resources: Resources, *, precision: str, reason: str
 ) -> tuple[Shape, str]:
-    """The smallest size that the network takes and that holds the patch, or the largest of which one fits into memory."""
+    """The nearest size that the network takes, or the largest that fits into memory."""
     with torch.device("meta"):
         built = build(network.name, dims=len(patch_vox), in_channels=data.channels, classes=len(data.classes), config=network)
     border = 2 * built.context_vox
-    fitted = tuple(built.nearest_sizes(n + border, axis)[1] for axis, n in enumerate(patch_vox))
+    fitted = tuple(_fitting(built.nearest_sizes(n + border, axis), n + border) for axis, n in enumerate(patch_vox))
     if border:
         reason += f", and the border of {built.context_vox} that this network needs on every side"
     wanted = fitted
@@ -229,6 +231,16 @@ def fit_patch(
     if fitted != wanted:
         reason = f"made smaller than {format_shape(wanted)}, so that {patches} fit into {resources.memory_bytes / 2**30:.1f} GB"
     return fitted, f"{format_shape(fitted)}: {reason}; a size that the network can halve" if fitted != patch_vox else reason
+
+
+def _fitting(sizes: tuple[int, int], wanted: int) -> int:
+    """The smaller of two sizes that fit if it is nearly the wanted one, else the larger.
+
+    A patch larger than the images is computed for voxels that nobody annotated; what a slightly smaller one leaves out of one
+    sample is in the next, and prediction takes the whole image at once where a step could hold it.
+    """
+    smaller, larger = sizes
+    return smaller if wanted * (1 - ROUNDED_DOWN) <= smaller <= wanted else larger
 
 
 def _patch_bytes(patch_vox: Shape, network: NetworkConfig, precision: str, classes: int) -> float:

@@ -19,8 +19,8 @@ from microtome.training.losses import segmentation_loss
 
 # Share of a run's minutes for steps; the rest is reading, validation, the final prediction and the report.
 SHARE_OF_STEPS = 0.92
-# With fewer steps than this a network has not seen enough; batches are made smaller first.
-FEWEST_STEPS = 500
+# Of as many samples, more and smaller steps teach more: batches are made smaller until there are so many (docs/log.md).
+FEWEST_STEPS = 1000
 # Timing goes on no longer than this, after every precision has been timed once.
 MOST_SECONDS = 6.0
 
