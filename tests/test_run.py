@@ -477,6 +477,7 @@ def test_a_run_on_real_volumes(data_folder: Any, tmp_path: Path) -> None:
     [
         ({"patch_vox": (30, 32)}, "patch_vox: expected 28 or 32 along axis 0 for modern_unet, got 30"),
         ({"classes": ("a", "b", "c")}, "expected the classes background, foreground, got a plan for a, b, c"),
+        ({"batch": 10**7}, "plan: expected at most the"),
         ({"channels": 3}, "expected 3 channels as in the plan, got 1"),
         ({"spacing_mm": (1.0, 1.0, 1.0)}, "expected 3 axes as in the plan, got images with [2] axes"),
     ],

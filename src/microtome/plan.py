@@ -222,7 +222,7 @@ def fit_patch(
     wanted = fitted
     # A network of one of the papers has no widths to be planned: there one patch has to do.
     patches = SMALLEST_BATCH if network.widths else 1
-    while patches * _patch_bytes(fitted, network, precision, len(data.classes)) > FULL_SHARE * resources.memory_bytes:
+    while patches * patch_bytes(fitted, network, precision, len(data.classes)) > FULL_SHARE * resources.memory_bytes:
         smaller = [built.nearest_sizes(n - 1, axis)[0] for axis, n in enumerate(fitted)]
         axis = max((i for i, n in enumerate(fitted) if smaller[i] < n), key=lambda i: fitted[i], default=None)
         if axis is None:
@@ -243,7 +243,7 @@ def _fitting(sizes: tuple[int, int], wanted: int) -> int:
     return smaller if wanted * (1 - ROUNDED_DOWN) <= smaller <= wanted else larger
 
 
-def _patch_bytes(patch_vox: Shape, network: NetworkConfig, precision: str, classes: int) -> float:
+def patch_bytes(patch_vox: Shape, network: NetworkConfig, precision: str, classes: int) -> float:
     """Memory of one patch in a training step, about: activations of the network, and probabilities of the loss."""
     width = network.widths[0] if network.widths else 64
     return float(np.prod(patch_vox)) * (width * BYTES_A_VOXEL[precision] + classes * BYTES_A_CLASS)
@@ -269,7 +269,7 @@ def choose_batch(patch_vox: Shape, network: NetworkConfig, resources: Resources,
     """Enough patches to fill two cores, no fewer than steady batch statistics need, as far as memory allows."""
     voxels = int(np.prod(patch_vox))
     wanted = int(np.clip(BATCH_VOXELS[len(patch_vox)] // voxels, SMALLEST_BATCH, 16))
-    bytes_each = _patch_bytes(patch_vox, network, precision, classes)
+    bytes_each = patch_bytes(patch_vox, network, precision, classes)
     most = max(1, int(FULL_SHARE * resources.memory_bytes / bytes_each))
     if bytes_each > FULL_SHARE * resources.memory_bytes:
         needed, free = bytes_each / 2**30, resources.memory_bytes / 2**30

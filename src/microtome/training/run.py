@@ -21,12 +21,15 @@ from microtome.data.split import split_dataset
 from microtome.errors import ConfigError, DataError, RunError
 from microtome.evaluation.report import build_report
 from microtome.files import write_json, write_text
+from microtome.geometry import format_shape
 from microtome.inference.engines import pick_device, recycle_memory, to_device
 from microtome.inference.predictor import load
 from microtome.models.network import Network
 from microtome.models.registry import build
+from microtome.plan import patch_bytes
 from microtome.training.checkpoint import TrainState, load_checkpoint, new_state, save_checkpoint
 from microtome.training.loop import Clock, Event, Hooks, train_steps, validate_now
+from microtome.training.rehearsal import free_memory
 from microtome.training.store import store_cases
 from microtome.training.validation import Validation
 
@@ -115,6 +118,17 @@ def _check_patch(network: Network, plan: Plan) -> None:
             )
 
 
+def _check_memory(plan: Plan, device: torch.device) -> None:
+    """Refuse a plan that would fill the memory and be ended by the system, without a word, in its first step."""
+    free = free_memory(device)
+    needed = plan.batch * patch_bytes(plan.patch_vox, plan.network, plan.precision, len(plan.classes))
+    if needed > free:
+        got = f"about {needed / 2**30:.1f} GB for {plan.batch} patches of {format_shape(plan.patch_vox)}"
+        raise ConfigError(
+            "plan", expected=f"at most the {free / 2**30:.1f} GB that are free", got=got, do="make batch or patch_vox smaller"
+        )
+
+
 class _Session:
     """One process's work on a run folder."""
 
@@ -129,6 +143,7 @@ class _Session:
         torch.manual_seed(plan.seed)
         network = build(plan.network.name, dims=plan.dims, in_channels=plan.channels, classes=len(plan.classes), config=plan.network)
         _check_patch(network, plan)
+        _check_memory(plan, self.device)
         self.state = new_state(to_device(network, self.device, plan.dims), plan)
         self.hooks = Hooks(log=self.log, validate=self.validation.score, save=self.save, seconds_left=self.seconds_left)
 
