@@ -152,6 +152,47 @@ def test_options_that_would_be_ignored_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_file_to_write_must_be_named_as_what_it_will_be(
+    demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = next((demo_data.cells / "images").iterdir())
+    before = image.read_bytes()
+    mask = next(demo_data.cells_unseen_truth.iterdir())
+    for words in (
+        ("inspect", demo_data.cells, "--html", image),
+        ("plan", demo_data.cells, "--minutes", 1, "--out", image),
+        ("evaluate", mask, mask, "--json", image),
+        ("evaluate", mask, mask, "--html", image),
+        ("plan", demo_data.cells, "--minutes", 1, "--out", tmp_path),
+    ):
+        assert run(monkeypatch, *words) == 2
+        assert "expected the name of a file ending in" in capsys.readouterr().err
+    assert image.read_bytes() == before
+
+
+def test_steps_and_minutes_are_one_or_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "train", tmp_path, "--out", tmp_path / "run", "--steps", 3, "--minutes", 1) == 2
+    assert "got --minutes" in capsys.readouterr().err
+
+
+def test_a_refused_prediction_leaves_nothing_behind(
+    trained: Path, demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "predict", trained, demo_data.tubules_unseen, "--out", tmp_path / "p") == 2
+    assert "expected 2 axes as in training, got 3 axes" in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_run_that_is_complete_says_so_when_it_is_resumed(
+    trained: Path, demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    assert run(monkeypatch, "train", demo_data.cells, "--out", tmp_path / "run", "--resume") == 0
+    assert "already complete at step 6" in capsys.readouterr().err
+
+
 def test_a_plan_takes_another_fold_and_seed(demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = small_plan(classes=("background", "foreground"), steps=1, validations=1)
     (tmp_path / "plan.yaml").write_text(dump_yaml(plan), encoding="utf-8")

@@ -387,3 +387,16 @@ def test_stardist_is_pairs_in_one_folder(data_folder: Callable[[str], Path]) -> 
     assert pairs == [("img2d.tif", "mask2d.tif"), ("img3d.tif", "mask3d.tif")]
     assert dataset.legend.kind == "instances"
     assert ("error", "mixed-dimensions") in codes_of(dataset)
+
+
+def test_a_pattern_of_groups_that_misses_cases_is_a_warning(tmp_path: Path) -> None:
+    for name in ("mouse1_a", "mouse1_b", "rat_c"):
+        png(tmp_path / "images" / f"{name}.png", np.arange(16).reshape(4, 4))
+        png(tmp_path / "masks" / f"{name}.png", np.eye(4) * 255)
+    text(tmp_path / "microtome.yaml", 'group_by: "(mouse[0-9]+)_"')
+    dataset = open_dataset(tmp_path)
+    found = [finding for finding in dataset.findings if finding.code == "group-by-misses"]
+    assert [finding.severity for finding in found] == ["warning"]
+    assert "matches 2 of 3 cases (not rat_c)" in found[0].message
+    text(tmp_path / "microtome.yaml", 'group_by: "([a-z]+)"')
+    assert not [finding for finding in open_dataset(tmp_path).findings if finding.code == "group-by-misses"]

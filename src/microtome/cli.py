@@ -63,6 +63,7 @@ def inspect(
     from microtome.files import write_text
     from microtome.terminal import print_inspection, print_json
 
+    _target(html, ".html", ".htm")
     dataset = _open(data)
     inspection = inspect_fold(dataset, fold, seed)
     if html is not None:
@@ -93,6 +94,7 @@ def plan(
     from microtome.terminal import print_json, print_plan
     from microtome.training.rehearsal import make_plan
 
+    _target(out, ".yaml", ".yml")
     made = make_plan(_open(data), minutes=minutes, memory_gb=memory, network=network, device=device, seed=seed, fold=fold)
     if out is not None:
         write_text(out, dump_yaml(made))
@@ -127,6 +129,8 @@ def train(
 
     terminal = Terminal()
     others = {"--network": network, "--memory": memory}
+    if steps is not None:
+        _refuse("--steps", {"--minutes": minutes})
     if resume:
         _refuse("--resume", others | {"--plan": plan, "--fold": fold, "--seed": seed})
     elif plan is not None:
@@ -189,12 +193,14 @@ def evaluate(
     from microtome.files import write_json, write_text
     from microtome.terminal import print_scores
 
+    _target(json_file, ".json")
+    _target(html, ".html", ".htm")
     result = score(predictions, truth, tolerance_mm=tolerance)
     if json_file is not None:
         write_json(json_file, result)
     if html is not None:
         write_text(html, scores_html(result))
-    print_scores(result)
+    print_scores(result, [path for path in (json_file, html) if path is not None])
 
 
 @app.command()
@@ -217,6 +223,13 @@ def networks(as_json: AsJson = False) -> None:
         print_json([{field: getattr(entry, field) for field in fields} for entry in NETWORKS.values()])
     else:
         print_networks(NETWORKS.values())
+
+
+def _target(path: Path | None, *suffixes: str) -> None:
+    """Refuse a file to write that is not named as what it will be: it may be somebody's image."""
+    if path is not None and (path.suffix.lower() not in suffixes or path.is_dir()):
+        got = "a folder" if path.is_dir() else f"`{path.name}`"
+        raise ConfigError(path, expected=f"the name of a file ending in {' or '.join(suffixes)}", got=got, do="give another name")
 
 
 def _refuse(word: str, others: Mapping[str, object]) -> None:

@@ -112,6 +112,12 @@ class _TrainingView:
         elif kind == "schedule":
             self.steps = event["steps"]
             self.bar.update(self.task, total=self.steps)
+        elif kind == "complete":
+            self.terminal.say(
+                f"already complete at step {event['step']}: only scores and report are made anew (--steps or --minutes adds training)"
+            )
+        elif kind == "end" and "planned steps" in event["reason"]:
+            self.terminal.say(f"warning: {event['reason']}")
         elif kind == "predicted":
             self.bar.update(self.task, description="validating", completed=event["done"], total=event["of"], status=event["case"])
 
@@ -168,16 +174,22 @@ def print_plan(plan: Plan, out: Path | None) -> None:
         console.print(f"plan: {out}", markup=False)
 
 
-def print_scores(result: Mapping[str, Any]) -> None:
-    """Summary, classes and the worst cases of a `metrics.json`."""
+def print_scores(result: Mapping[str, Any], written: Sequence[Path] = ()) -> None:
+    """Summary, classes and the worst cases of a `metrics.json`, and the files that it was written to."""
     console = _page()
+    in_voxels = result["conventions"]["unit"] == "voxel"
     shown = ("dice", "iou", "hd95_mm", "assd_mm", "nsd", "precision", "recall", "pixel_accuracy")
-    summary = [(name, _interval(result["summary"][name])) for name in shown]
+    words = [name.replace("_mm", " (voxel)") if in_voxels else name for name in shown]
+    summary = [(word, _interval(result["summary"][name])) for word, name in zip(words, shown, strict=True)]
     _print_table(console, ("over foreground and cases", "mean [95 % interval]"), summary)
     rows = [(name, *(_defined(values[metric]) for metric in shown)) for name, values in result["classes"].items()]
-    _print_table(console, ("class", *shown), rows)
-    by_case = {row["case"]: row for row in result["cases"]}
-    console.print("worst: " + ", ".join(name for name in result["worst"][:5] if name in by_case), markup=False, soft_wrap=True)
+    _print_table(console, ("class", *words), rows)
+    foreground = set(result["conventions"]["foreground"])
+    for name in result["worst"][:5]:
+        scores = [f"{row['class']} {_number(row['dice'])}" for row in result["cases"] if row["case"] == name and row["class"] in foreground]
+        console.print(f"worst: {name}  Dice {', '.join(scores)}", markup=False, soft_wrap=True)
+    for path in written:
+        console.print(f"written: {path}", markup=False, soft_wrap=True)
 
 
 def print_networks(entries: "Iterable[Entry]") -> None:

@@ -167,6 +167,7 @@ def open_dataset(path: Path) -> Dataset:
         *(_unreadable(case, case.labels, faults[case.name]) for case in labelled if case.name in faults),
         *(Finding(severity="note", code="assumed", message=text) for text in dict.fromkeys(str(warning.message) for warning in caught)),
         *doubts(scans, rules),
+        *_group_findings(layout.cases, config, named_by),
         *label_findings(scans, legend, Path(declared.source).name if declared.classes else ""),
         *channel_findings,
         *_geometry_findings(headers, labelled, config),
@@ -239,6 +240,20 @@ def _grouped(cases: Sequence[Case], config: DatasetConfig, named_by: str) -> tup
         return stated.get(name) or (match[1] if match else None) or name
 
     return tuple(replace(case, group=group_of(case.name)) for case in cases)
+
+
+def _group_findings(cases: Sequence[Case], config: DatasetConfig, named_by: str) -> list[Finding]:
+    """A pattern of groups that groups nothing, or not everything, is a mistake that a split would hide."""
+    if not config.group_by:
+        return []
+    matched = [case for case in cases if re.search(config.group_by, case.name)]
+    if len(matched) == len(cases):
+        return []
+    missing = next(case.name for case in cases if case not in matched)
+    message = (
+        f"{Path(named_by).name}: `group_by` matches {len(matched)} of {len(cases)} cases (not {missing}); the others are groups of one"
+    )
+    return [Finding(severity="warning", code="group-by-misses", message=message)]
 
 
 def _declared(config: DatasetConfig, layout: Layout, named_by: str) -> Declared:

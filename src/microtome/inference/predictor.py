@@ -1,6 +1,8 @@
 """A trained model and image files -> label files in the images' own format and geometry."""
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +10,8 @@ import numpy as np
 from microtome.bundle import Bundle, load_bundle
 from microtome.data.case import Case
 from microtome.data.dataset import fit_channels, list_images, read_case_image
-from microtome.data.listing import Listing, continued_listing, recording
-from microtome.errors import DataError
+from microtome.data.listing import LISTING, Listing, continued_listing, recording
+from microtome.errors import DataError, DataWarning
 from microtome.images.files import label_suffix, read_image, write_labels
 from microtome.images.image import Image
 from microtome.inference.engines import TorchEngine, pick_device, processor_has_bf16, recycle_memory, to_device
@@ -47,13 +49,19 @@ class Predictor:
         if not isinstance(image, Image):
             image = read_image(Path(image))
         plan = self.bundle.plan
-        image = fit_channels(image, plan.channels)
         self._check(image)
+        image = fit_channels(image, plan.channels)
+        if plan.assumed_spacing_mm and not image.spacing_known and not plan.stated_spacing_mm:
+            sizes = " × ".join(f"{value:g}" for value in plan.assumed_spacing_mm)
+            warnings.warn(f"{image.path}: no voxel size in the file; {sizes} mm is assumed, as in training", DataWarning, stacklevel=2)
         return predict_labels(image.array, voxel_size(image, plan), plan=plan, network=self.network, engine=self.engine)  # type: ignore[arg-type]
 
     def _check(self, image: Image) -> None:
         """Refuse an image of another kind than the training images."""
         plan = self.bundle.plan
+        if image.channels not in (plan.channels, 1 if plan.channels == 3 else plan.channels):
+            expected = f"{plan.channels} channel{'s' if plan.channels > 1 else ''} as in training"
+            raise DataError(image.path, expected=expected, got=str(image.channels), do="convert the image, or train on such images")
         if len(image.shape_vox) != len(plan.spacing_mm):
             got = f"{len(image.shape_vox)} axes"
             raise DataError(
@@ -92,6 +100,11 @@ def predict_files(
             except DataError as error:
                 failed.append(error)
             on_done(case.name, number, len(cases))
+    if not written and not listed.entries:
+        (out / LISTING).unlink(missing_ok=True)
+        with suppress(OSError):
+            # Only if it is empty: nothing is left of a call that could do nothing.
+            out.rmdir()
     if failed and len(failed) < len(cases):
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         raise DataError(failed[0].where, expected=failed[0].expected, got=failed[0].got + more, do=f"the other {len(written)} are in {out}")

@@ -74,6 +74,8 @@ def train(
     session = _Session(dataset, plan, Path(out), device, on_event)
     session.started = began
     session.open(resume)
+    if session.state.progress.step >= session.state.progress.steps:
+        on_event({"event": "complete", "step": session.state.progress.step})
     session.train()
     session.finish()
     return session.folder
@@ -263,6 +265,8 @@ class _Session:
                 write_json(self.folder / "metrics.json", metrics)
                 subset = metrics["conventions"].get("validation_subset")
         reason = "the minutes are over" if self.plan.minutes else "all steps are done"
+        if self.plan.minutes and progress.step < self.plan.steps / 2:
+            reason = f"the minutes were over after {progress.step} of {self.plan.steps} planned steps: give more, or an idler machine"
         share = round(self.clock.network_seconds / max(1e-9, time.perf_counter() - self.started), 4)
         said = {"validation_subset": subset} if subset else {}
         self.log({"event": "end", "step": progress.step, "reason": reason, "network_share": share, **said})
