@@ -9,7 +9,6 @@ from microtome.geometry import (
     affine_from_spacing,
     anisotropy,
     format_shape,
-    resampled_affine,
     resampled_shape,
     same_grid,
     spacing_of,
@@ -28,33 +27,6 @@ def affines(draw: st.DrawFn, dims: int = 3) -> np.ndarray:
     affine[:-1, :-1] = turn * np.array([draw(spacings) for _ in range(dims)])
     affine[:-1, -1] = rng.normal(size=dims) * 100
     return affine
-
-
-def outer_corners(affine: np.ndarray, shape_vox: tuple[int, ...]) -> np.ndarray:
-    """Where the outer corners of the corner voxels lie, mm."""
-    corners = np.array(np.meshgrid(*[(-0.5, n - 0.5) for n in shape_vox], indexing="ij")).reshape(len(shape_vox), -1)
-    return (affine @ np.vstack([corners, np.ones(corners.shape[1])]))[:-1]
-
-
-@given(affines(), st.tuples(sizes, sizes, sizes), st.tuples(sizes, sizes, sizes))
-@settings(max_examples=60, deadline=None)
-def test_a_resampled_affine_keeps_every_outer_corner(affine: np.ndarray, shape: tuple[int, ...], new: tuple[int, ...]) -> None:
-    moved = resampled_affine(affine, shape, new)
-    extent = max(spacing_of(affine)) * max(shape)
-    np.testing.assert_allclose(outer_corners(moved, new), outer_corners(affine, shape), rtol=0, atol=1e-9 * (extent + 1000))
-    wanted = [side * n / m for side, n, m in zip(spacing_of(affine), shape, new, strict=True)]
-    assert spacing_of(moved) == pytest.approx(wanted)
-
-
-def test_halving_the_voxels_moves_the_first_centre_by_half_a_voxel() -> None:
-    moved = resampled_affine(affine_from_spacing((1.0, 2.0)), (8, 8), (4, 8))
-    np.testing.assert_allclose(moved, [[2, 0, 0.5], [0, 2, 0], [0, 0, 1]])
-
-
-@given(affines(2))
-@settings(max_examples=20, deadline=None)
-def test_the_same_shape_keeps_the_affine(affine: np.ndarray) -> None:
-    np.testing.assert_array_equal(resampled_affine(affine, (5, 7), (5, 7)), affine)
 
 
 @given(st.lists(spacings, min_size=2, max_size=3).map(tuple))

@@ -28,14 +28,6 @@ def resampled_shape(shape_vox: Shape, spacing_mm: Spacing, new_spacing_mm: Spaci
     return tuple(max(1, round(size * old / new)) for size, old, new in sizes)
 
 
-def resampled_affine(affine: np.ndarray, shape_vox: Shape, new_shape_vox: Shape) -> np.ndarray:
-    """The affine of the same extent cut into `new_shape_vox` voxels (edges stay, centres move)."""
-    factors = np.asarray(shape_vox, float) / np.asarray(new_shape_vox, float)
-    step = np.diag([*factors, 1.0])
-    step[:-1, -1] = (factors - 1) / 2
-    return affine @ step
-
-
 def same_grid(a: np.ndarray, b: np.ndarray, shape_vox: Shape, tolerance_vox: float = 0.05) -> bool:
     """Whether two affines put every corner of a volume within `tolerance_vox` voxels of each other."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape_vox], indexing="ij")).reshape(len(shape_vox), -1)

@@ -199,13 +199,12 @@ def choose_network(name: str, patch_vox: Shape, spacing_mm: Spacing, resources: 
     strides, kernels = _levels(patch_vox, spacing_mm, smallest=4 if dims == 3 else 8, most=6 if dims == 3 else 7)
     base, cap = (32, 320 if dims == 3 else 512) if resources.gpu else (24, 320)
     widths = tuple(min(base * 2**level, cap) for level in range(len(strides)))
-    config = NetworkConfig(
-        name=name, widths=widths, strides=strides, kernels=kernels, norm="batch", supervised_levels=max(1, min(3, len(strides) - 1))
-    )
+    supervised = max(1, min(3, len(strides) - 1))
+    config = NetworkConfig(name=name, widths=widths, strides=strides, kernels=kernels, norm="batch", supervised_levels=supervised)
     return config, (
         f"{len(strides)} levels bring a patch of {format_shape(patch_vox)} down to "
         f"{format_shape(_coarsest(patch_vox, strides))}; {base} channels to begin with suit {'a GPU' if resources.gpu else 'a processor'}; "
-        "batch norm is the fastest normalisation, and batches are large enough for it; three levels are supervised"
+        f"batch norm is the fastest normalisation, and batches are large enough for it; supervised decoder levels: {supervised}"
     )
 
 
