@@ -6,14 +6,21 @@ from torch import Tensor, nn
 
 from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
-from microtome.models.network import Network
-from microtome.models.registry import build
+from microtome.models.network import Network, NetworkSpec
+from microtome.models.unet import UNet
+from microtome.models.unet_same import UNetSame
 
 Shape = tuple[int, ...]
 
 
-def unet(variant: str = "", widths: Shape = (), *, in_channels: int = 1, classes: int = 2) -> Network:
-    return build("unet", dims=2, in_channels=in_channels, classes=classes, config=NetworkConfig(widths=widths), variant=variant)
+def unet(variant: str = "", widths: Shape = (), *, in_channels: int = 1, classes: int = 2, dropout: float | None = None) -> Network:
+    config = NetworkConfig(widths=widths, dropout=dropout)
+    return UNet(NetworkSpec(name="unet", dims=2, in_channels=in_channels, classes=classes, config=config, variant=variant))
+
+
+def unet_same(dims: int = 2, widths: Shape = (), *, in_channels: int = 3, classes: int = 1) -> Network:
+    config = NetworkConfig(widths=widths)
+    return UNetSame(NetworkSpec(name="unet_same", dims=dims, in_channels=in_channels, classes=classes, config=config))
 
 
 def parameters(network: nn.Module) -> int:
@@ -177,6 +184,24 @@ def test_dropout_acts_in_training_only() -> None:
     assert torch.equal(network(image_BCS), network(image_BCS))
 
 
+@pytest.mark.parametrize(("dropout", "share"), [(None, 0.5), (0.0, 0.0), (0.2, 0.2)])
+def test_half_of_the_values_are_dropped_unless_the_config_says_another_share(dropout: float | None, share: float) -> None:
+    torch.manual_seed(0)
+    network = unet(widths=(4, 8), dropout=dropout)
+    seen: list[Tensor] = []
+    network.dropout.register_forward_hook(lambda _, inputs, out: seen.append((out == 0)[inputs[0] != 0].float().mean()))
+    network(torch.randn(2, 1, 60, 60))
+    assert [each.item() for each in seen] == pytest.approx([share] * 2, abs=0.02)
+
+
+@pytest.mark.parametrize("variant", ["paper", "release"])
+def test_one_level_is_refused(variant: str) -> None:
+    with pytest.raises(ConfigError, match=r"unet: expected at least 2 levels, got \(8,\)"):
+        unet(variant, widths=(8,))
+    with pytest.raises(ConfigError, match=r"unet_same: expected at least 2 levels, got \(8,\)"):
+        unet_same(widths=(8,))
+
+
 def test_weights_start_with_the_papers_standard_deviation() -> None:
     torch.manual_seed(0)
     network = unet(widths=(64, 64))
@@ -188,14 +213,14 @@ def test_weights_start_with_the_papers_standard_deviation() -> None:
 @pytest.mark.parametrize(("classes", "trained", "total"), [(1, 31_043_521, 31_055_297), (3, 31_043_651, 31_055_427)])
 def test_the_worked_example_has_the_number_of_parameters_that_keras_prints(classes: int, trained: int, total: int) -> None:
     with torch.device("meta"):
-        network = build("unet_same", dims=2, in_channels=3, classes=classes)
+        network = unet_same(classes=classes)
     running = sum(b.numel() for name, b in network.named_buffers() if name.endswith(("running_mean", "running_var")))
     assert (parameters(network), running, parameters(network) + running) == (trained, 11_776, total)
 
 
 def test_every_layer_of_the_worked_example_is_as_described() -> None:
     with torch.device("meta"):
-        network = build("unet_same", dims=2, in_channels=3, classes=3)
+        network = unet_same(classes=3)
         seen = shapes_in_order(network, torch.empty(2, 3, 160, 160))
     expected = []
     for c, n in ((64, 160), (128, 80), (256, 40), (512, 20)):
@@ -207,7 +232,7 @@ def test_every_layer_of_the_worked_example_is_as_described() -> None:
 
 
 def test_the_worked_example_concatenates_the_up_sampled_half_first() -> None:
-    network = build("unet_same", dims=2, in_channels=1, classes=2, config=NetworkConfig(widths=(2, 4)))
+    network = unet_same(widths=(2, 4), in_channels=1, classes=2)
     halves: dict[str, Tensor] = {}
     network.up[0].register_forward_hook(lambda *args: halves.update(up=args[-1]))
     network.contract[0].register_forward_hook(lambda *args: halves.update(skip=args[-1]))
@@ -218,8 +243,27 @@ def test_the_worked_example_concatenates_the_up_sampled_half_first() -> None:
 
 def test_sides_of_the_worked_example_are_multiples_of_16() -> None:
     with torch.device("meta"):
-        network = build("unet_same", dims=2, in_channels=3, classes=1)
+        network = unet_same()
         assert [n for n in range(1, 50) if network.valid_size(n, 0)] == [16, 32, 48]
         assert (network.context_vox, network.nearest_sizes(150, 1)) == (0, (144, 160))
         with pytest.raises(ConfigError, match="Y 144 or 160, X 160"):
             network(torch.empty(1, 3, 150, 160))
+
+
+def test_in_3d_the_worked_example_halves_every_axis() -> None:
+    with torch.device("meta"):
+        network = unet_same(3, in_channels=1, classes=2)
+        sizes: list[Shape] = []
+        for stage in network.contract:
+            stage.register_forward_hook(lambda *args: sizes.append(tuple(args[-1].shape[1:])))
+        assert network(torch.empty(2, 1, 16, 32, 48)).shape == (2, 2, 16, 32, 48)
+    assert sizes == [(64 << level, 16 >> level, 32 >> level, 48 >> level) for level in range(5)]
+
+
+def test_the_worked_example_starts_with_glorots_weights_and_keras_batch_norm() -> None:
+    torch.manual_seed(0)
+    network = unet_same(widths=(64, 64))
+    second = network.contract[0][3]
+    assert second.weight.std().item() == pytest.approx((2 / (2 * 9 * 64)) ** 0.5, rel=0.02)
+    assert not second.bias.any()
+    assert (network.contract[0][1].eps, network.contract[0][1].momentum) == (1e-3, 0.01)

@@ -6,14 +6,15 @@ from torch import nn
 
 from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
-from microtome.models.network import Network
-from microtome.models.registry import build
+from microtome.models.network import Network, NetworkSpec
+from microtome.models.unet3d import UNet3D
 
 Shape = tuple[int, ...]
 
 
-def unet3d(variant: str = "", widths: Shape = (), *, in_channels: int = 3, classes: int = 3) -> Network:
-    return build("unet3d", dims=3, in_channels=in_channels, classes=classes, config=NetworkConfig(widths=widths), variant=variant)
+def unet3d(variant: str = "", widths: Shape = (), *, in_channels: int = 3, classes: int = 3, current: bool = False) -> Network:
+    config = NetworkConfig(widths=widths, batch_statistics=current)
+    return UNet3D(NetworkSpec(name="unet3d", dims=3, in_channels=in_channels, classes=classes, config=config, variant=variant))
 
 
 def parameters(network: nn.Module) -> int:
@@ -26,9 +27,9 @@ def channels_out(network: nn.Module, kind: type[nn.Conv3d] | type[nn.ConvTranspo
 
 def test_both_variants_have_the_papers_count_of_parameters() -> None:
     with torch.device("meta"):
-        paper, without_norm = unet3d("paper"), unet3d("no_bn")
+        paper, current, without_norm = unet3d("paper"), unet3d("paper", current=True), unet3d("no_bn")
     assert parameters(without_norm) == 19_069_955
-    assert parameters(paper) == 19_072_291
+    assert parameters(paper) == parameters(current) == 19_072_291
     scales = sum(p.numel() for name, p in paper.named_parameters() if p.ndim == 1 and name.endswith("weight"))
     assert parameters(paper) - scales == 19_069_955
 
@@ -74,6 +75,16 @@ def test_odd_widths_are_refused_since_levels_double() -> None:
         unet3d(widths=(4, 7))
 
 
+def test_fewer_than_two_levels_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"two levels or more.*\(4,\)"):
+        unet3d(widths=(4,))
+
+
+def test_current_statistics_of_a_norm_that_is_not_there_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"a variant with a norm, got `batch_statistics` with the variant `no_bn`"):
+        unet3d("no_bn", current=True)
+
+
 def test_an_output_voxel_sees_92_or_100_voxels_depending_on_its_phase() -> None:
     network = unet3d("no_bn", widths=(2,) * 4, in_channels=1, classes=1).eval()
     network.pool = nn.AvgPool3d(2)  # a maximum passes its gradient to one voxel of the window; all eight are seen
@@ -101,20 +112,36 @@ def test_without_norm_tiles_give_the_output_of_the_whole_volume_without_seams() 
             torch.testing.assert_close(tile, whole[..., x : x + 4], rtol=1e-4, atol=1e-5)
 
 
-def test_the_prediction_of_a_volume_does_not_depend_on_its_neighbours_in_the_batch() -> None:
+def test_with_current_statistics_the_prediction_of_a_volume_does_not_depend_on_its_neighbours_in_the_batch() -> None:
     torch.manual_seed(0)
-    network = unet3d("paper", widths=(2, 2, 4, 4), in_channels=1).eval()
-    image_BCS = torch.randn(2, 1, 92, 92, 92) * torch.tensor([1.0, 9.0]).reshape(2, 1, 1, 1, 1)
+    network = unet3d("paper", widths=(2, 4), in_channels=1, current=True).eval()
+    image_BCS = torch.randn(2, 1, 28, 28, 28) * torch.tensor([1.0, 9.0]).reshape(2, 1, 1, 1, 1)
     with torch.no_grad():
         torch.testing.assert_close(network(image_BCS)[1:], network(image_BCS[1:]), rtol=1e-4, atol=1e-4)
 
 
-def test_with_a_batch_of_one_the_norm_is_batch_norm_with_current_statistics() -> None:
+def test_with_a_batch_of_one_both_norms_train_alike_and_only_that_with_current_statistics_predicts_so_too() -> None:
     torch.manual_seed(0)
-    network = unet3d("paper", widths=(2, 2), in_channels=1)
-    image_BCS = torch.randn(1, 1, 20, 20, 20)
-    ours = network(image_BCS)
-    for block in [*network.analyse, *network.synthesise]:
-        for place in (1, 4):
-            block[place] = nn.BatchNorm3d(block[place].weight.numel(), track_running_stats=False)
-    torch.testing.assert_close(network(image_BCS), ours, rtol=1e-4, atol=1e-5)
+    running, current = (unet3d("paper", widths=(2, 4), in_channels=1, current=current) for current in (False, True))
+    names = [name for name, _ in current.named_parameters()]
+    assert [name for name, _ in running.named_parameters()] == names
+    running.load_state_dict(current.state_dict(), strict=False)
+    image_BCS = 5 + torch.randn(1, 1, 20, 20, 20)
+    trained = current(image_BCS)
+    torch.testing.assert_close(running(image_BCS), trained, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(current.eval()(image_BCS), trained, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(running.eval()(image_BCS), trained, rtol=0.05)
+
+
+def test_without_the_setting_a_prediction_takes_the_running_averages_of_training() -> None:
+    torch.manual_seed(0)
+    network = unet3d("paper", widths=(2, 4), in_channels=1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.momentum = 1.0  # the average is then that of the last batch
+    image_BCS = torch.randn(1, 1, 28, 28, 28)
+    trained = network(image_BCS)
+    # PyTorch's running variance is the unbiased one, which is why this is not exact: the smallest map has 64 voxels or more.
+    torch.testing.assert_close(network.eval()(image_BCS), trained, rtol=0.1, atol=0.1)
+    with torch.no_grad():
+        assert not torch.allclose(network(3 * image_BCS), trained, rtol=0.1, atol=0.1)

@@ -1,12 +1,42 @@
-"""What two networks or more share: centre crop, instance norm, He initialisation, sizes of unpadded U-Nets."""
+"""What two networks or more share: layers by dimension, centre crop, instance norm, initialisation, sizes of U-Nets."""
 
 import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm, instance_norm
+from torch.nn.functional import batch_norm, conv3d, instance_norm, pad
 
-from microtome.models.network import Sizes
+from microtome.models.network import NetworkSpec, Sizes
+
+
+class Convolution3d(nn.Conv3d):
+    """`nn.Conv3d`, but it pads stacks of few sections itself.
+
+    Torch 2.13 on a CPU gets the bfloat16 gradient of a padded convolution's weights wrong where there are no more sections than
+    it pads (Z <= 2 x padding): up to NaN, from memory that nobody wrote. Without padding along Z it is right.
+    """
+
+    def forward(self, features_BCS: Tensor) -> Tensor:
+        """(B, C, Z, Y, X) -> (B, C', Z', Y', X')."""
+        if isinstance(self.padding, str) or features_BCS.shape[2] > 2 * self.padding[0]:
+            return super().forward(features_BCS)
+        front = self.padding[0]
+        padded_BCS = pad(features_BCS, (0, 0, 0, 0, front, front))
+        return conv3d(padded_BCS, self.weight, self.bias, self.stride, (0, *self.padding[1:]), self.dilation, self.groups)
+
+
+# For each number of spatial axes.
+Layers = Mapping[int, Callable[..., nn.Module]]
+CONVOLUTION: Layers = MappingProxyType({2: nn.Conv2d, 3: Convolution3d})
+TRANSPOSED: Layers = MappingProxyType({2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d})
+MAX_POOL: Layers = MappingProxyType({2: nn.MaxPool2d, 3: nn.MaxPool3d})
+AVERAGE_POOL: Layers = MappingProxyType({2: nn.AvgPool2d, 3: nn.AvgPool3d})
+BATCH_NORM: Layers = MappingProxyType({2: nn.BatchNorm2d, 3: nn.BatchNorm3d})
+DROPOUT: Layers = MappingProxyType({2: nn.Dropout2d, 3: nn.Dropout3d})
+# Names of `torch.nn.functional.interpolate`'s linear modes.
+LINEAR: Mapping[int, str] = MappingProxyType({2: "bilinear", 3: "trilinear"})
 
 
 class InstanceNorm(nn.Module):
@@ -59,10 +89,40 @@ def initialise_he(network: nn.Module, slope: float = 0.0) -> None:
     """
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            inputs = module.in_channels * (1 if module.transposed else math.prod(module.kernel_size))
+            inputs = module.in_channels // module.groups * (1 if module.transposed else math.prod(module.kernel_size))
             nn.init.normal_(module.weight, std=math.sqrt(2 / ((1 + slope**2) * inputs)))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def initialise_glorot(network: nn.Module) -> None:
+    """Uniform weights of variance 2 / (inputs + outputs) and zero biases, Keras' default.
+
+    References:
+        Glorot and Bengio, Understanding the difficulty of training deep feedforward neural networks, AISTATS 2010.
+    """
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def padded_sizes(dims: int, levels: int) -> Sizes:
+    """The sizes of a padded U-Net that halves its map `levels - 1` times: multiples of 2^(levels - 1)."""
+    step = 1 << (levels - 1)
+    return Sizes((step,) * dims, (step,) * dims)
+
+
+def batch_normed_sizes(dims: int, levels: int) -> Sizes:
+    """The same from twice that size along Y and X, so that the coarsest map of a single image has more than one voxel to normalise."""
+    step = 1 << (levels - 1)
+    return Sizes((step,) * (dims - 2) + (2 * step,) * 2, (step,) * dims)
+
+
+def dropout_share(spec: NetworkSpec, paper: float) -> float:
+    """The share of dropped values: the config's, or where it leaves it open the paper's."""
+    return paper if spec.config.dropout is None else spec.config.dropout
 
 
 def unpadded_context(levels: int) -> int:

@@ -17,43 +17,36 @@ first in each concatenation. Residual (`residual: true`): a convolution as the s
 `convolutions` residual units a level, and in the decoder one convolution a level.
 
 31,195,594 parameters as in nnU-Net (3D, 6 levels, 1 channel, 2 classes, instance norm, 5 heads), and 102,349,770 with
-residual units 1, 3, 4, 6, 6, 6. What differs from nnU-Net: batch norm by default; a head exists only where there
-is a loss; He initialisation counts the inputs of an up-convolution as they are (see `initialise_he`).
+residual units 1, 3, 4, 6, 6, 6. What differs from nnU-Net (which is `nnunet.py`): batch norm by default; a head exists
+only where there is a loss; He initialisation counts the inputs of an up-convolution as they are (see `initialise_he`).
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
-from microtome.models.blocks import InstanceNorm, initialise_he
+from microtome.models.blocks import AVERAGE_POOL, BATCH_NORM, CONVOLUTION, TRANSPOSED, InstanceNorm, initialise_he
 from microtome.models.network import Network, NetworkSpec, Sizes
 
 LEVELS = 6
 FIRST_WIDTH = 32
 SLOPE = 0.01
 
-# For each number of spatial axes.
-_Layers = Mapping[int, Callable[..., nn.Module]]
-_CONVOLUTION: _Layers = MappingProxyType({2: nn.Conv2d, 3: nn.Conv3d})
-_TRANSPOSED: _Layers = MappingProxyType({2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d})
-_POOL: _Layers = MappingProxyType({2: nn.AvgPool2d, 3: nn.AvgPool3d})
-_BATCH_NORM: _Layers = MappingProxyType({2: nn.BatchNorm2d, 3: nn.BatchNorm3d})
-
 
 @dataclass(frozen=True)
 class Level:
-    """One level of the U: what its convolutions look like."""
+    """One level of the U: how many convolutions (or residual units) it has, and what they look like."""
 
     width: int
     stride: tuple[int, ...]
     kernel: tuple[int, ...]
+    repeats: int
 
 
 class ModernUNet(Network):
@@ -65,29 +58,28 @@ class ModernUNet(Network):
 
     Args:
         spec: its config sets widths, strides, kernels, convolutions, residual, norm and supervised_levels; empty
-            widths: 32 doubled up to 320 in 3D, 512 in 2D, 6 levels unless strides or kernels have another number.
-        units: residual units of each level in place of `config.convolutions` at all.
+            widths: 32 doubled up to 320 in 3D, 512 in 2D, 6 levels unless strides, kernels or convolutions have another number.
+        all_heads: a head on every decoder level, with a loss or without.
 
     Raises:
         ConfigError: the config's tuples do not agree in length, or hold what a network cannot have.
     """
 
-    def __init__(self, spec: NetworkSpec, units: tuple[int, ...] = ()) -> None:
+    def __init__(self, spec: NetworkSpec, *, all_heads: bool = False) -> None:
         levels = _levels(spec)
         super().__init__(spec, _sizes(spec, levels))
         config, dims = spec.config, spec.dims
-        units = units or (config.convolutions,) * len(levels)
-        _check(spec, len(units) == len(levels), f"{len(levels)} numbers of units, one a level", units, "convolutions")
         self.stem = _Convolution(spec.in_channels, levels[0], config.norm) if config.residual else nn.Identity()
         before = levels[0].width if config.residual else spec.in_channels
         # Finest level first in each list; the forward pass walks decoder and up from the bottom up.
         self.encoder = nn.ModuleList()
-        for level, repeats in zip(levels, units, strict=True):
-            self.encoder.append(_stage(before, level, config, repeats))
+        for level in levels:
+            self.encoder.append(_stage(before, level, config))
             before = level.width
         self.up = nn.ModuleList(_up_convolution(below, above.width) for above, below in pairwise(levels))
         self.decoder = nn.ModuleList(_decoder_stage(level, config) for level in levels[:-1])
-        self.heads = nn.ModuleList(_CONVOLUTION[dims](level.width, spec.classes, 1) for level in levels[: config.supervised_levels])
+        heads = len(levels) - 1 if all_heads else config.supervised_levels
+        self.heads = nn.ModuleList(CONVOLUTION[dims](level.width, spec.classes, 1) for level in levels[:heads])
         initialise_he(self, SLOPE)
         for module in self.modules():
             if isinstance(module, _ResidualUnit):
@@ -101,7 +93,7 @@ class ModernUNet(Network):
             features_BCS = stage(features_BCS)
             skips.append(features_BCS)
         logits: list[Tensor] = []
-        heads = len(self.heads) if self.training else 1
+        heads = self.spec.config.supervised_levels if self.training else 1
         for level in reversed(range(len(self.decoder))):
             up_BCS = self.up[level](features_BCS)
             features_BCS = self.decoder[level](torch.cat([up_BCS, skips[level]], dim=1))
@@ -117,7 +109,7 @@ class _Convolution(nn.Sequential):
         dims = len(level.kernel)
         padding = tuple(k // 2 for k in level.kernel)
         stride = level.stride if strided else (1,) * dims
-        layers = [_CONVOLUTION[dims](channels, level.width, level.kernel, stride, padding), *_norm(norm, level.width, dims)]
+        layers = [CONVOLUTION[dims](channels, level.width, level.kernel, stride, padding), *_norm(norm, level.width, dims)]
         super().__init__(*layers, *([nn.LeakyReLU(SLOPE, inplace=True)] if activation else []))
 
 
@@ -131,9 +123,9 @@ class _ResidualUnit(nn.Module):
         self.second = _Convolution(level.width, level, norm, activation=False)
         shortcut: list[nn.Module] = []
         if strided and math.prod(level.stride) > 1:
-            shortcut.append(_POOL[dims](level.stride, level.stride))
+            shortcut.append(AVERAGE_POOL[dims](level.stride, level.stride))
         if channels != level.width:
-            shortcut += [_CONVOLUTION[dims](channels, level.width, 1, bias=False), *_norm(norm, level.width, dims)]
+            shortcut += [CONVOLUTION[dims](channels, level.width, 1, bias=False), *_norm(norm, level.width, dims)]
         self.shortcut = nn.Sequential(*shortcut)
         self.activation = nn.LeakyReLU(SLOPE, inplace=True)
 
@@ -147,45 +139,53 @@ class _ResidualUnit(nn.Module):
             nn.init.zeros_(parameter)
 
 
-def _stage(channels: int, level: Level, config: NetworkConfig, repeats: int) -> nn.Sequential:
+def _stage(channels: int, level: Level, config: NetworkConfig) -> nn.Sequential:
     unit = _ResidualUnit if config.residual else _Convolution
     first = unit(channels, level, config.norm, strided=True)
-    return nn.Sequential(first, *(unit(level.width, level, config.norm, strided=False) for _ in range(repeats - 1)))
+    return nn.Sequential(first, *(unit(level.width, level, config.norm, strided=False) for _ in range(level.repeats - 1)))
 
 
 def _decoder_stage(level: Level, config: NetworkConfig) -> nn.Sequential:
-    repeats = 1 if config.residual else config.convolutions
+    repeats = 1 if config.residual else level.repeats
     widths = (2 * level.width, *(level.width,) * (repeats - 1))
     return nn.Sequential(*(_Convolution(width, level, config.norm) for width in widths))
 
 
 def _up_convolution(below: Level, width: int) -> nn.Module:
-    return _TRANSPOSED[len(below.stride)](below.width, width, below.stride, below.stride)
+    return TRANSPOSED[len(below.stride)](below.width, width, below.stride, below.stride)
 
 
 def _norm(kind: str, channels: int, dims: int) -> list[nn.Module]:
     if kind == "none":
         return []
-    return [InstanceNorm(channels) if kind == "instance" else _BATCH_NORM[dims](channels)]
+    return [InstanceNorm(channels) if kind == "instance" else BATCH_NORM[dims](channels)]
 
 
 def _levels(spec: NetworkSpec) -> tuple[Level, ...]:
     """The config's tuples level by level, defaults filled in and all checked."""
     config, dims = spec.config, spec.dims
-    number = len(config.widths or config.strides or config.kernels) or LEVELS
+    number = number_of_levels(config)
     largest = 320 if dims == 3 else 512
     widths = config.widths or tuple(min(FIRST_WIDTH * 2**level, largest) for level in range(number))
     strides = config.strides or ((1,) * dims, *((2,) * dims,) * (number - 1))
     kernels = config.kernels or ((3,) * dims,) * number
+    repeats = config.convolutions if isinstance(config.convolutions, tuple) else (config.convolutions,) * number
     _check(spec, number >= 2, "at least 2 levels", widths, "widths")
     _check(spec, config.supervised_levels < number, f"at most {number - 1}", config.supervised_levels, "supervised_levels")
+    _check(spec, len(repeats) == number, f"{number} convolutions, one a level", repeats, "convolutions")
     for name, values in (("strides", strides), ("kernels", kernels)):
         _check(spec, len(values) == number, f"{number} {name}, one a level", values, name)
         fits = all(len(value) == dims and min(value) >= 1 for value in values)
         _check(spec, fits, f"{name} of {dims} positive numbers each", values, name)
     _check(spec, set(strides[0]) == {1}, "a first stride of 1 along each axis", strides[0], "strides")
     _check(spec, all(k % 2 for kernel in kernels for k in kernel), "odd kernels", kernels, "kernels")
-    return tuple(Level(*parts) for parts in zip(widths, strides, kernels, strict=True))
+    return tuple(Level(*parts) for parts in zip(widths, strides, kernels, repeats, strict=True))
+
+
+def number_of_levels(config: NetworkConfig) -> int:
+    """How many levels a config asks for; 6 where it leaves that open."""
+    convolutions = config.convolutions if isinstance(config.convolutions, tuple) else ()
+    return len(config.widths or config.strides or config.kernels or convolutions) or LEVELS
 
 
 def _check(spec: NetworkSpec, right: bool, expected: str, got: object, field: str) -> None:

@@ -97,6 +97,15 @@ class Network(nn.Module):
         """The largest size <= n and the smallest size >= n that fit; both the smallest of all where n is below it."""
         return self.sizes.nearest(n, axis)
 
+    def pruned(self, depth: int) -> "Network":
+        """The part of a network of nested U-Nets that answers from the head of a shallower one; see `UNetPP`.
+
+        Raises:
+            ConfigError: there is no such head.
+        """
+        got = f"head {depth}"
+        raise ConfigError(self.spec.name, expected="a network of nested U-Nets (unetpp)", got=got, do="leave out --head")
+
     def check_image(self, image_BCS: Tensor) -> None:
         """Refuse an image that does not fit; each `forward` begins with it.
 

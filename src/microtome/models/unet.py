@@ -28,20 +28,28 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from microtome.models.blocks import centre_crop, initialise_he, unpadded_context, unpadded_sizes
+from microtome.errors import ConfigError
+from microtome.models.blocks import centre_crop, dropout_share, initialise_he, unpadded_context, unpadded_sizes
 from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (64, 128, 256, 512, 1024)
+DROPOUT = 0.5
 
 
 class UNet(Network):
     """The U-Net of 2015. image_BCS (B, C, Y, X) -> logits_BKS (B, K, Y - 184, X - 184); sides 16 k + 60, 188 or more.
 
-    `config.widths` narrows, widens, deepens or flattens it; then 184 is `2 * context_vox`.
+    `config.widths` narrows, widens, deepens or flattens it; then 184 is `2 * context_vox`. `config.dropout` sets the share
+    of dropped values.
+
+    Raises:
+        ConfigError: fewer than two widths.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
         widths = spec.config.widths or WIDTHS
+        if len(widths) < 2:
+            raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
         super().__init__(spec, unpadded_sizes(2, len(widths)), unpadded_context(len(widths)))
         released = spec.variant == "release"
         ups = [*widths[:-1]]
@@ -49,7 +57,7 @@ class UNet(Network):
             ups[0] = widths[1]
         self.contract = nn.ModuleList(_two_convolutions(i, o) for i, o in pairwise((spec.in_channels, *widths)))
         self.pool = nn.MaxPool2d(2)
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = nn.Dropout(dropout_share(spec, DROPOUT))
         # Finest level first, as in the contracting path; the forward pass walks them from the bottom up.
         self.up = nn.ModuleList(_up_convolution(below, up, released) for below, up in zip(widths[1:], ups, strict=True))
         self.expand = nn.ModuleList(_two_convolutions(up + skip, skip) for up, skip in zip(ups, widths[:-1], strict=True))

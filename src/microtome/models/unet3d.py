@@ -18,13 +18,15 @@ Variants:
     no_bn: without, and with a bias in each 3x3x3 convolution: 19,069,955 parameters.
 
 The paper's batch is one sample, and its batch norm takes the current statistics at test time too (second-hand,
-two of three sources). That is what `InstanceNorm` computes, so it stands here: for a batch of one the same numbers,
-and for a larger one a prediction that does not depend on which samples share a batch. The up-convolutions have no bias,
+two of three sources; the third says the opposite). `config.batch_statistics` does so: `InstanceNorm` stands in the place of
+batch norm, for a batch of one the same numbers, and for a larger one a prediction that does not depend on which samples
+share a batch. Without it the norm is batch norm with running averages at prediction. The up-convolutions have no bias,
 for the count's sake. From the authors' network without norm, second-hand: `no_bn` has a ReLU after each up-convolution
 and starts with a bias of -0.1 in its first convolution; weights from N(0, 2 / N); the up-sampled half comes first
 in each concatenation.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -41,25 +43,26 @@ class UNet3D(Network):
     """The 3D U-Net of 2016. image_BCS (B, C, Z, Y, X) -> logits_BKS, 88 voxels less along each axis; sides 8 k + 4, 92 or more.
 
     `config.widths`, the channels that each level ends with, narrows, widens, deepens or flattens it;
-    then 88 is `2 * context_vox`.
+    then 88 is `2 * context_vox`. `config.batch_statistics`: the norm takes the statistics of what it sees at prediction too.
+
+    Raises:
+        ConfigError: fewer than two widths, an odd one, or `batch_statistics` of the variant without norm.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
         widths = spec.config.widths or WIDTHS
-        if any(width % 2 for width in widths):
-            raise ConfigError(
-                spec.name, expected="even widths, since each level ends by doubling", got=str(widths), do="change `network.widths`"
-            )
+        normalised = spec.variant != "no_bn"
+        _check(spec, widths, normalised)
         super().__init__(spec, unpadded_sizes(3, len(widths)), unpadded_context(len(widths)))
-        norm = spec.variant != "no_bn"
+        norm = _norm(spec) if normalised else None
         self.analyse = nn.ModuleList(_two_convolutions((i, o // 2, o), norm) for i, o in pairwise((spec.in_channels, *widths)))
         self.pool = nn.MaxPool3d(2)
         # Finest level first, as in the analysis path; the forward pass walks them from the bottom up.
-        self.up = nn.ModuleList(_up_convolution(below, norm) for below in widths[1:])
+        self.up = nn.ModuleList(_up_convolution(below, normalised) for below in widths[1:])
         self.synthesise = nn.ModuleList(_two_convolutions((below + skip, skip, skip), norm) for skip, below in pairwise(widths))
         self.head = nn.Conv3d(widths[0], spec.classes, 1)
         initialise_he(self)
-        if not norm:
+        if not normalised:
             first = next(module for module in self.modules() if isinstance(module, nn.Conv3d))
             assert first.bias is not None
             nn.init.constant_(first.bias, -0.1)
@@ -79,15 +82,28 @@ class UNet3D(Network):
         return logits_BKS
 
 
-def _two_convolutions(channels: tuple[int, int, int], norm: bool) -> nn.Sequential:
+def _two_convolutions(channels: tuple[int, int, int], norm: Callable[[int], nn.Module] | None) -> nn.Sequential:
     layers: list[nn.Module] = []
     for before, after in pairwise(channels):
         # The norm's shift does what a bias would.
-        layers += [nn.Conv3d(before, after, 3, bias=False), InstanceNorm(after)] if norm else [nn.Conv3d(before, after, 3)]
+        layers += [nn.Conv3d(before, after, 3, bias=False), norm(after)] if norm else [nn.Conv3d(before, after, 3)]
         layers += [nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
 
-def _up_convolution(channels: int, norm: bool) -> nn.Module:
+def _norm(spec: NetworkSpec) -> Callable[[int], nn.Module]:
+    return InstanceNorm if spec.config.batch_statistics else nn.BatchNorm3d
+
+
+def _check(spec: NetworkSpec, widths: tuple[int, ...], normalised: bool) -> None:
+    if len(widths) < 2 or any(width % 2 for width in widths):
+        expected = "two levels or more of even widths, since each ends by doubling"
+        raise ConfigError(spec.name, expected=expected, got=str(widths), do="change `network.widths`")
+    if spec.config.batch_statistics and not normalised:
+        got = f"`batch_statistics` with the variant `{spec.variant}`"
+        raise ConfigError(spec.name, expected="a variant with a norm", got=got, do="remove `network.batch_statistics`")
+
+
+def _up_convolution(channels: int, normalised: bool) -> nn.Module:
     up = nn.ConvTranspose3d(channels, channels, 2, stride=2, bias=False)
-    return up if norm else nn.Sequential(up, nn.ReLU(inplace=True))
+    return up if normalised else nn.Sequential(up, nn.ReLU(inplace=True))

@@ -11,8 +11,9 @@ The Paperspace worked example (Keras, Oxford-IIIT Pets, 160x160x3), after Ronneb
 Each bar holds 2 x (3x3 convolution -> batch norm -> ReLU); down: 2x2 max-pooling; up: 2x2 transposed
 convolution with stride 2; the up-sampled half comes first in each concatenation. What differs from the paper
 of 2015: padding, so the output has the image's size and skips need no crop; batch norm; no dropout.
+In 3D, which the example does not have, every 2 and 3 above counts along Z too.
 
-Parameters, with the running mean and variance that Keras counts: 31,055,297 for 3 channels and 1 class
+Parameters in 2D, with the running mean and variance that Keras counts: 31,055,297 for 3 channels and 1 class
 (31,043,521 trained), 31,055,427 for 3 and 3.
 
 This network returns logits. The example ends in a sigmoid for each of its 3 classes, and its loss scales the
@@ -25,36 +26,35 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from microtome.models.network import Network, NetworkSpec, Sizes
+from microtome.errors import ConfigError
+from microtome.models.blocks import BATCH_NORM, CONVOLUTION, MAX_POOL, TRANSPOSED, initialise_glorot, padded_sizes
+from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (64, 128, 256, 512, 1024)
 
 
 class UNetSame(Network):
-    """The padded U-Net with batch norm. image_BCS (B, C, Y, X) -> logits_BKS (B, K, Y, X); sides multiples of 16.
+    """The padded U-Net with batch norm. image_BCS (B, C, *S) -> logits_BKS (B, K, *S); sides multiples of 16.
 
-    `config.widths` narrows, widens, deepens or flattens it; then 16 is 2^(levels - 1).
+    `config.widths` narrows, widens, deepens or flattens it; then 16 is 2^(levels - 1). To train, the batch norm of the
+    deepest level needs more than one value a channel: not one image of the smallest size alone.
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
-        widths = spec.config.widths or WIDTHS
-        step = 1 << (len(widths) - 1)
-        super().__init__(spec, Sizes((step, step), (step, step)))
-        self.contract = nn.ModuleList(_two_convolutions(i, o) for i, o in pairwise((spec.in_channels, *widths)))
-        self.pool = nn.MaxPool2d(2)
+        widths, dims = level_widths(spec), spec.dims
+        super().__init__(spec, padded_sizes(dims, len(widths)))
+        self.contract = contracting_stages(spec)
+        self.pool = MAX_POOL[dims](2)
         # Finest level first, as in the contracting path; the forward pass walks them from the bottom up.
-        self.up = nn.ModuleList(nn.ConvTranspose2d(below, above, 2, stride=2) for above, below in pairwise(widths))
-        self.expand = nn.ModuleList(_two_convolutions(2 * width, width) for width in widths[:-1])
-        self.head = nn.Conv2d(widths[0], spec.classes, 1)
-        _initialise_glorot(self)
+        self.up = nn.ModuleList(TRANSPOSED[dims](below, above, 2, stride=2) for above, below in pairwise(widths))
+        self.expand = nn.ModuleList(two_convolutions(2 * width, width, dims) for width in widths[:-1])
+        self.head = CONVOLUTION[dims](widths[0], spec.classes, 1)
+        initialise_glorot(self)
 
     def forward(self, image_BCS: Tensor) -> Tensor:
-        """Logits of every pixel."""
+        """Logits of every voxel."""
         self.check_image(image_BCS)
-        features_BCS, skips = image_BCS, []
-        for level, convolutions in enumerate(self.contract):
-            features_BCS = convolutions(self.pool(features_BCS) if level else features_BCS)
-            skips.append(features_BCS)
+        *skips, features_BCS = contract(self.contract, self.pool, image_BCS)
         for level in reversed(range(len(self.expand))):
             up_BCS = self.up[level](features_BCS)
             features_BCS = self.expand[level](torch.cat([up_BCS, skips[level]], dim=1))
@@ -62,18 +62,36 @@ class UNetSame(Network):
         return logits_BKS
 
 
-def _two_convolutions(channels: int, width: int) -> nn.Sequential:
-    return nn.Sequential(*_convolution(channels, width), *_convolution(width, width))
+def level_widths(spec: NetworkSpec) -> tuple[int, ...]:
+    """The channels of each level, finest first: the config's, or where it leaves them open the example's.
+
+    Raises:
+        ConfigError: fewer than two levels.
+    """
+    widths = spec.config.widths or WIDTHS
+    if len(widths) < 2:
+        raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
+    return widths
 
 
-def _convolution(channels: int, width: int) -> tuple[nn.Module, ...]:
-    norm = nn.BatchNorm2d(width, eps=1e-3, momentum=0.01)
-    return nn.Conv2d(channels, width, 3, padding=1), norm, nn.ReLU(inplace=True)
+def contracting_stages(spec: NetworkSpec) -> nn.ModuleList:
+    """Two convolutions for each level, finest first."""
+    return nn.ModuleList(two_convolutions(i, o, spec.dims) for i, o in pairwise((spec.in_channels, *level_widths(spec))))
 
 
-def _initialise_glorot(network: nn.Module) -> None:
-    for module in network.modules():
-        if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-            nn.init.xavier_uniform_(module.weight)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
+def contract(stages: nn.ModuleList, pool: nn.Module, image_BCS: Tensor) -> list[Tensor]:
+    """The features of each level, finest first, pooled between them."""
+    features: list[Tensor] = []
+    for stage in stages:
+        features.append(stage(pool(features[-1]) if features else image_BCS))
+    return features
+
+
+def two_convolutions(channels: int, width: int, dims: int) -> nn.Sequential:
+    """Twice a padded 3-convolution, batch norm and ReLU."""
+    return nn.Sequential(*_convolution(channels, width, dims), *_convolution(width, width, dims))
+
+
+def _convolution(channels: int, width: int, dims: int) -> tuple[nn.Module, ...]:
+    norm = BATCH_NORM[dims](width, eps=1e-3, momentum=0.01)
+    return CONVOLUTION[dims](channels, width, 3, padding=1), norm, nn.ReLU(inplace=True)
