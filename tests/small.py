@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from microtome.config import AugmentConfig, NetworkConfig, Plan
-from microtome.training.store import StoredCase
+from microtome.training.store import StoredCase, quantiles
 
-# No change is ever drawn.
-NOTHING = AugmentConfig(rotation_p=0, scale_p=0, elastic_p=0, intensity_p=0)
+# Every probability is 0 and no axis flips, so that no change is ever drawn; tests/test_augment.py holds it to that.
+NOTHING = AugmentConfig(**{name: 0.0 for name in AugmentConfig.model_fields if name.endswith("_p")})
 SPICED_2D = AugmentConfig(flip_axes=(0, 1), rotation_deg=(180.0,), elastic_spacing=(8.0, 8.0), elastic_sd=(1.0, 1.0))
 TINY_2D = NetworkConfig(widths=(4, 8, 8), strides=((1, 1), (2, 2), (2, 2)), kernels=((3, 3),) * 3, supervised_levels=2)
 TINY_3D = NetworkConfig(widths=(4, 8), strides=((1, 1, 1), (2, 2, 2)), kernels=((3, 3, 3),) * 2)
@@ -58,13 +58,21 @@ def small_plan_3d(**changes: Any) -> Plan:
     return small_plan(**{**values, **changes})
 
 
-def stored_case(label: np.ndarray, image: np.ndarray | None = None, *, name: str = "case", weight: float = 1.0) -> StoredCase:
+def stored_case(label: np.ndarray, image: np.ndarray | None = None, **values: Any) -> StoredCase:
     """A case as `store_cases` opens it, from arrays; the image is made up where none is given."""
     label = np.asarray(label, np.int16)
     if image is None:
         image = np.random.default_rng(0).normal(size=(1, *label.shape)).astype(np.float32)
     voxels = {int(k): np.argwhere(label == k) for k in np.unique(label[label >= 0])}
-    return StoredCase(name, image, label, voxels, {k: len(found) for k, found in voxels.items()}, weight)
+    counts = {k: len(found) for k, found in voxels.items()}
+    return StoredCase(
+        **{"name": "case", "weight": 1.0, **values},
+        image=image,
+        label=label,
+        class_voxels=voxels,
+        class_counts=counts,
+        quantiles=quantiles(image),
+    )
 
 
 def squares(seed: int = 0, size: int = 48) -> StoredCase:

@@ -36,14 +36,15 @@ class Recorder:
 
 def same(a: Sample, b: Sample) -> bool:
     arrays = [(a.centre, b.centre), (a.warp.matrix, b.warp.matrix)]
-    arrays += [(a.warp.control, b.warp.control)] if a.warp.control is not None and b.warp.control is not None else []
-    bent = (a.warp.control is None) == (b.warp.control is None)
-    return bent and (a.case, a.section, a.intensity) == (b.case, b.section, b.intensity) and all(np.array_equal(*pair) for pair in arrays)
+    arrays += [(a.warp.bend.control, b.warp.bend.control)] if a.warp.bend is not None and b.warp.bend is not None else []
+    bent = (a.warp.bend is None) == (b.warp.bend is None)
+    rest = (a.case, a.section, a.intensity, a.other) == (b.case, b.section, b.intensity, b.other)
+    return bent and rest and all(np.array_equal(*pair) for pair in arrays)
 
 
 def drawn_labels(cases: list[StoredCase], plan: Plan, count: int, *, border: int = 0) -> list[np.ndarray]:
     pool = Pool.of(cases)
-    return [load_sample(draw_sample(pool, plan, step, 0, border), cases, plan.patch_vox)[1].numpy() for step in range(count)]
+    return [load_sample(draw_sample(pool, plan, step, 0, border), cases, plan.patch_vox).label.numpy() for step in range(count)]
 
 
 @given(step=st.integers(0, 10**6), position=st.integers(0, 64), seed=st.integers(0, 10**6))
@@ -63,7 +64,7 @@ def test_neither_order_nor_threads_change_a_sample() -> None:
     places = [(step, position) for step in range(6) for position in range(2)]
 
     def load(place: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return load_sample(draw_sample(POOL, plan, *place), CASES, plan.patch_vox)
+        return load_sample(draw_sample(POOL, plan, *place), CASES, plan.patch_vox)[:2]
 
     in_order = [load(place) for place in places]
     backwards = [load(place) for place in reversed(places)][::-1]
@@ -83,16 +84,17 @@ def test_batches_are_the_same_however_many_are_made_ahead(ahead: int) -> None:
         batches.ahead = ahead
         got = [batches.get(step) for step in range(5)]
     with Batches(CASES, plan, CPU) as resumed:
-        assert torch.equal(resumed.get(3)[0], got[3][0])
-    for step, (image, label) in enumerate(got):
+        assert torch.equal(resumed.get(3).image, got[3].image)
+    for step, (image, label, weight) in enumerate(got):
+        assert weight is None
         samples = [load_sample(draw_sample(POOL, plan, step, position), CASES, plan.patch_vox) for position in range(3)]
-        assert torch.equal(image, torch.stack([sample[0] for sample in samples]))
-        assert torch.equal(label, torch.stack([sample[1] for sample in samples]))
+        assert torch.equal(image, torch.stack([sample.image for sample in samples]))
+        assert torch.equal(label, torch.stack([sample.label for sample in samples]))
 
 
 def test_a_batch_is_channels_last_and_of_the_right_types() -> None:
     with Batches(CASES, small_plan(batch=4), CPU) as batches:
-        image, label = batches.get(0)
+        image, label, _ = batches.get(0)
     assert (image.shape, label.shape) == ((4, 1, 32, 32), (4, 32, 32))
     assert (image.dtype, label.dtype) == (torch.float32, torch.int16)
     assert image.is_contiguous(memory_format=torch.channels_last)
@@ -136,12 +138,13 @@ def test_a_2d_network_reads_one_section_of_a_volume() -> None:
     seen = set()
     for step in range(40):
         sample = draw_sample(Pool.of([case]), plan, step, 0)
-        loaded, label = load_sample(sample, [replace(case, image=watched)], plan.patch_vox)
+        loaded, label, _ = load_sample(sample, [replace(case, image=watched)], plan.patch_vox)
         assert (loaded - sample.section).abs().max() < 1e-5  # type: ignore[operator]
         assert label.shape == (32, 32)
         seen.add(sample.section)
     assert seen == set(range(5))
-    assert watched.taken == 40 * 40 * 44
+    # Of the section only the crop, with a voxel to spare on each side.
+    assert 40 * 32 * 32 < watched.taken <= 40 * 34 * 34
 
 
 def test_a_2d_network_sees_only_annotated_sections() -> None:
@@ -245,7 +248,7 @@ def test_a_patch_that_is_not_bent_shows_the_image_itself() -> None:
     plan = small_plan(augment=NOTHING)
     for step in range(10):
         sample = draw_sample(Pool.of([case]), plan, step, 0)
-        image, label = load_sample(sample, [case], plan.patch_vox)
+        image, label, _ = load_sample(sample, [case], plan.patch_vox)
         y, x = (sample.centre - 15.5).astype(int)
         assert np.abs(image.numpy() - case.image[:, y : y + 32, x : x + 32]).max() < 1e-5
         assert np.array_equal(label, case.label[y : y + 32, x : x + 32])
@@ -255,7 +258,7 @@ def test_a_patch_that_is_not_bent_shows_the_image_itself() -> None:
 def test_an_image_smaller_than_the_patch_lies_in_its_middle(shape: tuple[int, int]) -> None:
     label = np.ones(shape, np.int16)
     plan = small_plan(augment=NOTHING)
-    image, part = load_sample(draw_sample(Pool.of([stored_case(label)]), plan, 0, 0), [stored_case(label)], plan.patch_vox)
+    image, part, _ = load_sample(draw_sample(Pool.of([stored_case(label)]), plan, 0, 0), [stored_case(label)], plan.patch_vox)
     assert (part >= 0).sum() == np.prod(np.minimum(shape, 32))
     rows, columns = np.flatnonzero((part >= 0).any(1)), np.flatnonzero((part >= 0).any(0))
     assert abs(rows[0] + rows[-1] - 31) <= 1
@@ -264,9 +267,50 @@ def test_an_image_smaller_than_the_patch_lies_in_its_middle(shape: tuple[int, in
     assert image.shape == (1, 32, 32)
 
 
+@pytest.mark.parametrize("volume", [False, True])
+def test_weights_come_with_the_patch_and_its_batch(volume: bool) -> None:
+    label = np.random.default_rng(0).integers(0, 2, (6, 40, 44)).astype(np.int16)
+    weight = np.random.default_rng(1).uniform(1, 9, label.shape).astype(np.float16)
+    case = stored_case(label) if volume else stored_case(label[0])
+    case = replace(case, weight_map=weight if volume else weight[0])
+    plan = small_plan(augment=NOTHING, batch=3, spacing_mm=(4.0, 1.0, 1.0) if volume else (1.0, 1.0))
+    with Batches([case], plan, CPU) as batches:
+        batch = batches.get(4)
+    assert batch.weight is not None
+    assert (batch.weight.shape, batch.weight.dtype) == ((3, 32, 32), torch.float32)
+    for position, part in enumerate(batch.weight):
+        sample = draw_sample(Pool.of([case]), plan, 4, position)
+        y, x = (sample.centre - 15.5).astype(int)
+        assert np.abs(part.numpy() - weight[sample.section or 0, y : y + 32, x : x + 32]).max() < 1e-3
+
+
+def test_a_patch_takes_the_histogram_of_another_case() -> None:
+    rng = np.random.default_rng(0)
+    cases = [stored_case(np.zeros((40, 40)), rng.uniform(low, low + 1, (1, 40, 40)).astype(np.float32)) for low in (0, 10, 20)]
+    plan = small_plan(augment=NOTHING.model_copy(update={"histogram_p": 1.0}))
+    pool, seen = Pool.of(cases), set()
+    for step in range(30):
+        sample = draw_sample(pool, plan, step, 0)
+        image = load_sample(sample, cases, plan.patch_vox).image
+        # Where the values lie in their own range is where they lie in the other's.
+        plain = load_sample(replace(sample, other=None), cases, plan.patch_vox).image
+        assert sample.other is not None
+        assert (image - 10 * sample.other - (plain - 10 * sample.case)).abs().max() < 0.1
+        seen.add((sample.case, sample.other))
+    assert seen == {(own, other) for own in range(3) for other in range(3) if own != other}
+
+
+def test_how_a_patch_is_bent_changes_nothing_else_that_is_drawn() -> None:
+    plan = small_plan()
+    finer = small_plan(augment=plan.augment.model_copy(update={"elastic_spacing": (4.0, 4.0)}))
+    for step in range(20):
+        a, b = draw_sample(POOL, plan, step, 0), draw_sample(POOL, finer, step, 0)
+        assert same(replace(a, warp=replace(a.warp, bend=None)), replace(b, warp=replace(b.warp, bend=None)))
+
+
 def test_patches_of_volumes_come_with_all_augmentation() -> None:
     label = np.random.default_rng(0).integers(0, 2, (20, 40, 40)).astype(np.int16)
     plan = small_plan_3d()
-    image, part = load_sample(draw_sample(Pool.of([stored_case(label)]), plan, 1, 0), [stored_case(label)], plan.patch_vox)
+    image, part, _ = load_sample(draw_sample(Pool.of([stored_case(label)]), plan, 1, 0), [stored_case(label)], plan.patch_vox)
     assert image.shape == (1, 16, 16, 16)
     assert set(np.unique(part)) <= {-1, 0, 1}

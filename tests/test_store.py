@@ -17,17 +17,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 
-from microtome.config import NormalisationConfig
+from microtome.config import LossConfig, NormalisationConfig
+from microtome.data.case import Planes
 from microtome.data.dataset import Dataset, open_dataset
 from microtome.data.synthetic import DemoConfig, write_demo_data
 from microtome.errors import RunError
 from microtome.preprocess import normalise, resample, resample_labels
 from microtome.training import store
-from microtome.training.store import VOXELS_A_CLASS, class_counts, prepare, store_cases, stored_bytes
+from microtome.training.store import VOXELS_A_CLASS, class_counts, nearest, prepare, quantiles, store_cases, stored_bytes, weigh_borders
 from tests.folders import nifti, png, text
 from tests.small import small_plan, small_plan_3d
 
 RNG_SEED = 0
+BORDERS = LossConfig(border_weight=10.0)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,16 @@ def test_cases_are_brought_to_the_plan_s_spacing(cells: Dataset, tmp_path: Path)
     assert case.shape_vox == (24, 14)
     assert np.allclose(case.image[:], resample(normalise(cells.read_image(source).array, plan.normalisation), (24, 14)))
     assert np.array_equal(case.label[:], resample_labels(cells.read_label(source), (24, 14)))
+
+
+def test_pictures_are_resized_to_the_one_shape_that_the_plan_asks_for(cells: Dataset, tmp_path: Path) -> None:
+    case = store_cases(cells, cells.labelled[:1], small_plan(resize_vox=(20, 30), loss=BORDERS), tmp_path)[0]
+    assert case.image.shape == (1, 20, 30)
+    assert case.weight_map is not None
+    assert case.label.shape == case.weight_map.shape == (20, 30)
+    assert np.array_equal(
+        case.image[:], resample(normalise(cells.read_image(cells.labelled[0]).array, small_plan().normalisation), (20, 30))
+    )
 
 
 def test_sections_are_not_mixed_for_a_2d_network(tubules: Dataset, tmp_path: Path) -> None:
@@ -202,15 +214,18 @@ def test_no_more_cases_are_prepared_at_once_than_fit_into_memory(cells: Dataset,
 
 
 @pytest.mark.parametrize("spacing_mm", [(0.00204, 0.00176, 0.00176), (0.004, 0.00352, 0.00704)])
-def test_the_bytes_of_a_case_are_known_from_its_header(spacing_mm: tuple[float, ...], tubules: Dataset, tmp_path: Path) -> None:
-    plan = small_plan_3d(spacing_mm=spacing_mm)
+@pytest.mark.parametrize("loss", [LossConfig(), BORDERS])
+def test_the_bytes_of_a_case_are_known_from_its_header(
+    spacing_mm: tuple[float, ...], loss: LossConfig, tubules: Dataset, tmp_path: Path
+) -> None:
+    plan = small_plan_3d(spacing_mm=spacing_mm, loss=loss)
     whole = tubules.labelled[0]
     cases = [whole, replace(whole, name=f"{whole.name}[2:11]", sections=(2, 11))]
     for case in cases:
         store_cases(tubules, [case], plan, tmp_path / case.name)
         size = sum(path.stat().st_size for path in (tmp_path / case.name).iterdir())
         # Headers, and classes of which fewer voxels are annotated than may be noted.
-        assert size - 1500 <= stored_bytes(tubules, case, plan) <= size + 2 * 2000 * 12
+        assert size - 2000 <= stored_bytes(tubules, case, plan) <= size + 2 * 2000 * 12
 
 
 def test_what_will_not_fit_on_the_disk_is_refused_before_any_work(
@@ -230,15 +245,41 @@ def test_what_will_not_fit_on_the_disk_is_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
-    "change", [{"spacing_mm": (2.0, 2.0)}, {"normalisation": NormalisationConfig(kind="dataset", low=(0,), high=(9,), mean=(5,), sd=(2,))}]
+    ("change", "kind"),
+    [
+        ({"spacing_mm": (2.0, 2.0)}, "image"),
+        ({"stated_spacing_mm": (2.0, 2.0)}, "image"),
+        ({"resize_vox": (24, 24)}, "image"),
+        ({"normalisation": NormalisationConfig(kind="dataset", low=(0,), high=(9,), mean=(5,), sd=(2,))}, "image"),
+        ({"loss": BORDERS}, "weight_map"),
+        ({"loss": LossConfig(border_weight=5.0)}, "weight_map"),
+        ({"loss": LossConfig(border_weight=10.0, border_sigma=2.0)}, "weight_map"),
+        ({"loss": LossConfig(border_weight=10.0, balance_classes=True)}, "weight_map"),
+    ],
 )
-def test_what_was_stored_for_another_plan_is_not_taken(cells: Dataset, tmp_path: Path, change: dict[str, Any], prepared: list[str]) -> None:
-    before = store_cases(cells, cells.labelled[:1], small_plan(), tmp_path)[0]
-    after = store_cases(cells, cells.labelled[:1], small_plan(**change), tmp_path)[0]
+def test_what_was_stored_for_another_plan_is_not_taken(
+    cells: Dataset, tmp_path: Path, change: dict[str, Any], kind: str, prepared: list[str]
+) -> None:
+    plan = small_plan(loss=LossConfig() if change.get("loss") == BORDERS else BORDERS)
+    before = store_cases(cells, cells.labelled[:1], plan, tmp_path)[0]
+    after = store_cases(cells, cells.labelled[:1], plan.model_copy(update=change), tmp_path)[0]
     assert len(prepared) == 2
-    assert not np.array_equal(before.image[:], after.image[:])
-    store_cases(cells, cells.labelled[:1], small_plan(steps=9, batch=1), tmp_path)
-    assert len(prepared) == 2
+    old, new = ((array if array is None else array[:]) for array in (getattr(before, kind), getattr(after, kind)))
+    assert not np.array_equal(old, new)
+
+
+def test_what_the_arrays_do_not_depend_on_does_not_have_them_made_again(cells: Dataset, tmp_path: Path, prepared: list[str]) -> None:
+    for change in ({}, {"steps": 9, "batch": 1}, {"loss": LossConfig(border_sigma=2.0, balance_classes=True)}):
+        store_cases(cells, cells.labelled[:1], small_plan(**change), tmp_path)
+    assert len(prepared) == 1
+
+
+def test_what_was_stored_with_other_planes_or_sections_is_not_taken(tubules: Dataset, tmp_path: Path, prepared: list[str]) -> None:
+    case = tubules.labelled[0]
+    for part in (case, replace(case, planes=Planes(hidden=((0, 3),))), replace(case, planes=Planes(hidden=((0, 4),)))):
+        store_cases(tubules, [part], small_plan_3d(), tmp_path)
+    store_cases(tubules, [replace(case, sections=(0, 9))], small_plan_3d(), tmp_path)
+    assert len(prepared) == 4
 
 
 def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_no_half(
@@ -294,3 +335,114 @@ def test_real_volumes_are_stored_at_their_spacing(data_folder: Any, tmp_path: Pa
     assert case.shape_vox == (round(source.shape[0] / 2), *source.shape[1:])
     assert set(case.class_voxels) == set(range(len(dataset.legend.names)))
     assert abs(case.image[:].mean()) < 0.05
+
+
+# ---- quantiles ----
+
+
+@given(image=arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 30), st.integers(1, 30)), elements=st.floats(-9, 9, width=32)))
+@settings(max_examples=40, deadline=None)
+def test_quantiles_are_numpy_s(image: np.ndarray) -> None:
+    table = quantiles(image)
+    assert (table.shape, table.dtype) == ((len(image), 257), np.float32)
+    assert np.allclose(table, np.quantile(image.reshape(len(image), -1).astype(np.float64), np.linspace(0, 1, 257), axis=1).T, atol=1e-5)
+    assert (np.diff(table) >= 0).all()
+
+
+def test_a_stored_case_knows_the_quantiles_of_its_whole_image(cells: Dataset, tmp_path: Path) -> None:
+    case = store_cases(cells, cells.labelled[:1], small_plan(), tmp_path)[0]
+    assert np.array_equal(case.quantiles, quantiles(case.image[:]))
+    assert (case.quantiles[:, 0], case.quantiles[:, -1]) == (case.image[:].min(), case.image[:].max())
+
+
+# ---- border weights ----
+
+
+def touching(folder: Path, description: str = "instances: true", values: tuple[int, int, int] = (0, 1, 2)) -> Dataset:
+    """A picture of 8 x 12 on which two objects touch, the left one a column larger; with the values of ground, left and right."""
+    label = np.array(values)[np.repeat(np.array([[0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0]]), 8, axis=0)]
+    png(folder / "images" / "a.png", np.arange(96).reshape(8, 12))
+    png(folder / "labels" / "a.png", label)
+    text(folder / "microtome.yaml", description)
+    return open_dataset(folder)
+
+
+def test_without_border_weights_there_is_no_map(tmp_path: Path) -> None:
+    dataset = touching(tmp_path)
+    assert prepare(dataset, dataset.labelled[0], small_plan()).weight is None
+    assert store_cases(dataset, dataset.labelled, small_plan(), tmp_path / "cache")[0].weight_map is None
+    assert not [*(tmp_path / "cache").glob("*.weight.npy")]
+
+
+def test_a_gap_of_background_parts_objects_that_touch_and_weighs_most(tmp_path: Path) -> None:
+    dataset = touching(tmp_path)
+    case = store_cases(dataset, dataset.labelled, small_plan(loss=BORDERS), tmp_path / "cache")[0]
+    assert case.weight_map is not None
+    # The larger of the two gives its rim.
+    assert case.label[3].tolist() == [0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0]
+    weight = case.weight_map[:]
+    assert (weight.dtype, weight.shape) == (np.float16, (8, 12))
+    # Both 1 voxel away: 1 + 10 exp(-2² / 50); from the left edge 1 and 6 voxels.
+    assert weight[3, 5] == pytest.approx(1 + 9.2312, abs=0.005)
+    assert weight[3, 0] == pytest.approx(1 + 10 * math.exp(-(7**2) / 50), abs=0.005)
+    assert (weight[:, 1:5] == 1).all()
+    assert case.class_counts == {0: 8 * 4, 1: 8 * 8}
+
+
+def test_objects_keep_their_numbers_on_another_grid(tmp_path: Path) -> None:
+    dataset = touching(tmp_path)
+    label, weight = prepare(dataset, dataset.labelled[0], small_plan(loss=BORDERS, stated_spacing_mm=(1.0, 1.0), spacing_mm=(0.5, 0.5)))[1:]
+    assert label[7].tolist() == [0, 0, *[1] * 9, 0, *[1] * 8, 0, 0, 0, 0]
+    assert weight is not None
+    assert weight[7, 11] == pytest.approx(1 + 9.2312, abs=0.005)
+
+
+def test_values_are_taken_from_under_the_middle_of_each_new_voxel() -> None:
+    values = np.arange(12).reshape(3, 4)
+    assert nearest(values, (3, 8))[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert nearest(values, (1, 2)).tolist() == [[5, 7]]
+    assert nearest(values, (3, 4)) is values
+
+
+def test_without_instances_the_connected_parts_of_a_class_are_the_objects_and_the_gap_is_the_legend_s_background(tmp_path: Path) -> None:
+    description = "classes: {left: 1, ground: 5, right: 6}\nbackground: ground\ninstances: false\n"
+    dataset = touching(tmp_path, description, (5, 1, 6))
+    assert dataset.legend.background == 1
+    _, label, weight = prepare(dataset, dataset.labelled[0], small_plan(loss=BORDERS, classes=("left", "ground", "right")))
+    assert label[3].tolist() == [1, 0, 0, 0, 0, 1, 2, 2, 2, 2, 1, 1]
+    assert weight is not None
+    assert weight[3, 5] == pytest.approx(1 + 9.2312, abs=0.005)
+
+
+def test_what_is_not_annotated_stays_so_and_weighs_as_much_as_any() -> None:
+    label = np.repeat(np.array([[-1, -1, 1, 1, 0, 1, 1, -1]], np.int16), 5, axis=0)
+    before = label.copy()
+    parted, weight = weigh_borders(label, None, small_plan(loss=BORDERS), 0)
+    assert np.array_equal(parted, before)
+    assert np.array_equal(label, before)
+    assert (weight[label == -1] == 1).all()
+    assert (weight[label == 0] > 10).all()
+    # Nor does a gap annotate what is not, where the objects do not say so.
+    objects = np.repeat(np.array([[0, 1, 1, 1, 2, 2, 2, 0]]), 5, axis=0)
+    assert np.array_equal(weigh_borders(np.full((5, 8), -1, np.int16), objects, small_plan(loss=BORDERS), 0)[0], np.full((5, 8), -1))
+
+
+def test_sections_of_a_stack_are_weighed_one_by_one_for_a_2d_network() -> None:
+    rng = np.random.default_rng(RNG_SEED)
+    objects = rng.integers(0, 2, (4, 5, 6)).repeat(4, 1).repeat(4, 2) * rng.integers(1, 4, (4, 5, 6)).repeat(4, 1).repeat(4, 2)
+    label = (objects > 0).astype(np.int16)
+    plan = small_plan(loss=LossConfig(border_weight=10.0, balance_classes=True), spacing_mm=(9.0, 1.0, 2.0))
+    parted, weight = weigh_borders(label, objects, plan, 0)
+    for section in range(4):
+        alone = weigh_borders(label[section], objects[section], plan, 0)
+        assert np.array_equal(parted[section], alone[0])
+        assert np.array_equal(weight[section], alone[1])
+    assert not np.array_equal(parted, weigh_borders(label, objects, small_plan_3d(loss=plan.loss, spacing_mm=plan.spacing_mm), 0)[0])
+
+
+def test_a_weight_too_large_for_its_type_is_the_largest_that_fits() -> None:
+    label = np.zeros((600, 600), np.int16)
+    label[0, 0] = 1
+    weight = weigh_borders(label, None, small_plan(loss=LossConfig(border_weight=1.0, balance_classes=True)), 0)[1]
+    assert weight[0, 0] == 65504 < 600**2 / 2
+    assert np.isfinite(weight).all()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -16,8 +16,9 @@ from torch import Tensor
 from microtome.config import Plan
 from microtome.geometry import Shape
 from microtome.preprocess import crop_box
-from microtome.training.augment import Intensity, Warp, draw_intensity, draw_warp, resample_patch
+from microtome.training.intensity import Intensity, draw_intensity, draw_other, match_histogram
 from microtome.training.store import StoredCase
+from microtome.training.warp import Patch, Warp, draw_warp, resample_patch
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Sample:
         centre: (D,) voxel of the case under the middle of the patch.
         warp: the spatial change.
         intensity: the change of grey values.
+        other: index of the case whose histogram the grey values take before, or None.
     """
 
     case: int
@@ -37,6 +39,7 @@ class Sample:
     centre: np.ndarray
     warp: Warp
     intensity: Intensity
+    other: int | None = None
 
 
 @dataclass(frozen=True)
@@ -95,25 +98,43 @@ def draw_sample(pool: Pool, plan: Plan, step: int, position: int, border: int = 
     shape_vox = case.shape_vox[-dims:]
     seen_vox = tuple(n - 2 * border for n in plan.patch_vox)
     centre = _place(rng, voxel[-dims:], shape_vox, seen_vox, free=case.dense and not by_class)
-    warp = draw_warp(rng, plan.augment, plan.patch_vox, plan.spacing_mm)
-    return Sample(number, section, centre, warp, draw_intensity(rng, plan.augment))
+    intensity = draw_intensity(rng, plan.augment, plan.spacing_mm[-dims:])
+    other = draw_other(rng, plan.augment, number, len(pool.cases))
+    # The movement comes last: how many control points are drawn then changes nothing else.
+    return Sample(number, section, centre, draw_warp(rng, plan.augment, plan.patch_vox, plan.spacing_mm), intensity, other)
 
 
-def load_sample(sample: Sample, cases: Sequence[StoredCase], patch_vox: Shape) -> tuple[Tensor, Tensor]:
-    """Image (C, *patch) float32 and label (*patch) int16 of a sample; reads only the part of the case that it needs."""
+def load_sample(sample: Sample, cases: Sequence[StoredCase], patch_vox: Shape) -> Patch:
+    """Image (C, *patch), label (*patch) and, where cases have a weight map, weight of a sample; reads only the part that it needs."""
     case = cases[sample.case]
-    image, label = case.image, case.label
-    if sample.section is not None:
-        image, label = image[:, sample.section], label[sample.section]
     source = sample.warp.coordinates(sample.centre, patch_vox)
     flat = source.reshape(len(patch_vox), -1)
-    box = crop_box(label.shape, flat.min(1).tolist(), flat.max(1).tolist())
+    box = crop_box(case.shape_vox[-len(patch_vox) :], flat.min(1).tolist(), flat.max(1).tolist())
     corner = np.array([side.start for side in box], np.float32).reshape(-1, *[1] * len(patch_vox))
+    part: tuple[slice | int, ...] = box if sample.section is None else (sample.section, *box)
     # Copies: torch refuses read-only memory.
-    image_CS = torch.from_numpy(np.array(image[(slice(None), *box)], np.float32))
-    label_S = torch.from_numpy(np.array(label[box]))
-    image_CS, label_S = resample_patch(image_CS, label_S, source - corner)
-    return sample.intensity.apply(image_CS), label_S
+    image_CS = torch.from_numpy(np.array(case.image[(slice(None), *part)], np.float32))
+    label_S = torch.from_numpy(np.array(case.label[part]))
+    weight_S = None if case.weight_map is None else torch.from_numpy(np.array(case.weight_map[part], np.float32))
+    patch = resample_patch(Patch(image_CS, label_S, weight_S), source - corner)
+    image_CS = patch.image
+    if sample.other is not None:
+        image_CS = match_histogram(image_CS, case.quantiles, cases[sample.other].quantiles)
+    return patch._replace(image=sample.intensity.apply(image_CS))
+
+
+class Batch(NamedTuple):
+    """The patches of a step.
+
+    Attributes:
+        image: (B, C, *patch) float32, channels last.
+        label: (B, *patch) int16, -1 where not annotated.
+        weight: (B, *patch) float32, how much each voxel counts in the loss; None: all alike.
+    """
+
+    image: Tensor
+    label: Tensor
+    weight: Tensor | None
 
 
 class Batches:
@@ -126,24 +147,26 @@ class Batches:
     def __init__(self, cases: Sequence[StoredCase], plan: Plan, device: torch.device, border: int = 0) -> None:
         self.drawn_from, self.plan, self.device, self.border = Pool.of(cases), plan, device, border
         self.ahead = 0 if device.type == "cpu" else 3
-        self.waiting: dict[int, list[Future[tuple[Tensor, Tensor]]]] = {}
+        self.waiting: dict[int, list[Future[Patch]]] = {}
         threads = torch.get_num_threads()
         self.pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2), initializer=_one_thread_each)
         list(self.pool.map(lambda _: None, range(2)))
         # The call in the workers also limits the library behind large products, for all threads: give it back.
         torch.set_num_threads(threads)
 
-    def get(self, step: int) -> tuple[Tensor, Tensor]:
-        """Image (B, C, *patch) float32, channels last, and label (B, *patch) int16 of a step, on the device."""
+    def get(self, step: int) -> Batch:
+        """The batch of a step, on the device."""
         for number in range(step, step + self.ahead + 1):
             if number not in self.waiting:
                 self.waiting[number] = [self.pool.submit(self._load, number, position) for position in range(self.plan.batch)]
-        pairs = [future.result() for future in self.waiting.pop(step)]
+        patches = [future.result() for future in self.waiting.pop(step)]
         layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
-        image = torch.stack([image for image, _ in pairs]).to(self.device, memory_format=layout)
-        return image, torch.stack([label for _, label in pairs]).to(self.device)
+        image = torch.stack([patch.image for patch in patches]).to(self.device, memory_format=layout)
+        label = torch.stack([patch.label for patch in patches]).to(self.device)
+        weights = [patch.weight for patch in patches if patch.weight is not None]
+        return Batch(image, label, torch.stack(weights).to(self.device) if weights else None)
 
-    def _load(self, step: int, position: int) -> tuple[Tensor, Tensor]:
+    def _load(self, step: int, position: int) -> Patch:
         """One sample of one step."""
         sample = draw_sample(self.drawn_from, self.plan, step, position, self.border)
         return load_sample(sample, self.drawn_from.cases, self.plan.patch_vox)

@@ -9,16 +9,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from microtome.config import Plan
-from microtome.data.dataset import Case, Dataset
+from microtome.data.dataset import NOT_ANNOTATED, Case, Dataset
 from microtome.errors import RunError
 from microtome.files import atomic_path
 from microtome.geometry import Shape
 from microtome.preprocess import grid_shape, normalise, resample, resample_labels, voxel_size
+from microtome.training.borders import border_weights, objects_of, separated
 
 # Enough to draw from for thousands of steps; more only costs memory.
 VOXELS_A_CLASS = 2000
@@ -26,6 +27,8 @@ VOXELS_A_CLASS = 2000
 MOST_OPEN = 128
 # Cases that are prepared, and held in memory, at once.
 MOST_THREADS = 4
+# Points of the table of a channel's quantiles, the smallest and the largest value among them.
+QUANTILES = 257
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ class StoredCase:
         class_voxels: for each class that it holds, up to 2000 voxel indices (N, D) drawn from all of them.
         class_counts: how many voxels of each of these classes it really holds.
         weight: how often it is drawn, relative to others.
+        quantiles: (C, 257) float32 of the image, from its smallest to its largest value.
+        weight_map: (*S) float16, how much each voxel counts in the loss; None: all alike.
     """
 
     name: str
@@ -66,6 +71,8 @@ class StoredCase:
     class_voxels: Mapping[int, np.ndarray]
     class_counts: Mapping[int, int]
     weight: float
+    quantiles: np.ndarray
+    weight_map: MappedArray | np.ndarray | None = None
 
     @property
     def shape_vox(self) -> Shape:
@@ -114,12 +121,71 @@ def store_cases(dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Pat
     return [case for case in stored if case.class_voxels]
 
 
-def prepare(dataset: Dataset, case: Case, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """Image (C, *S) float32 and label (*S) int16 of a case on the plan's grid."""
+class Prepared(NamedTuple):
+    """A case on the plan's grid.
+
+    Attributes:
+        image: (C, *S) float32.
+        label: (*S) int16, -1 where not annotated.
+        weight: (*S) float16, how much each voxel counts in the loss; None where the plan has no border weights.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    weight: np.ndarray | None = None
+
+
+def prepare(dataset: Dataset, case: Case, plan: Plan) -> Prepared:
+    """A case on the plan's grid, in the network's grey values."""
     image = dataset.read_image(case)
     shape = grid_shape(image.shape_vox, voxel_size(image, plan), plan)
     array = resample(normalise(image.array, plan.normalisation), shape)
-    return array, resample_labels(dataset.read_label(case), shape)
+    label = resample_labels(dataset.read_label(case), shape)
+    if not plan.loss.border_weight:
+        return Prepared(array, label)
+    found = dataset.read_instances(case)
+    objects = None if found is None else nearest(found, shape)
+    return Prepared(array, *weigh_borders(label, objects, plan, dataset.legend.background or 0))
+
+
+def nearest(values_S: np.ndarray, new_shape_vox: Shape) -> np.ndarray:
+    """Values on a new grid of the same extent, each voxel that of the old one under its centre: object numbers have no mean."""
+    for axis, (size, new_size) in enumerate(zip(values_S.shape, new_shape_vox, strict=True)):
+        if size != new_size:
+            values_S = values_S.take(((np.arange(new_size) + 0.5) * size / new_size).astype(int), axis)
+    return values_S
+
+
+def weigh_borders(label_S: np.ndarray, objects_S: np.ndarray | None, plan: Plan, background: int) -> tuple[np.ndarray, np.ndarray]:
+    """The label with gaps of background between touching objects, and the weight of each voxel, float16, most in the gaps.
+
+    A 2D network's stack is weighed a section at a time, as it sees nothing else.
+
+    Args:
+        label_S: on the plan's grid.
+        objects_S: the objects on the same grid; None: the connected parts of all classes but the background.
+        plan: with the settings of its loss.
+        background: the class that a gap becomes.
+    """
+    loss, spacing_mm = plan.loss, plan.spacing_mm[-plan.dims :]
+    labels = np.array(label_S).reshape(-1, *label_S.shape[-plan.dims :])
+    weights = np.empty(labels.shape, np.float16)
+    for number, label in enumerate(labels):
+        objects = _pieces(label, background) if objects_S is None else objects_S.reshape(labels.shape)[number]
+        apart = separated(objects)
+        label[(objects > 0) & (apart == 0) & (label != NOT_ANNOTATED)] = background
+        found = border_weights(apart, spacing_mm, w0=loss.border_weight, sigma_vox=loss.border_sigma, balance=loss.balance_classes)
+        # Nothing is learned where nothing is annotated, but a sample between there and here would take half of its weight.
+        found[label == NOT_ANNOTATED] = 1
+        weights[number] = np.minimum(found, np.finfo(np.float16).max)
+    return labels.reshape(label_S.shape), weights.reshape(label_S.shape)
+
+
+def _pieces(label_S: np.ndarray, background: int) -> np.ndarray:
+    """The connected parts of all classes but the background, which `objects_of` takes to be 0."""
+    if background:
+        label_S = np.where(label_S == background, 0, np.where(label_S == 0, background, label_S))
+    return objects_of(label_S)
 
 
 def stored_bytes(dataset: Dataset, case: Case, plan: Plan) -> int:
@@ -133,7 +199,8 @@ def stored_bytes(dataset: Dataset, case: Case, plan: Plan) -> int:
     spacing = plan.stated_spacing_mm or dataset.config.spacing_mm or assumed
     voxels = math.prod(grid_shape(shape, spacing, plan))
     noted = min(voxels, VOXELS_A_CLASS * len(plan.classes))
-    return voxels * (4 * plan.channels + 2) + noted * 4 * len(shape)
+    each = 4 * plan.channels + (4 if plan.loss.border_weight else 2)
+    return voxels * each + noted * 4 * len(shape) + 4 * QUANTILES * plan.channels
 
 
 def _check_space(dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Path) -> None:
@@ -148,7 +215,10 @@ def _check_space(dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Pa
 
 def _key(case: Case, plan: Plan) -> str:
     """What the stored arrays depend on, in a file's name: after a change of the plan they are not taken for the new ones."""
-    settings = f"{case.name} {plan.dims} {plan.spacing_mm} {plan.normalisation} {plan.seed}"
+    grid = (plan.dims, plan.spacing_mm, plan.stated_spacing_mm, plan.assumed_spacing_mm, plan.resize_vox)
+    loss = plan.loss
+    borders = (loss.border_weight, loss.border_sigma, loss.balance_classes) if loss.border_weight else ()
+    settings = repr((case.name, case.sections, case.planes, grid, plan.normalisation, borders, plan.seed))
     return hashlib.blake2b(settings.encode(), digest_size=4).hexdigest()
 
 
@@ -159,15 +229,16 @@ def _is_stored(stem: Path) -> bool:
 
 def _store(dataset: Dataset, case: Case, plan: Plan, stem: Path, rng: np.random.Generator) -> None:
     """Write one case: image, label, and last where its classes are."""
-    image, label = prepare(dataset, case, plan)
-    for suffix, array in ((".image.npy", image), (".label.npy", label)):
+    image, label, weight = prepare(dataset, case, plan)
+    arrays = [(".image.npy", image), (".label.npy", label)]
+    for suffix, array in [*arrays, (".weight.npy", weight)] if weight is not None else arrays:
         with atomic_path(stem.with_suffix(suffix)) as part, part.open("wb") as file:
             np.save(file, array, allow_pickle=False)
     counts = class_counts(label)
     voxels = {f"{k}": draw_voxels(rng, label, k) for k in counts}
     table = np.array(list(counts.items()), np.int64).reshape(-1, 2)
     with atomic_path(stem.with_suffix(".voxels.npz")) as part, part.open("wb") as file:
-        np.savez(file, counts=table, allow_pickle=False, **voxels)
+        np.savez(file, counts=table, quantiles=quantiles(image), allow_pickle=False, **voxels)
 
 
 def _map(path: Path) -> np.ndarray:
@@ -178,13 +249,32 @@ def _map(path: Path) -> np.ndarray:
 
 def _open(case: Case, stem: Path, opened: Callable[[Path], np.ndarray]) -> StoredCase:
     """A case that was stored."""
-    image, label = (MappedArray(path, opened(path).shape, opened) for path in (stem.with_suffix(f".{n}.npy") for n in ("image", "label")))
+
+    def mapped(name: str) -> MappedArray:
+        path = stem.with_suffix(f".{name}.npy")
+        return MappedArray(path, opened(path).shape, opened)
+
     with np.load(stem.with_suffix(".voxels.npz"), allow_pickle=False) as file:
         counts = {int(k): int(count) for k, count in file["counts"]}
         voxels = {k: file[str(k)] for k in counts}
+        table = file["quantiles"]
     # Parts of one stack are drawn by their size; separate images equally often, whatever their size.
     weight = float(sum(counts.values())) if case.sections else 1.0
-    return StoredCase(case.name, image, label, voxels, counts, weight)
+    weight_map = mapped("weight") if stem.with_suffix(".weight.npy").exists() else None
+    return StoredCase(case.name, mapped("image"), mapped("label"), voxels, counts, weight, table, weight_map)
+
+
+def quantiles(image_CS: np.ndarray) -> np.ndarray:
+    """257 evenly spaced quantiles of each channel of an image, (C, 257) float32, linear between its sorted values."""
+    table = np.empty((len(image_CS), QUANTILES), np.float32)
+    for row, channel in zip(table, image_CS, strict=True):
+        # A sort of the whole is several times faster than NumPy's search for so many quantiles.
+        values = np.sort(channel, axis=None)
+        place = np.linspace(0, len(values) - 1, QUANTILES)
+        below = place.astype(int)
+        above, share = np.minimum(below + 1, len(values) - 1), place - below
+        row[:] = values[below] * (1 - share) + values[above] * share
+    return table
 
 
 def class_counts(label: np.ndarray) -> dict[int, int]:
