@@ -1,6 +1,7 @@
 """Folds: a partition, never through a group, with every class on the side that learns, the same from the same seed."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from folders import text, tiff
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from microtome.data.case import Case
+from microtome.data.case import Case, Plane, Planes
 from microtome.data.dataset import Dataset, DatasetConfig, open_dataset
 from microtome.data.legend import Legend
 from microtome.data.split import Split, split_dataset
@@ -243,3 +244,100 @@ def test_last_five_sections_of_isbi_validate(data_folder: Callable[[str], Path])
 def test_fifth_of_hippocampus_validates(data_folder: Callable[[str], Path]) -> None:
     split = split_dataset(open_dataset(data_folder("hippocampus")))
     assert (len(split.train), len(split.validation)) == (160, 40)
+
+
+# Annotated planes of sparse volumes.
+
+SHAPE = (20, 24, 28)
+PAINTED: tuple[Plane, ...] = tuple((axis, index) for axis in range(3) for index in (4, 9, 15))
+
+
+def sparse_volumes(root: Path, planes: Mapping[str, tuple[Plane, ...]], document: str = "") -> Dataset:
+    """Volumes with some planes painted in full; a volume without any is annotated all over."""
+    for name, painted in planes.items():
+        tiff(root / "images" / f"{name}.tif", np.zeros(SHAPE, np.uint8))
+        label = np.full(SHAPE, 255 if painted else 0, np.uint8)
+        for axis, index in painted:
+            np.moveaxis(label, axis, 0)[index] = np.eye(*np.moveaxis(label, axis, 0)[index].shape)
+        tiff(root / "labels" / f"{name}.tif", label)
+    text(root / "microtome.yaml", f"spacing_mm: [1, 1, 1]\nclasses: {{background: 0, membrane: 1}}\nnot_annotated: 255\n{document}")
+    return open_dataset(root)
+
+
+def annotated(dataset: Dataset, case: Case) -> np.ndarray:
+    found: np.ndarray = dataset.read_label(case) != -1
+    return found
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5, 9, 12])
+def test_slices_partition_the_annotated_planes_and_no_voxel_is_in_both_parts(tmp_path: Path, parts: int) -> None:
+    dataset = sparse_volumes(tmp_path, {"volume": PAINTED})
+    whole = annotated(dataset, dataset.cases[0])
+    held: list[Plane] = []
+    for part in range(1, min(parts, 9) + 1):
+        split = split_dataset(dataset, f"{part}/{parts}", holdout="slices")
+        (train,), (validation,) = split.train, split.validation
+        assert train.planes is not None
+        assert validation.planes is not None
+        assert (train.planes.shown, validation.planes.hidden, train.planes.hidden) == ((), (), validation.planes.shown)
+        learned, scored = annotated(dataset, train), annotated(dataset, validation)
+        assert learned.any()
+        # Crossings of a plane that trains and one that validates only validate.
+        assert not (learned & scored).any()
+        assert np.array_equal(learned | scored, whole)
+        held += validation.planes.shown
+        assert dataset.read_image(train).shape_vox == dataset.read_image(validation).shape_vox == SHAPE
+    assert sorted(held) == list(PAINTED)
+
+
+def test_every_third_plane_is_one_of_each_orientation(tmp_path: Path) -> None:
+    split = split_dataset(sparse_volumes(tmp_path, {"volume": PAINTED}), "2/3", holdout="slices")
+    assert (names(split.train), names(split.validation)) == (["volume"], ["volume[z9+y9+x9]"])
+    assert {case.group for case in (*split.train, *split.validation)} == {"volume"}
+
+
+def test_volumes_take_turns_and_dense_ones_train_whole(tmp_path: Path) -> None:
+    dataset = sparse_volumes(tmp_path, {"a": PAINTED[:3], "b": (), "c": PAINTED[:1], "d": PAINTED[3:]})
+    # Nine planes of a and d; the only one of c must stay.
+    folds = [split_dataset(dataset, f"{part}/5", holdout="slices") for part in range(1, 6)]
+    assert [names(fold.validation) for fold in folds] == [
+        ["a[z4]", "d[y15]"],
+        ["a[z9]", "d[x4]"],
+        ["a[z15]", "d[x9]"],
+        ["d[y4+x15]"],
+        ["d[y9]"],
+    ]
+    for fold in folds:
+        assert names(fold.train) == ["a", "b", "c", "d"]
+        assert fold.train[1].planes is fold.train[2].planes is None
+    assert split_dataset(dataset, "all", holdout="slices").validation == ()
+
+
+def test_name_of_many_planes_stays_short(tmp_path: Path) -> None:
+    dataset = sparse_volumes(tmp_path, {"volume": tuple((0, z) for z in range(0, 20, 2))})
+    assert names(split_dataset(dataset, "1/2", holdout="slices").validation) == ["volume[z0+z4+z8+2more]"]
+
+
+def test_planes_that_are_shown_already_are_those_that_are_dealt(tmp_path: Path) -> None:
+    dataset = sparse_volumes(tmp_path, {"volume": ()})
+    shown = replace(dataset.cases[0], planes=Planes(shown=PAINTED[:4]))
+    split = split_dataset(replace(dataset, cases=(shown,)), "1/2", holdout="slices")
+    assert split.train[0].planes == Planes(shown=PAINTED[:4], hidden=(PAINTED[0], PAINTED[2]))
+    learned, scored = annotated(dataset, split.train[0]), annotated(dataset, split.validation[0])
+    assert (int(learned.sum()), int(scored.sum())) == ((20 * 28 + 24 * 28 - 28) - 2 * 28, 2 * 24 * 28)
+
+
+def test_without_a_sparse_volume_there_are_no_slices_to_hold_out(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a volume with two annotated planes at least.*got none among dense, one; hold out cases"):
+        split_dataset(sparse_volumes(tmp_path / "v", {"dense": (), "one": PAINTED[:1]}), holdout="slices")
+    with pytest.raises(ConfigError, match="got none among volume"):
+        split_dataset(stack(tmp_path / "p", np.where(np.eye(20) > 0, 1, 255)), holdout="slices")
+
+
+def test_slices_beside_stated_validation_or_another_word_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing stated beside slices, got `validation`"):
+        split_dataset(sparse_volumes(tmp_path, {"a": PAINTED, "b": PAINTED}, "validation: [a]"), holdout="slices")
+    with pytest.raises(ConfigError, match="expected cases or slices, got 'planes'"):
+        split_dataset(dataset_of({"a": (1, 0, 0, 0)}), holdout="planes")
+    with pytest.raises(ConfigError, match="expected a part of at most 3, got 4/5, and there are 3 annotated planes"):
+        split_dataset(sparse_volumes(tmp_path / "few", {"a": PAINTED[:3]}), "4/5", holdout="slices")

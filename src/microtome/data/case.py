@@ -11,6 +11,22 @@ NOT_ANNOTATED = -1
 # What stands in a label file: a number, or a colour (red, green, blue).
 LabelValue = int | tuple[int, int, int]
 
+# A section of a volume across one of its axes: (axis of S, index along it), counted from 0 as the file has them.
+Plane = tuple[int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planes:
+    """Which planes of a sparsely annotated volume count, beside what its label file says.
+
+    Attributes:
+        shown: only these are annotated; empty: all that the file annotates.
+        hidden: nothing in these is annotated, their crossings with other planes included.
+    """
+
+    shown: tuple[Plane, ...] = ()
+    hidden: tuple[Plane, ...] = ()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -22,6 +38,7 @@ class Case:
         labels: none, one label map, or one mask an instance (Kaggle's layout).
         group: cases of one group (a patient) are never split; the case's own name by default.
         sections: first and past-the-end section along the slowest axis, where the case is a part of a stack.
+        planes: which annotated planes count, where not all do; the image is whole all the same.
     """
 
     name: str
@@ -29,6 +46,7 @@ class Case:
     labels: tuple[Path, ...] = ()
     group: str = ""
     sections: tuple[int, int] | None = None
+    planes: Planes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

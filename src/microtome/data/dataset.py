@@ -19,6 +19,7 @@ from microtome.data.labels import LabelScan, class_counts, label_findings, read_
 from microtome.data.layouts import find_layout, image_side
 from microtome.data.legend import Legend, label_codes
 from microtome.data.names import natural, relative_words, some, unique_names
+from microtome.data.planes import keep_planes
 from microtome.data.reading import checked_label, cut, fit_channels, read_case_image, stack_channels, with_spacing
 from microtome.errors import DataError, DataWarning
 from microtome.geometry import format_sides
@@ -36,6 +37,7 @@ __all__ = [
     "fit_channels",
     "list_images",
     "open_dataset",
+    "open_pair",
     "read_case_image",
 ]
 
@@ -90,7 +92,7 @@ class Dataset:
         return cut(with_spacing(image, self.config.spacing_mm), case.sections)
 
     def read_label(self, case: Case) -> np.ndarray:
-        """The label map of a labelled case, (*S) int16: classes of the legend, NOT_ANNOTATED elsewhere; its sections only.
+        """The label map of a labelled case, (*S) int16: classes of the legend, NOT_ANNOTATED elsewhere; its sections and planes only.
 
         Raises:
             DataError: a file cannot be read, or the label is not on the image's grid.
@@ -98,7 +100,7 @@ class Dataset:
         label = self._label_image(case)
         if self.per_instance:
             label = replace(label, array=(label.array > 0).view(np.uint8))
-        return self.legend.decode(label)
+        return keep_planes(self.legend.decode(label), case)
 
     def read_instances(self, case: Case) -> np.ndarray | None:
         """The objects of a labelled case, (*S) int32: 0 background, one number an object; None if labels are classes.
@@ -118,7 +120,7 @@ class Dataset:
         else:
             objects = codes.astype(np.int32)
         objects[self.legend.lookup(codes, colour=colour) == NOT_ANNOTATED] = NOT_ANNOTATED
-        return objects
+        return keep_planes(objects, case)
 
     def _label_image(self, case: Case) -> Image:
         """The label file or files as one image on the grid of the case's image."""
@@ -149,6 +151,31 @@ def open_dataset(path: Path) -> Dataset:
     config, named_by = load_description(root)
     layout = find_layout(root, config, named_by)
     layout = replace(layout, cases=_grouped(layout.cases, config, named_by))
+    return _opened(root, layout, config, named_by)
+
+
+def open_pair(image: Path, label: Path, config: DatasetConfig, named_by: str) -> Dataset:
+    """One image and its label as a dataset of one case, wherever the two files lie and whatever they are called.
+
+    Args:
+        image: the image file; its folder is the dataset's root, its stem the case's name.
+        label: the label file.
+        config: what a `microtome.yaml` would say; what it says of layout, groups and validation is not looked at.
+        named_by: who says that, for messages.
+
+    Raises:
+        DataError: the label cannot be read, or holds nothing that is annotated.
+        ConfigError: as `open_dataset`.
+
+    Warns:
+        DataWarning: a volume without a voxel size.
+    """
+    case = Case(name=stem_of(image), images=(image,), labels=(label,), group=stem_of(image))
+    return _opened(image.parent, Layout(sentence=f"{image.name} with {label.name}", cases=(case,)), config, named_by)
+
+
+def _opened(root: Path, layout: Layout, config: DatasetConfig, named_by: str) -> Dataset:
+    """The dataset of files that are paired: every label read once for its classes, every header for its geometry."""
     labelled = [case for case in layout.cases if case.labels]
     declared = _declared(config, layout, named_by)
     with warnings.catch_warnings(record=True) as caught:

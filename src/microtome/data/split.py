@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from microtome.data.case import NOT_ANNOTATED, Case
+from microtome.data.case import NOT_ANNOTATED, Case, Plane, Planes
 from microtome.data.dataset import Dataset
 from microtome.data.names import natural, some
+from microtome.data.planes import annotated_planes, plane_name
 from microtome.errors import ConfigError, DataError
 
 
@@ -35,7 +36,7 @@ class _Group:
     classes: frozenset[int]
 
 
-def split_dataset(dataset: Dataset, fold: str = "1/5", seed: int = 0) -> Split:
+def split_dataset(dataset: Dataset, fold: str = "1/5", seed: int = 0, holdout: str = "cases") -> Split:
     """Split the labelled cases, never a group, the same way for the same names, classes and seed, whatever the order of files.
 
     `validation:` and `validation_sections:` of `microtome.yaml` come before a fold. A dataset of one case is cut
@@ -45,10 +46,15 @@ def split_dataset(dataset: Dataset, fold: str = "1/5", seed: int = 0) -> Split:
     Args:
         dataset: with at least one labelled case.
         fold: "K/N", part K of N validates; "all": everything trains and nothing validates.
-        seed: of what is random in the choice of folds.
+        seed: of what is random in the choice of folds; with slices nothing is.
+        holdout: "cases": whole cases validate; "slices": annotated planes of sparsely annotated volumes do, every N-th
+            of them across Z, then Y, then X. Such a volume is in both parts, in training without these planes and in
+            validation with nothing else. A voxel of one of them trains nothing, though it may lie in another plane too.
+            Where neighbouring sections were painted the score is too good: they look alike.
 
     Raises:
-        ConfigError: the fold cannot be read or does not exist here; `validation:` tears a group apart or leaves nothing.
+        ConfigError: the fold cannot be read or does not exist here; `validation:` tears a group apart or leaves nothing;
+            `holdout` is none of the two; no volume has two annotated planes, or `validation:` is stated beside them.
         DataError: no labelled case.
     """
     cases = sorted(dataset.labelled, key=lambda case: natural(case.name))
@@ -57,6 +63,10 @@ def split_dataset(dataset: Dataset, fold: str = "1/5", seed: int = 0) -> Split:
     part, parts = _parse(fold)
     if parts == 1:
         return Split(train=tuple(cases), validation=())
+    if holdout not in ("cases", "slices"):
+        raise ConfigError("holdout", expected="cases or slices", got=repr(holdout), do="give one of the two")
+    if holdout == "slices":
+        return _slices(dataset, cases, part, parts)
     if dataset.config.validation_sections:
         return _fixed_sections(dataset, cases, dataset.config.validation_sections)
     if dataset.config.validation:
@@ -220,3 +230,47 @@ def _cut(case: Case, sections: int, first: int, past: int) -> Split:
         for a, b in ((0, first), (first, past), (past, sections))
     )
     return Split(train=tuple(part for part, size in ((before, first), (after, sections - past)) if size), validation=(within,))
+
+
+def _slices(dataset: Dataset, cases: Sequence[Case], part: int, parts: int) -> Split:
+    """Every N-th annotated plane of the volumes that have two or more, counted on from volume to volume, validates."""
+    if dataset.config.validation or dataset.config.validation_sections:
+        got = "`validation` in microtome.yaml"
+        raise ConfigError("holdout", expected="nothing stated beside slices", got=got, do="remove one of the two")
+    found = {case.name: _planes(dataset, case) for case in cases}
+    # A plane that is the only one of its volume would leave nothing of that to learn from.
+    units = [(name, plane) for name, planes in found.items() if len(planes) >= 2 for plane in planes]
+    if not units:
+        expected = "a volume with two annotated planes at least, and nothing annotated between them"
+        got = f"none among {some(found)}"
+        raise ConfigError(dataset.root, expected=expected, got=got, do="hold out cases, or train with --fold all")
+    chosen: dict[str, list[Plane]] = defaultdict(list)
+    for name, plane in units[part - 1 :: _available(part, parts, len(units), "annotated planes")]:
+        chosen[name].append(plane)
+    sides = [_sides(case, tuple(chosen.get(case.name, ()))) for case in cases]
+    return Split(train=tuple(train for train, _ in sides), validation=tuple(held for _, held in sides if held))
+
+
+def _planes(dataset: Dataset, case: Case) -> tuple[Plane, ...]:
+    """The annotated planes of a case that can be told apart; none of a picture or where all is annotated."""
+    if case.planes and case.planes.shown:
+        return case.planes.shown
+    header = dataset.headers.get(case.name)
+    counts = dataset.class_counts.get(case.name)
+    if (header and len(header.shape_vox) != 3) or (counts and not counts[-1]):
+        return ()
+    return annotated_planes(dataset.read_label(case)) or ()
+
+
+def _sides(case: Case, planes: tuple[Plane, ...]) -> tuple[Case, Case | None]:
+    """A case without some planes, to train on, and with nothing but these, to validate with; whole where there are none."""
+    if not planes:
+        return case, None
+    before = case.planes or Planes()
+    # A name becomes that of a file, so it must not grow with the planes; the first ones tell folds apart.
+    words = [plane_name(plane) for plane in planes]
+    listed = "+".join(words if len(words) <= 4 else [*words[:3], f"{len(words) - 3}more"])
+    train = replace(case, planes=Planes(shown=before.shown, hidden=(*before.hidden, *planes)))
+    return train, replace(
+        case, name=f"{case.name}[{listed}]", group=case.group or case.name, planes=Planes(shown=planes, hidden=before.hidden)
+    )

@@ -1,0 +1,264 @@
+"""One volume and the few planes of it that somebody painted -> the whole volume labelled: 3D U-Net's semi-automated use.
+
+Çiçek et al. 2016, arXiv:1606.06650: a network that learns from sparse annotation of a volume fills in the rest of it.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from microtome.config import Plan
+from microtome.data.case import NOT_ANNOTATED, Case, LabelValue, Plane, Planes
+from microtome.data.classes import LegendRules, make_legend
+from microtome.data.dataset import Dataset, DatasetConfig, open_pair, read_case_image
+from microtome.data.description import load_description
+from microtome.data.labels import MOST_CLASSES, LabelScan, count_codes, read_label_image
+from microtome.data.legend import format_value, label_codes, value_of
+from microtome.data.names import some
+from microtome.data.planes import annotated_planes, in_planes, parse_planes, plane_name
+from microtome.data.reading import checked_label
+from microtome.errors import ConfigError, DataError
+from microtome.images.files import probe_image, stem_of, suffix_of, write_labels
+from microtome.images.image import Header, Image
+from microtome.inference.predictor import load
+from microtome.training.loop import Event
+from microtome.training.rehearsal import make_plan
+from microtome.training.run import train
+
+# Names that a label map may have, by what the image file really is; of any other format it is a PNG.
+SUFFIXES = MappingProxyType({"tiff": (".tif", ".tiff", ".ome.tif", ".ome.tiff"), "nifti": (".nii.gz", ".nii")})
+# 0 is what nobody looked at where it fills this share of the voxels, and is so many times as frequent as any class.
+ZERO_SHARE, ZERO_TIMES = 0.5, 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensifyOptions:
+    """How to densify.
+
+    Attributes:
+        minutes: wall time of the training; None with `steps`.
+        steps: exactly so many optimiser steps, instead.
+        not_annotated: the value of voxels that nobody looked at; None: found out, see `open_sketch`.
+        planes: these planes are annotated in full and nothing else is: `z10,z20,y40`, counted from 0; empty: not said.
+        holdout: keep every fifth annotated plane back and score there what the others taught. Without it all of them
+            train, and nothing tells how good the result is.
+        network: a name that `microtome networks` lists; None: the recipe's.
+        recipe: as `train --recipe` takes it.
+        run: folder of the run, with model and report; None: beside the output, `<its name>.run`.
+        device: "auto", "cpu" or "cuda".
+        seed: of everything random.
+    """
+
+    minutes: float | None = None
+    steps: int | None = None
+    not_annotated: int | None = None
+    planes: str = ""
+    holdout: bool = False
+    network: str | None = None
+    recipe: str = "default"
+    run: Path | None = None
+    device: str = "auto"
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sketch:
+    """A volume and its sparse annotation, checked, before any work.
+
+    Attributes:
+        dataset: of the one case.
+        out: the file to write.
+        run: the folder of the run.
+        options: as given.
+        reason: in words, which voxels count as annotated, and why.
+    """
+
+    dataset: Dataset
+    out: Path
+    run: Path
+    options: DensifyOptions
+    reason: str
+
+    def plan(self) -> Plan:
+        """A plan as `make_plan` makes it, that trains on all that is annotated, or with `holdout` on four fifths of the planes."""
+        options = self.options
+        words: dict[str, Any] = {"network": options.network, "recipe": options.recipe, "device": options.device, "seed": options.seed}
+        words |= {"fold": "1/5", "holdout": "slices"} if options.holdout else {"fold": "all"}
+        return make_plan(self.dataset, minutes=options.minutes, steps=options.steps, **words)
+
+
+def open_sketch(image: Path, annotation: Path, out: Path, options: DensifyOptions) -> Sketch:
+    """Check an image, its annotation and where the result is to go.
+
+    What is not annotated is, by the first that applies: `options.not_annotated`; what the `microtome.yaml` beside the
+    image says; everything outside of `options.planes`; -1, or 255 beside small class numbers; 0, where most voxels have
+    it and two classes or more stand beside it. Where 0 stands beside a single value nobody can tell.
+
+    Args:
+        image: a volume, or a picture, in one file.
+        annotation: a label file on its grid.
+        out: a file that is not there yet, named as the image's format asks.
+        options: as given.
+
+    Raises:
+        DataError: a file cannot be read, the two do not fit, or too little or all of it is annotated.
+        ConfigError: `out` or the run folder is taken or misnamed, or what is not annotated cannot be told.
+    """
+    header = probe_image(image)
+    _check_out(out, header)
+    run = out.with_name(f"{stem_of(out)}.run") if options.run is None else options.run
+    if run.exists() and (not run.is_dir() or any(run.iterdir())):
+        raise ConfigError(
+            run, expected="a new or empty folder for the run", got="one with files in it", do="remove it or give another --run"
+        )
+    planes = parse_planes(options.planes, header.shape_vox) if options.planes else ()
+    case = Case(name=stem_of(image), images=(image,), labels=(annotation,), planes=Planes(shown=planes) if planes else None)
+    config, named_by = load_description(image.parent)
+    colours = any(isinstance(value, tuple) for values in config.classes.values() for value in values)
+    label = checked_label(case, read_label_image(case, palette="colours" if colours else "indices")[0])
+    ignored, reason = _Values(case, label, planes).ignored(config, options.not_annotated)
+    config = DatasetConfig(
+        classes=config.classes, background=config.background, spacing_mm=config.spacing_mm, instances=False, not_annotated=ignored
+    )
+    dataset = open_pair(image, annotation, config, named_by)
+    dataset = replace(dataset, cases=(replace(dataset.cases[0], planes=case.planes),))
+    return Sketch(dataset=_checked(dataset, annotation), out=out, run=run, options=options, reason=reason)
+
+
+def densify(sketch: Sketch, plan: Plan, *, on_event: Callable[[Event], None] = lambda event: None, started: float | None = None) -> Path:
+    """Train on what is annotated and write the whole volume, in the image's geometry and with the annotation's values.
+
+    What somebody annotated stays as it is, planes that were held out included; only the rest is predicted.
+
+    Args:
+        sketch: as `open_sketch` gives it.
+        plan: as `sketch.plan()` gives it, maybe changed.
+        on_event: as of `train`.
+        started: as of `train`.
+
+    Returns:
+        the file written; model and report are in `sketch.run`.
+
+    Raises:
+        RunError: as `train`; a full disk.
+    """
+    device, dataset = sketch.options.device, sketch.dataset
+    folder = train(dataset, plan, sketch.run, device=device, on_event=on_event, started=started)
+    image = read_case_image(dataset.cases[0])
+    label = dataset.read_label(dataset.cases[0])
+    dense = np.where(label == NOT_ANNOTATED, load(folder, device=device)(image), label)
+    write_labels(sketch.out, dataset.legend.encode(dense), like=image)
+    return sketch.out
+
+
+def _check_out(out: Path, header: Header) -> None:
+    """Refuse a file that is there, and a name that the image's format does not have."""
+    suffixes = SUFFIXES.get(header.format, (".png",))
+    if suffix_of(out) not in suffixes:
+        raise ConfigError(out, expected=f"a name ending in {' or '.join(suffixes)}", got=f"`{out.name}`", do="name --out as the image")
+    if os.path.lexists(out):
+        raise ConfigError(out, expected="a file that is not there yet", got="one that is", do="give another --out or remove it")
+
+
+class _Values:
+    """The values of an annotation: those in its planes, if planes were named, and those outside of them."""
+
+    def __init__(self, case: Case, label: Image, planes: tuple[Plane, ...]) -> None:
+        self.file, self.planes = case.labels[0], planes
+        self.codes, self.colour = label_codes(label)
+        inside = in_planes(label.shape_vox, planes)
+        self.counts: Mapping[int, int] = count_codes(self.codes[inside] if planes else self.codes)
+        self.outside = count_codes(self.codes[~inside]) if planes else {}
+        self.scan = LabelScan(
+            case=case.name,
+            files=case.labels,
+            counts=self.counts,
+            colour=self.colour,
+            eight_bit=label.array.dtype == np.uint8,
+            format=label.format,
+            shape_vox=label.shape_vox,
+        )
+
+    def ignored(self, config: DatasetConfig, asked: int | None) -> tuple[tuple[LabelValue, ...], str]:
+        """The values that mean "not annotated", and in words what counts as annotated and why."""
+        values, reason = self._of_the_file(config, asked)
+        if self.planes:
+            classes = {value for each in config.classes.values() for value in each}
+            lone = {value_of(code, self.colour) for code in self.outside.keys() - self.counts.keys()} - classes - set(values)
+            said = some(map(plane_name, self.planes), 12)
+            return (*values, *sorted(lone, key=str)), f"annotated in {said} as asked{'; there ' + reason if reason else ''}"
+        return values, reason
+
+    def _of_the_file(self, config: DatasetConfig, asked: int | None) -> tuple[tuple[LabelValue, ...], str]:
+        """The same without regard to what lies outside of the planes."""
+        if asked is not None:
+            self._check_asked(asked)
+            return (asked,), f"{asked} means not annotated, as asked"
+        if config.not_annotated is not None:
+            return config.not_annotated, f"{some(map(format_value, config.not_annotated))} means not annotated, says microtome.yaml"
+        custom = make_legend([self.scan], LegendRules(instances=False)).ignored
+        if custom:
+            return custom, f"{some(map(format_value, custom))} means not annotated by custom (--not-annotated says otherwise)"
+        zero = value_of(0, self.colour)
+        if self.planes or 0 not in self.counts or any(zero in values for values in config.classes.values()):
+            return (), ""
+        return self._zero()
+
+    def _check_asked(self, asked: int) -> None:
+        """Refuse a value that occurs nowhere: it is a slip."""
+        found = [value_of(code, self.colour) for code in sorted(self.counts.keys() | self.outside.keys())]
+        if asked not in found and (asked,) * 3 not in found:
+            listed = some(map(format_value, found), 8)
+            raise ConfigError("--not-annotated", expected=f"a value of {self.file.name} ({listed})", got=str(asked), do="give one of these")
+
+    def _zero(self) -> tuple[tuple[LabelValue, ...], str]:
+        """0, if it can be told that nobody looked there."""
+        zero, others = self.counts[0], {code: count for code, count in self.counts.items() if code}
+        share = zero / sum(self.counts.values())
+        listed = some((format_value(value_of(code, self.colour)) for code in others), 8)
+        if len(others) >= 2 and share >= ZERO_SHARE and zero >= ZERO_TIMES * max(others.values()):
+            black = value_of(0, self.colour)
+            reason = f"{format_value(black)} means not annotated: {share:.0%} of the voxels have it, and {listed} stand beside it"
+            return (black,), f"{reason} (where it is background in planes that were painted in full, name these with --planes)"
+        got = f"0 ({share:.0%} of the voxels) beside {listed or 'nothing else'}, so that 0 may be background or unseen"
+        raise ConfigError(
+            self.file,
+            expected="annotation that shows what nobody looked at",
+            got=got,
+            do=f"name the planes that were painted in full ({self._proposal()}), or paint the background with a value of its own, "
+            "or give what nobody looked at a value of its own and name it with --not-annotated",
+        )
+
+    def _proposal(self) -> str:
+        """`--planes` with the planes that hold what is not 0, where that is a few."""
+        found = annotated_planes(np.where(self.codes == 0, NOT_ANNOTATED, 1)) if self.codes.ndim == 3 else None
+        return "--planes " + (",".join(map(plane_name, found)) if found and len(found) <= 12 else "z10,z20,y40")
+
+
+def _checked(dataset: Dataset, annotation: Path) -> Dataset:
+    """The dataset with counts of what its planes show, if there is something to learn from and something to fill."""
+    case, names = dataset.cases[0], dataset.legend.names
+    found = count_codes(dataset.read_label(case))
+    counts = tuple(found.get(index, 0) for index in (*range(len(names)), NOT_ANNOTATED))
+    annotated = [name for name, count in zip(names, counts, strict=False) if count]
+    if len(annotated) < 2:
+        got = f"only {annotated[0]}" if annotated else "nothing that is annotated"
+        raise DataError(
+            annotation, expected="annotated voxels of two classes at least", got=got, do="annotate the background too, or name --planes"
+        )
+    if not counts[-1]:
+        raise DataError(
+            annotation,
+            expected="voxels that nobody annotated, to fill them",
+            got=f"{some(annotated)} everywhere",
+            do="name what is not annotated with --not-annotated or --planes",
+        )
+    if len(annotated) > MOST_CLASSES:
+        got = f"{len(annotated)} values"
+        raise DataError(annotation, expected=f"classes, {MOST_CLASSES} at most", got=got, do="give all objects of a class one value")
+    return replace(dataset, class_counts=MappingProxyType({case.name: counts}))
