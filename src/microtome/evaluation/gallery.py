@@ -176,7 +176,7 @@ def make_gallery(predictions: Predictions, names: Sequence[str], plan: Plan, dat
         warnings.simplefilter("ignore", DataWarning)  # what was assumed of these files is among the findings already
         try:
             dataset = data if isinstance(data, Dataset) else open_dataset(data)
-            parts = split_dataset(dataset, plan.fold, plan.seed)
+            parts = split_dataset(dataset, plan.fold, plan.seed, plan.holdout)
         except MicrotomeError as error:
             return Gallery(notes=(f"The data cannot be read any more, so there are no pictures ({error}).",))
         # Predictions were made with the legend of the run, whatever the folder says today.

@@ -26,7 +26,7 @@ FEW_CASES = 10
 MOST_SCORED, MOST_NAMED, MOST_FINDINGS = 150, 400, 60
 SEVERITIES = ("error", "warning", "note")
 RANGES = frozenset({"scale", "gamma"})
-EXTENTS = frozenset({"patch_vox", "spacing_mm", "assumed_spacing_mm", "elastic_spacing", "elastic_sd"})
+EXTENTS = frozenset({"patch_vox", "spacing_mm", "assumed_spacing_mm", "resize_vox", "elastic_spacing", "elastic_points", "elastic_sd"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,8 +362,8 @@ def _listed(items: Sequence[Any], most: int) -> tuple[list[Any], int]:
 
 
 def _stacks(names: Iterable[str]) -> set[str]:
-    """The images that cases named `image[first:past]` are parts of."""
-    return {name.rpartition("[")[0] for name in names if re.search(r"\[\d+:\d+\]$", name)}
+    """The images that cases named `image`, `image[first:past]` or `image[z10+y7]` are, or are parts of."""
+    return {re.sub(r"\[(\d+:\d+|[zyx]\d+(\+\w+)*)\]$", "", name) for name in names}
 
 
 def _cases(count: int, kind: str = "") -> str:
