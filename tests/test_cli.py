@@ -293,7 +293,19 @@ def test_a_volume_comes_back_with_the_affine_and_shape_that_it_went_in_with(tmp_
     )
     (tmp_path / "plan.yaml").write_text(dump_yaml(plan), encoding="utf-8")
     assert run(monkeypatch, "train", tmp_path / "data", "--out", tmp_path / "run", "--plan", tmp_path / "plan.yaml") == 0
-    assert run(monkeypatch, "predict", tmp_path / "run", tmp_path / "data" / "images" / "v1.nii.gz", "--out", tmp_path / "p", "--tta") == 0
+    assert (
+        run(
+            monkeypatch,
+            "predict",
+            tmp_path / "run",
+            tmp_path / "data" / "images" / "v1.nii.gz",
+            "--out",
+            tmp_path / "p",
+            "--tta",
+            "rotations",
+        )
+        == 0
+    )
     result = nib.load(tmp_path / "p" / "v1.nii.gz")
     assert result.shape == (18, 16, 14)
     np.testing.assert_allclose(result.affine, affine, atol=1e-5)

@@ -108,7 +108,8 @@ def test_a_missing_value_is_named_alone(missing: str) -> None:
         ({"classes": "nothing"}, "classes", "'nothing'"),
         ({"minutes": 0}, "minutes", "0"),
         ({"network": 5}, "network", "5"),
-        ({"network": {"convolutions": 7}}, "network.convolutions", "7"),
+        ({"network": {"convolutions": 33}}, "network.convolutions", "33"),
+        ({"network": {"convolutions": "x"}}, "network.convolutions", "'x'"),
         ({"network": {"strides": [[1, "x"]]}}, "network.strides.0.1", "'x'"),
         ({"augment": {"scale": [1]}}, "augment.scale.1", "[1]"),
         ({"seed": None}, "seed", "None"),
@@ -223,7 +224,7 @@ def test_a_config_is_frozen() -> None:
 
 
 def test_every_field_of_the_plan_that_is_not_plain_says_what_it_is() -> None:
-    groups = {"normalisation", "network", "augment", "optimiser", "seed"}
+    groups = {"normalisation", "network", "loss", "augment", "optimiser", "seed"}
     assert {name for name, field in Plan.model_fields.items() if not field.description} == groups
 
 

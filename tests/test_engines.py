@@ -41,7 +41,7 @@ def test_the_mean_of_mirrored_versions_is_that_computed_by_hand(network: nn.Modu
         turned = [axis + 1 for axis, flip in zip(axes, flips, strict=True) if flip]
         results.append(np.flip(engine(np.ascontiguousarray(np.flip(array, turned))), turned))
     assert len(results) == 2 ** len(axes)
-    mirrored = TorchEngine(network=network, device=CPU, mirror_axes=axes)(array)
+    mirrored = TorchEngine(network=network, device=CPU, tta="mirror", mirror_axes=axes)(array)
     np.testing.assert_allclose(mirrored, np.mean(results, axis=0), atol=1e-5)
     # The network is not symmetric: without averaging the result is another.
     assert np.abs(mirrored - results[0]).max() > 1e-3
@@ -50,7 +50,7 @@ def test_the_mean_of_mirrored_versions_is_that_computed_by_hand(network: nn.Modu
 def test_mirrored_in_3d_the_output_of_a_mirrored_image_is_mirrored() -> None:
     torch.manual_seed(1)
     network = build("modern_unet", dims=3, in_channels=1, classes=2, config=NetworkConfig(widths=(4, 8))).eval()
-    engine = TorchEngine(network=to_device(network, CPU, 3), device=CPU, mirror_axes=(0, 1, 2))
+    engine = TorchEngine(network=to_device(network, CPU, 3), device=CPU, tta="mirror", mirror_axes=(0, 1, 2))
     array = image(1, 4, 6, 8)
     for axis in (1, 2, 3):
         np.testing.assert_allclose(engine(np.ascontiguousarray(np.flip(array, axis))), np.flip(engine(array), axis), atol=1e-5)
@@ -60,7 +60,7 @@ def test_a_network_without_padding_loses_its_border_mirrored_or_not() -> None:
     network = build("unet", dims=2, in_channels=1, classes=2, config=NetworkConfig(widths=(2, 4))).eval()
     size = network.nearest_sizes(30, 0)[1]
     for axes in ((), (0, 1)):
-        result = TorchEngine(network=network, device=CPU, mirror_axes=axes)(image(1, size, size))
+        result = TorchEngine(network=network, device=CPU, tta="mirror", mirror_axes=axes)(image(1, size, size))
         assert result.shape == (2, size - 2 * network.context_vox, size - 2 * network.context_vox)
 
 

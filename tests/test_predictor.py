@@ -16,9 +16,10 @@ from microtome.config import AugmentConfig, NetworkConfig, Plan
 from microtome.data.dataset import open_dataset
 from microtome.data.legend import Legend
 from microtome.data.listing import LISTING
-from microtome.errors import DataError, DataWarning, RunError
+from microtome.errors import ConfigError, DataError, DataWarning, RunError
 from microtome.evaluation.evaluate import evaluate
 from microtome.images.files import read_image
+from microtome.inference.averaging import TTA
 from microtome.inference.predict import predict_labels
 from microtome.inference.predictor import Predictor, load, predict_files, safe_name
 from microtome.models.registry import build
@@ -29,14 +30,16 @@ COLOURS = Legend(names=("black", "red"), values=(((0, 0, 0),), ((250, 10, 20),))
 OBJECTS = Legend(names=("background", "object"), values=((0,), (255,)), kind="instances", background=0)
 
 
-def predictor_of(legend: Legend = VALUES, *, dims: int = 2, channels: int = 1, tta: bool = False, **changes: Any) -> Predictor:
+def predictor_of(
+    legend: Legend = VALUES, *, dims: int = 2, channels: int = 1, tta: TTA = "none", head: int | None = None, **changes: Any
+) -> Predictor:
     """A model that was trained for no step: its labels are arbitrary, but neither constant nor random."""
     torch.manual_seed(5)
     config = NetworkConfig(widths=(4, 8))
     network = build("modern_unet", dims=dims, in_channels=channels, classes=len(legend.names), config=config)
     values: dict[str, Any] = {"dims": dims, "patch_vox": (16,) * dims, "spacing_mm": (1.0,) * dims, "classes": legend.names}
     plan = Plan(channels=channels, network=config, batch=1, steps=1, overlap=0.25, **values | changes)
-    return Predictor(Bundle(plan=plan, legend=legend, weights=network.state_dict()), device="cpu", tta=tta)
+    return Predictor(Bundle(plan=plan, legend=legend, weights=network.state_dict()), device="cpu", tta=tta, head=head)
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -170,7 +173,30 @@ def test_an_image_without_a_voxel_size_is_taken_as_the_training_images_were(tmp_
 def test_averaging_over_mirrored_versions_uses_the_axes_of_training() -> None:
     augment = AugmentConfig(flip_axes=(1,))
     assert predictor_of(augment=augment).engine.mirror_axes == ()
-    assert predictor_of(augment=augment, tta=True).engine.mirror_axes == (1,)
+    assert predictor_of(augment=augment, tta="mirror").engine.mirror_axes == (1,)
+    assert predictor_of(augment=augment, tta="rotations").engine.tta == "rotations"
+
+
+def test_a_model_that_saw_no_mirrored_image_is_not_averaged_over_them() -> None:
+    with pytest.raises(ConfigError, match="expected a model trained on mirrored images"):
+        predictor_of(augment=AugmentConfig(), tta="mirror")
+
+
+def test_a_shallower_head_is_for_networks_that_have_one() -> None:
+    with pytest.raises(ConfigError, match=r"modern_unet: expected a network of nested U-Nets \(unetpp\), got head 1"):
+        predictor_of(head=1)
+
+
+def test_a_shallower_head_answers_with_fewer_weights(tmp_path: Path) -> None:
+    torch.manual_seed(5)
+    config = NetworkConfig(name="unetpp", widths=(4, 8, 8), supervised_levels=2)
+    network = build("unetpp", dims=2, in_channels=1, classes=len(VALUES.names), config=config).eval()
+    plan = Plan(dims=2, channels=1, classes=VALUES.names, spacing_mm=(1.0, 1.0), network=config, patch_vox=(16, 16), batch=1, steps=1)
+    bundle = Bundle(plan=plan, legend=VALUES, weights=network.state_dict())
+    whole, shallow = (Predictor(bundle, device="cpu", head=head) for head in (None, 1))
+    assert sum(p.numel() for p in shallow.network.parameters()) < sum(p.numel() for p in whole.network.parameters())
+    picture = folders.png(tmp_path / "a.png", noise(24, 24))
+    assert shallow(picture).shape == whole(picture).shape == (24, 24)
 
 
 def test_a_run_folder_is_loaded_by_its_path(tmp_path: Path) -> None:

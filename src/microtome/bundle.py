@@ -20,6 +20,7 @@ from microtome.config import Plan, parse_config
 from microtome.data.legend import Legend
 from microtome.errors import DataError
 from microtome.files import atomic_path, write_json
+from microtome.models.network import Network
 from microtome.models.registry import build
 
 SCHEMA = 1
@@ -41,7 +42,7 @@ class Bundle:
     weights: Mapping[str, Tensor]
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def network(self) -> torch.nn.Module:
+    def network(self) -> Network:
         """The network with its weights, in evaluation mode."""
         network = build(
             self.plan.network.name,

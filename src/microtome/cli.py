@@ -1,17 +1,35 @@
 """The words that a user types -> one call each. Bodies import late, so that `--help` needs no torch."""
 
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from microtome.errors import ConfigError, MicrotomeError
+from microtome.options import (
+    AsJson,
+    Data,
+    Debug,
+    Device,
+    Dims,
+    Fold,
+    Holdout,
+    Memory,
+    Minutes,
+    Network,
+    Recipe,
+    Run,
+    Seed,
+    check_target,
+    checked_holdout,
+    one_of,
+    open_data,
+    refuse_beside,
+)
 
 if TYPE_CHECKING:
     from microtome.config import Plan
-    from microtome.data.dataset import Dataset
 
 app = typer.Typer(
     add_completion=False,
@@ -20,17 +38,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="From a folder of images and masks to a trained U-Net, its predictions, its scores and a report.",
 )
-
-Data = Annotated[Path, typer.Argument(metavar="DATA", help="Folder with images and masks.")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `train --out` made.")]
-Minutes = Annotated[float | None, typer.Option(help="Wall time of the whole run.", min=0.1)]
-Memory = Annotated[float | None, typer.Option(help="GB that training may use; by default most of what is free.", min=0.1)]
-Network = Annotated[str, typer.Option(help="One of `microtome networks`.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
-Fold = Annotated[str, typer.Option(help="K/N: part K of N validates; all: everything trains, nothing validates.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.callback()
@@ -63,8 +70,8 @@ def inspect(
     from microtome.files import write_text
     from microtome.terminal import print_inspection, print_json
 
-    _target(html, ".html", ".htm")
-    dataset = _open(data)
+    check_target(html, ".html", ".htm")
+    dataset = open_data(data)
     inspection = inspect_fold(dataset, fold, seed)
     if html is not None:
         write_text(html, inspection_html(inspection, case_thumbnails(dataset, inspection)))
@@ -81,7 +88,10 @@ def plan(
     data: Data,
     minutes: Minutes = None,
     memory: Memory = None,
-    network: Network = "modern_unet",
+    network: Network = None,
+    recipe: Recipe = "default",
+    dims: Dims = None,
+    holdout: Holdout = "cases",
     out: Annotated[Path | None, typer.Option(help="Write the plan here; edit it and give it to `train --plan`.")] = None,
     fold: Fold = "1/5",
     seed: Seed = 0,
@@ -94,8 +104,16 @@ def plan(
     from microtome.terminal import print_json, print_plan
     from microtome.training.rehearsal import make_plan
 
-    _target(out, ".yaml", ".yml")
-    made = make_plan(_open(data), minutes=minutes, memory_gb=memory, network=network, device=device, seed=seed, fold=fold)
+    check_target(out, ".yaml", ".yml")
+    words: dict[str, Any] = {
+        "network": network,
+        "recipe": recipe,
+        "dims": dims,
+        "seed": seed,
+        "fold": fold,
+        "holdout": checked_holdout(holdout),
+    }
+    made = make_plan(open_data(data), minutes=minutes, memory_gb=memory, device=device, **words)
     if out is not None:
         write_text(out, dump_yaml(made))
     if as_json:
@@ -112,7 +130,14 @@ def train(
     minutes: Minutes = None,
     steps: Annotated[int | None, typer.Option(help="Exactly so many steps, instead of minutes.", min=1)] = None,
     memory: Memory = None,
-    network: Annotated[str | None, typer.Option(help="One of `microtome networks`; modern_unet if not given.")] = None,
+    network: Network = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="default, unet2015, unet3d2016, vnet2016, pets2022 or nnunet: as that paper trained.")
+    ] = None,
+    dims: Dims = None,
+    holdout: Annotated[
+        str | None, typer.Option(help="cases (if not given): whole images validate; slices: annotated slices of volumes.")
+    ] = None,
     fold: Annotated[str | None, typer.Option(help="K/N: part K of N validates (1/5 if not given); all: nothing validates.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random; 0 if not given.", min=0)] = None,
     device: Device = "auto",
@@ -128,15 +153,15 @@ def train(
     from microtome.training.run import train as train_run
 
     terminal = Terminal()
-    others = {"--network": network, "--memory": memory}
+    others = {"--network": network, "--recipe": recipe, "--dims": dims, "--memory": memory, "--holdout": holdout}
     if steps is not None:
-        _refuse("--steps", {"--minutes": minutes})
+        refuse_beside("--steps", {"--minutes": minutes})
     if resume:
-        _refuse("--resume", others | {"--plan": plan, "--fold": fold, "--seed": seed})
+        refuse_beside("--resume", others | {"--plan": plan, "--fold": fold, "--seed": seed})
     elif plan is not None:
-        _refuse("--plan", others)
+        refuse_beside("--plan", others)
     check_folder(out, resume=resume)
-    dataset = _open(data)
+    dataset = open_data(data)
     terminal.say_dataset(dataset)
     if fold not in (None, "all") and (dataset.config.validation or dataset.config.validation_sections):
         raise ConfigError("--fold", expected="no fold beside `validation` in microtome.yaml", got=str(fold), do="remove one of the two")
@@ -151,7 +176,8 @@ def train(
             minutes = 10.0
             terminal.say("neither --minutes nor --steps given: training for 10 minutes")
         terminal.say("timing a few steps to plan ...")
-        words: dict[str, Any] = {"network": network or "modern_unet", "fold": fold or "1/5", "seed": seed or 0}
+        words: dict[str, Any] = {"network": network, "recipe": recipe or "default", "dims": dims, "fold": fold or "1/5", "seed": seed or 0}
+        words["holdout"] = checked_holdout(holdout or "cases")
         chosen = make_plan(dataset, minutes=minutes, steps=steps, memory_gb=memory, device=device, **words)
     terminal.say_plan(chosen)
     with terminal.training(chosen) as on_event:
@@ -160,11 +186,64 @@ def train(
 
 
 @app.command()
+def densify(
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A volume: TIFF or NIfTI.")],
+    annotation: Annotated[Path, typer.Argument(metavar="ANNOTATION", help="A label file of it in which a few planes are annotated.")],
+    out: Annotated[Path, typer.Option(help="The label file to write, of the image's format; must be new.")],
+    minutes: Minutes = None,
+    not_annotated: Annotated[int | None, typer.Option(help="The value of voxels that nobody looked at; found out if not given.")] = None,
+    planes: Annotated[str, typer.Option(help="Planes that are annotated in full, and nothing else is: z10,z20,y40, from 0.")] = "",
+    holdout: Annotated[
+        str, typer.Option(help="none: all that is annotated trains; slices: a fifth of the planes is kept back and scored.")
+    ] = "none",
+    network: Network = None,
+    recipe: Recipe = "default",
+    run: Annotated[Path | None, typer.Option(help="Folder for model and report; beside --out, ending in .run, if not given.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Label a whole volume from a few annotated planes of it: train on these, predict the rest."""
+    import time
+    import warnings
+
+    started = time.perf_counter()
+    from microtome.densify import DensifyOptions, open_sketch
+    from microtome.densify import densify as fill
+    from microtome.errors import DataWarning
+    from microtome.terminal import Terminal
+
+    terminal = Terminal()
+    slices = one_of("--holdout", holdout, ("none", "slices")) == "slices"
+    if minutes is None:
+        minutes = 10.0
+        terminal.say("no --minutes given: training for 10 minutes")
+    words: dict[str, Any] = {"network": network, "recipe": recipe, "run": run, "device": device, "seed": seed}
+    options = DensifyOptions(minutes=minutes, not_annotated=not_annotated, planes=planes, holdout=slices, **words)
+    # What the files leave open is among the findings.
+    warnings.simplefilter("ignore", DataWarning)
+    sketch = open_sketch(image, annotation, out, options)
+    terminal.say_dataset(sketch.dataset)
+    terminal.say(sketch.reason)
+    terminal.say("timing a few steps to plan ...")
+    chosen = sketch.plan()
+    terminal.say_plan(chosen)
+    with terminal.training(chosen) as on_event:
+        fill(sketch, chosen, on_event=on_event, started=started)
+    terminal.say_result(sketch.run)
+    terminal.say(f"labels: {out}")
+
+
+@app.command()
 def predict(
     run: Run,
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images, folders of images, datasets.")],
     out: Annotated[Path, typer.Option(help="Folder for the label files.")],
-    tta: Annotated[bool, typer.Option("--tta", help="Average over mirrored versions: slower, a little better.")] = False,
+    tta: Annotated[
+        str, typer.Option(help="none; mirror: average over mirrored versions; rotations: over 7 turned ones. Slower, a little better.")
+    ] = "none",
+    head: Annotated[
+        int | None, typer.Option(help="Answer from a shallower nested U-Net (unetpp), 1 the shallowest: faster.", min=1)
+    ] = None,
     device: Device = "auto",
 ) -> None:
     """Label images in their own format and geometry, with the values of the training labels."""
@@ -172,8 +251,9 @@ def predict(
     from microtome.terminal import Terminal
 
     terminal = Terminal()
+    averaged = one_of("--tta", tta, ("none", "mirror", "rotations"))
     with terminal.counting("predicting") as on_done:
-        written = predict_files(load(run, device=device, tta=tta), inputs, out, on_done=on_done)
+        written = predict_files(load(run, device=device, tta=averaged, head=head), inputs, out, on_done=on_done)
     terminal.say(f"{len(written)} {'file' if len(written) == 1 else 'files'} written to {out}")
 
 
@@ -193,8 +273,8 @@ def evaluate(
     from microtome.files import write_json, write_text
     from microtome.terminal import print_scores
 
-    _target(json_file, ".json")
-    _target(html, ".html", ".htm")
+    check_target(json_file, ".json")
+    check_target(html, ".html", ".htm")
     result = score(predictions, truth, tolerance_mm=tolerance)
     if json_file is not None:
         write_json(json_file, result)
@@ -213,43 +293,80 @@ def report(run: Run) -> None:
 
 
 @app.command()
-def networks(as_json: AsJson = False) -> None:
-    """The networks with their papers."""
+def compare(
+    data: Data,
+    networks: Annotated[str, typer.Option(help="Names of `microtome networks`, separated by commas.")],
+    out: Annotated[Path, typer.Option(help="Folder for the runs, compare.json and compare.html; must be new or empty, unless --resume.")],
+    minutes: Annotated[float | None, typer.Option(help="Wall time of each training.", min=0.1)] = None,
+    steps: Annotated[int | None, typer.Option(help="Exactly so many steps each, instead of minutes.", min=1)] = None,
+    fold: Annotated[str | None, typer.Option(help="K/N: part K of N validates (1/5 if not given).")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    resume: Annotated[bool, typer.Option("--resume", help="The same words again: skip what is finished, go on with the rest.")] = False,
+) -> None:
+    """Train several networks on the same split for the same time, and show them side by side. Exit code 1 if one failed."""
+    from microtome.compare import Request, parse_names
+    from microtome.compare import compare as compare_networks
+    from microtome.terminal import Terminal, print_comparison
+
+    if steps is not None:
+        refuse_beside("--steps", {"--minutes": minutes})
+    minutes = 10.0 if minutes is None and steps is None else minutes
+    request = Request(networks=parse_names(networks), minutes=minutes, steps=steps, fold=fold, seed=seed, device=device)
+    comparison = compare_networks(data, out, request, resume=resume, say=Terminal().say)
+    print_comparison(comparison, out / "compare.html")
+    if comparison.failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def networks(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one, layer by layer.")] = None,
+    size: Annotated[str | None, typer.Option("--input", help="Channels and sizes of the image: 1x572x572 or 1x64x128x128.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Classes it tells apart; 2 if not given.", min=1)] = None,
+    variant: Annotated[str | None, typer.Option(help="One of its variants; the first if not given.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw it into this file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """The networks with their papers; or one of them: its layers, shapes, parameters, multiply-adds, receptive field, drawing."""
     from microtome.models.registry import NETWORKS
     from microtome.terminal import print_json, print_networks
 
+    if name is None:
+        refuse_beside("networks", {"--input": size, "--classes": classes, "--variant": variant, "--svg": svg}, "name a network with it")
+        if as_json:
+            fields = ("name", "title", "authors", "year", "reference", "dims", "variants")
+            print_json([{field: getattr(entry, field) for field in fields} for entry in NETWORKS.values()])
+        else:
+            print_networks(NETWORKS.values())
+        return
+    check_target(svg, ".svg")
+    _show_network(name, size, classes or 2, variant or "", svg=svg, as_json=as_json)
+
+
+def _show_network(name: str, size: str | None, classes: int, variant: str, *, svg: Path | None, as_json: bool) -> None:
+    """Layers and drawing of one network; on torch's `meta` device, which computes nothing."""
+    from dataclasses import asdict
+
+    import torch
+
+    from microtome.files import write_text
+    from microtome.models.describe import default_input, layer_rows, layer_table, nearest_input, parse_input
+    from microtome.models.drawing import draw
+    from microtome.models.registry import build, find
+    from microtome.models.trace import trace
+    from microtome.terminal import print_json, print_layers
+
+    wanted = parse_input(size) if size else default_input(name, find(name).dims)
+    with torch.device("meta"):
+        network = build(name, dims=len(wanted) - 1, in_channels=wanted[0], classes=classes, variant=variant)
+    found = trace(network, wanted if size else nearest_input(network, wanted))
+    if svg is not None:
+        write_text(svg, draw(found))
     if as_json:
-        fields = ("name", "title", "authors", "year", "reference", "dims", "variants")
-        print_json([{field: getattr(entry, field) for field in fields} for entry in NETWORKS.values()])
+        print_json([asdict(row) for row in layer_rows(found)])
     else:
-        print_networks(NETWORKS.values())
-
-
-def _target(path: Path | None, *suffixes: str) -> None:
-    """Refuse a file to write that is not named as what it will be: it may be somebody's image."""
-    if path is not None and (path.suffix.lower() not in suffixes or path.is_dir()):
-        got = "a folder" if path.is_dir() else f"`{path.name}`"
-        raise ConfigError(path, expected=f"the name of a file ending in {' or '.join(suffixes)}", got=got, do="give another name")
-
-
-def _refuse(word: str, others: Mapping[str, object]) -> None:
-    """Options that would be ignored in silence beside `word`."""
-    given = [name for name, value in others.items() if value is not None]
-    if given:
-        raise ConfigError(
-            word, expected="none of " + ", ".join(others), got=" ".join(given), do="change the plan instead, or start a new run"
-        )
-
-
-def _open(data: Path) -> "Dataset":
-    """The dataset; what its files leave open is among its findings, so it is not said a second time as a warning."""
-    import warnings
-
-    from microtome.data.dataset import open_dataset
-    from microtome.errors import DataWarning
-
-    warnings.simplefilter("ignore", DataWarning)
-    return open_dataset(data)
+        print_layers(layer_table(found), svg)
 
 
 def main() -> None:

@@ -16,14 +16,15 @@ from microtome.config import NetworkConfig, OptimiserConfig, Plan
 from microtome.fingerprint import Fingerprint
 from microtome.geometry import Shape, Spacing, format_shape, resampled_shape
 from microtome.models.registry import build, find
+from microtome.models.trace import trace
 
 T = TypeVar("T")
 Dims = Literal[2, 3]
 Precision = Literal["fp32", "bf16"]
 
-# Bytes that a training step holds for each voxel of a batch and each channel of the finest level: measured on the modern
-# U-Net in 2D and 3D with autograd's saved activations, gradients and workspace (benchmarks/step_memory.py).
-BYTES_A_VOXEL = MappingProxyType({"bf16": 75, "fp32": 130})
+# Bytes that a training step holds for each value that a layer puts out: measured with autograd's saved activations, gradients
+# and workspace (benchmarks/step_memory.py).
+BYTES_A_VALUE = MappingProxyType({"bf16": 3.5, "fp32": 6.0})
 # The loss holds logits, probabilities, their products with the labels and gradients of each class in float32.
 BYTES_A_CLASS = 40
 # Fewer patches than this are no batch: the statistics of batch norm would be those of one image.
@@ -45,7 +46,7 @@ SMALLEST_SHARE = 0.02
 FIXED_REASONS = MappingProxyType(
     {
         "foreground": "half of the patches lie on a class drawn evenly, so that rare classes are seen",
-        "dice_weight": "cross-entropy alone neglects small classes, Dice alone is noisy; both ignore what is not annotated",
+        "loss": "cross-entropy alone neglects small classes, Dice alone is noisy; both ignore what is not annotated",
         "overlap": "tiles overlap by a quarter and are blended by Gaussian weights: more costs time and gains little",
         "assumed_spacing_mm": "the median of the training images",
         "validations": "a look at whole images now and then; the best is kept",
@@ -70,23 +71,32 @@ class Resources:
     bf16: bool = False
 
 
-def draft_plan(data: Fingerprint, resources: Resources, *, network: str = "modern_unet", seed: int = 0, fold: str = "1/5") -> Plan:
-    """A whole plan but for its timing: `steps` is a guess until real steps have been timed."""
+def draft_plan(
+    data: Fingerprint,
+    resources: Resources,
+    *,
+    network: str = "modern_unet",
+    dims: tuple[int, ...] = (2, 3),
+    seed: int = 0,
+    fold: str = "1/5",
+) -> Plan:
+    """A whole plan but for its timing: `steps` is a guess until real steps have been timed; `dims` may limit the network's."""
     reasons = dict(FIXED_REASONS)
 
     def noted(field: str, choice: tuple[T, str]) -> T:
         value, reasons[field] = choice
         return value
 
-    dims = noted("dims", choose_dims(data, find(network).dims))
+    possible = tuple(n for n in find(network).dims if n in dims)
+    axes = noted("dims", choose_dims(data, possible or dims))
     precision = noted("precision", choose_precision(resources))
-    spacing = noted("spacing_mm", choose_spacing(data, dims, _largest_patch(resources, dims)))
-    shape = resampled_shape(data.shape_vox, data.spacing_mm, spacing)[-dims:]
-    patch = noted("patch_vox", choose_patch(shape, spacing[-dims:], resources))
-    topology = noted("network", choose_network(network, patch, spacing[-dims:], resources))
+    spacing = noted("spacing_mm", choose_spacing(data, axes, _largest_patch(resources, axes)))
+    shape = resampled_shape(data.shape_vox, data.spacing_mm, spacing)[-axes:]
+    patch = noted("patch_vox", choose_patch(shape, spacing[-axes:], resources))
+    topology = noted("network", choose_network(network, patch, spacing[-axes:], resources))
     patch = noted("patch_vox", fit_patch(patch, topology, data, resources, precision=precision, reason=reasons["patch_vox"]))
     return Plan(
-        dims=dims,
+        dims=axes,
         channels=data.channels,
         classes=data.classes,
         spacing_mm=spacing,
@@ -97,7 +107,7 @@ def draft_plan(data: Fingerprint, resources: Resources, *, network: str = "moder
         patch_vox=patch,
         optimiser=noted("optimiser", choose_optimiser(topology)),
         batch=noted("batch", choose_batch(patch, topology, resources, precision, len(data.classes))),
-        augment=noted("augment", choose_augment(data, patch, spacing[-dims:])),
+        augment=noted("augment", choose_augment(data, patch, spacing[-axes:])),
         steps=1000,
         minutes=resources.minutes,
         precision=precision,
@@ -243,9 +253,11 @@ def _fitting(sizes: tuple[int, int], wanted: int) -> int:
 
 
 def patch_bytes(patch_vox: Shape, network: NetworkConfig, precision: str, classes: int) -> float:
-    """Memory of one patch in a training step, about: activations of the network, and probabilities of the loss."""
-    width = network.widths[0] if network.widths else 64
-    return float(np.prod(patch_vox)) * (width * BYTES_A_VOXEL[precision] + classes * BYTES_A_CLASS)
+    """Memory of one patch in a training step, about: what each layer of the network puts out, and probabilities of the loss."""
+    with torch.device("meta"):
+        built = build(network.name, dims=len(patch_vox), in_channels=1, classes=classes, config=network)
+    sizes = tuple(built.nearest_sizes(n, axis)[1] for axis, n in enumerate(patch_vox))
+    return trace(built, (1, *sizes)).values * BYTES_A_VALUE[precision] + float(np.prod(sizes)) * classes * BYTES_A_CLASS
 
 
 def choose_stated(data: Fingerprint) -> tuple[Spacing, str]:

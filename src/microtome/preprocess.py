@@ -15,7 +15,7 @@ MOST_RESAMPLED = 16.0
 
 
 def normalise(array: np.ndarray, config: NormalisationConfig) -> np.ndarray:
-    """`(C, *S)` of any type -> float32 of about mean 0 and sd 1 for each channel.
+    """`(C, *S)` of any type -> float32 of about mean 0 and sd 1 for each channel; of kind "none" as in the file.
 
     Non-finite voxels (outside of a scanner's field of view) become the channel's mean. A constant channel becomes 0.
     """
@@ -26,6 +26,8 @@ def normalise(array: np.ndarray, config: NormalisationConfig) -> np.ndarray:
             np.copyto(target, source)
         if not np.issubdtype(array.dtype, np.integer):
             _fill_non_finite(target)
+        if config.kind == "none":
+            continue
         if config.kind == "dataset":
             np.clip(target, config.low[channel], config.high[channel], out=target)
             mean, sd = config.mean[channel], config.sd[channel]
@@ -48,6 +50,8 @@ def voxel_size(image: Image, plan: Plan) -> Spacing:
     """
     if plan.stated_spacing_mm:
         return plan.stated_spacing_mm
+    if plan.resize_vox:
+        return image.spacing_mm
     spacing_mm = image.spacing_mm if image.spacing_known else plan.assumed_spacing_mm or image.spacing_mm
     factors = [own / target for own, target in zip(spacing_mm[-plan.dims :], plan.spacing_mm[-plan.dims :], strict=True)]
     if not all(1 / MOST_RESAMPLED <= factor <= MOST_RESAMPLED for factor in factors):
@@ -58,7 +62,12 @@ def voxel_size(image: Image, plan: Plan) -> Spacing:
 
 
 def grid_shape(shape_vox: Shape, spacing_mm: Spacing, plan: Plan) -> Shape:
-    """The shape of an image at the plan's spacing; sections of a stack are never mixed for a 2D network."""
+    """The shape of an image at the plan's spacing, or the one that every image is resized to.
+
+    Sections of a stack are never mixed for a 2D network.
+    """
+    if plan.resize_vox:
+        return (*shape_vox[: len(shape_vox) - plan.dims], *plan.resize_vox)
     target = list(plan.spacing_mm)
     if len(shape_vox) > plan.dims:
         target[0] = spacing_mm[0]

@@ -13,12 +13,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from microtome.config import Plan
+from microtome.config import Config, NetworkConfig, Plan
 from microtome.data.dataset import Dataset
 from microtome.data.quality import Inspection, case_table
+from microtome.evaluation.comparison_page import table
 
 if TYPE_CHECKING:
     # Evaluating and inspecting need no torch, so they do not wait for it.
+    from microtome.evaluation.comparison import Comparison
+    from microtome.models.describe import LayerTable
     from microtome.models.registry import Entry
 
 MARKS = (("error", "red"), ("warning", "yellow"), ("note", "blue"))
@@ -50,6 +53,12 @@ class Terminal:
         patch = "×".join(map(str, plan.patch_vox))
         self.say(f"{plan.dims}D {plan.network.name}, patch {patch}, batch {plan.batch}, {plan.precision}, {plan.steps} steps")
         self.say(f"  {plan.reasons.get('dims', '')}; {plan.reasons.get('steps', '')}")
+        if plan.recipe != "default":
+            self.say(f"recipe {plan.recipe}:")
+            for name in type(plan).model_fields:
+                reason = plan.reasons.get(name, "")
+                if reason.startswith(("ours:", "paper")):
+                    self.say(f"  {name}{_brief(getattr(plan, name))} – {reason}")
 
     def say_result(self, folder: Path) -> None:
         """Where everything is, and the score."""
@@ -199,6 +208,22 @@ def print_networks(entries: "Iterable[Entry]") -> None:
     _print_table(console, ("name", "works in", "year", "paper"), rows)
 
 
+def print_layers(table: "LayerTable", svg: Path | None) -> None:
+    """The layers of a network, its totals, and where it was drawn."""
+    console = _page()
+    _print_table(console, table.titles, table.rows)
+    console.print(table.totals, markup=False, soft_wrap=True)
+    if svg is not None:
+        console.print(f"drawing: {svg}", markup=False, soft_wrap=True)
+
+
+def print_comparison(comparison: "Comparison", page: Path) -> None:
+    """A row for each network, the best first."""
+    console = _page()
+    _print_table(console, *table(comparison))
+    console.print(f"page: {page}", markup=False, soft_wrap=True)
+
+
 def _print_table(console: Console, titles: Sequence[str], rows: Iterable[Iterable[str]], wrapping: int = 1) -> None:
     """A table without frames whose last columns may take more than a line; cells are data, never markup."""
     table = Table(box=None, pad_edge=False, header_style="bold")
@@ -217,6 +242,13 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return "(" + ", ".join(_short(inner) for inner in value) + ")"
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _brief(value: Any) -> str:
+    """A setting in a word or two behind its name; nothing for a group of settings, which the plan has in full."""
+    if isinstance(value, NetworkConfig):
+        return f" {value.name}"
+    return "" if isinstance(value, Config) else f" {_short(list(value) if isinstance(value, tuple) else value)}"
 
 
 def _interval(entry: Mapping[str, Any]) -> str:

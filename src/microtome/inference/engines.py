@@ -4,19 +4,21 @@
 """
 
 import ctypes
-import itertools
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from microtome.errors import ConfigError
+from microtome.inference.averaging import TTA, mirrored_mean, rotated_mean
+from microtome.models.network import Network
 
 # glibc's numbers of mallopt's parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -67,7 +69,10 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
-def to_device(network: nn.Module, device: torch.device, dims: int) -> nn.Module:
+N = TypeVar("N", bound=nn.Module)
+
+
+def to_device(network: N, device: torch.device, dims: int) -> N:
     """The network on its device, channels last: convolutions then read memory in one sweep."""
     layout = torch.channels_last if dims == 2 else torch.channels_last_3d
     return network.to(device).to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
@@ -88,27 +93,23 @@ class TorchEngine:
         network: built by `models.registry.build`.
         device: where it lies.
         precision: "fp32" or "bf16".
-        mirror_axes: axes of S over whose mirrored versions the output is averaged; empty: none.
+        tta: what the output is averaged over: "none", "mirror" (versions mirrored along `mirror_axes`), "rotations".
+        mirror_axes: axes of S that may be mirrored.
     """
 
-    network: nn.Module
+    network: Network
     device: torch.device
     precision: str = "fp32"
+    tta: TTA = "none"
     mirror_axes: tuple[int, ...] = ()
 
     def __call__(self, image_CS: np.ndarray) -> np.ndarray:
         """Logits (K, *S') float32 of one tile (C, *S); S' is S less the network's border on both sides."""
         image_BCS = torch.from_numpy(image_CS).unsqueeze(0).to(self.device)
-        passes = [axes for n in range(len(self.mirror_axes) + 1) for axes in itertools.combinations(self.mirror_axes, n)]
         with torch.inference_mode(), arithmetic(self.device, self.precision):
-            total_BKS = self._mirrored(image_BCS, passes[0])
-            for axes in passes[1:]:
-                total_BKS += self._mirrored(image_BCS, axes)
-        logits_KS: np.ndarray = (total_BKS / len(passes))[0].cpu().numpy()
+            if self.tta == "rotations":
+                logits_BKS = rotated_mean(self.network, image_BCS, self.network.nearest_sizes, self.network.context_vox)
+            else:
+                logits_BKS = mirrored_mean(self.network, image_BCS, self.mirror_axes if self.tta == "mirror" else ())
+        logits_KS: np.ndarray = logits_BKS[0].cpu().numpy()
         return logits_KS
-
-    def _mirrored(self, image_BCS: Tensor, axes: tuple[int, ...]) -> Tensor:
-        """The output for the mirrored input, mirrored back."""
-        flip = [axis + 2 for axis in axes]
-        logits_BKS: Tensor = self.network(image_BCS.flip(flip) if flip else image_BCS)
-        return (logits_BKS.flip(flip) if flip else logits_BKS).float()

@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from microtome.bundle import Bundle, load_bundle
+from microtome.config import Plan
 from microtome.data.case import Case
 from microtome.data.dataset import fit_channels, list_images, read_case_image
 from microtome.data.listing import LISTING, Listing, continued_listing, recording
-from microtome.errors import DataError, DataWarning
+from microtome.errors import ConfigError, DataError, DataWarning
 from microtome.images.files import label_suffix, read_image, write_labels
 from microtome.images.image import Image
+from microtome.inference.averaging import TTA
 from microtome.inference.engines import TorchEngine, pick_device, processor_has_bf16, recycle_memory, to_device
 from microtome.inference.predict import predict_labels
 from microtome.preprocess import voxel_size
@@ -28,17 +30,21 @@ class Predictor:
     Args:
         bundle: as `load_bundle` gives it.
         device: "auto", "cpu", "cuda".
-        tta: average over the mirrored versions of each tile, along the axes that training mirrored.
+        tta: "none"; "mirror": average over the mirrored versions of each tile, along the axes that training mirrored;
+            "rotations": over 7 versions turned in the plane.
+        head: answer from a shallower nested U-Net, 1 the shallowest (UNet++ trained with a loss at that level): faster.
     """
 
-    def __init__(self, bundle: Bundle, *, device: str = "auto", tta: bool = False) -> None:
+    def __init__(self, bundle: Bundle, *, device: str = "auto", tta: TTA = "none", head: int | None = None) -> None:
         recycle_memory()
         self.bundle, self.device = bundle, pick_device(device)
-        self.network = to_device(bundle.network(), self.device, bundle.plan.dims)
-        axes = bundle.plan.augment.flip_axes if tta else ()
+        network = bundle.network()
+        self.network = to_device(network if head is None else network.pruned(head), self.device, bundle.plan.dims)
         # A model from a newer machine: its bf16 would be emulated here.
         precision = bundle.plan.precision if processor_has_bf16(self.device) else "fp32"
-        self.engine = TorchEngine(network=self.network, device=self.device, precision=precision, mirror_axes=axes)
+        self.engine = TorchEngine(
+            network=self.network, device=self.device, precision=precision, tta=tta, mirror_axes=mirror_axes(bundle.plan, tta)
+        )
 
     def __call__(self, image: Image | Path | str) -> np.ndarray:
         """The class of each voxel, (*S) int16, counted as in `bundle.legend.names`.
@@ -54,7 +60,7 @@ class Predictor:
         if plan.assumed_spacing_mm and not image.spacing_known and not plan.stated_spacing_mm:
             sizes = " × ".join(f"{value:g}" for value in plan.assumed_spacing_mm)
             warnings.warn(f"{image.path}: no voxel size in the file; {sizes} mm is assumed, as in training", DataWarning, stacklevel=2)
-        return predict_labels(image.array, voxel_size(image, plan), plan=plan, network=self.network, engine=self.engine)  # type: ignore[arg-type]
+        return predict_labels(image.array, voxel_size(image, plan), plan=plan, network=self.network, engine=self.engine)
 
     def _check(self, image: Image) -> None:
         """Refuse an image of another kind than the training images."""
@@ -69,9 +75,22 @@ class Predictor:
             )
 
 
-def load(run: Path | str, *, device: str = "auto", tta: bool = False) -> Predictor:
-    """The trained model of a run folder."""
-    return Predictor(load_bundle(Path(run)), device=device, tta=tta)
+def mirror_axes(plan: Plan, tta: TTA) -> tuple[int, ...]:
+    """The axes along which prediction may mirror: those that training mirrored.
+
+    Raises:
+        ConfigError: mirrored averaging for a network that never saw a mirrored image.
+    """
+    if tta != "mirror":
+        return ()
+    if not plan.augment.flip_axes:
+        raise ConfigError("--tta mirror", expected="a model trained on mirrored images", got="augment.flip_axes ()", do="leave it out")
+    return plan.augment.flip_axes
+
+
+def load(run: Path | str, *, device: str = "auto", tta: TTA = "none", head: int | None = None) -> Predictor:
+    """The trained model of a run folder; the words are those of `Predictor`."""
+    return Predictor(load_bundle(Path(run)), device=device, tta=tta, head=head)
 
 
 def predict_files(

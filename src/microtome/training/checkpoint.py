@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from microtome.config import Plan
+from microtome.config import OptimiserConfig, Plan
 from microtome.errors import DataError
 from microtome.files import atomic_path
+from microtome.models.network import Network
 
 
 @dataclass
@@ -45,27 +46,33 @@ class Progress:
 class TrainState:
     """Weights, their running average, optimiser and progress."""
 
-    network: nn.Module
-    average: nn.Module
+    network: Network
+    average: Network
     optimiser: torch.optim.Optimizer
     progress: Progress
 
 
-def new_state(network: nn.Module, plan: Plan) -> TrainState:
+def new_state(network: Network, plan: Plan) -> TrainState:
     """The state before the first step of a plan."""
     config = plan.optimiser
     decay = [p for p in network.parameters() if p.dim() > 1]
     # Weight decay pulls scales and biases of a normalisation towards a network that computes nothing.
     rest = [p for p in network.parameters() if p.dim() <= 1]
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    optimiser: torch.optim.Optimizer
-    if config.name == "adamw":
-        optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.momentum, 0.999))
-    else:
-        optimiser = torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=config.momentum > 0)
     average = copy.deepcopy(network).requires_grad_(False).eval()
     first_validation = -(-plan.steps // plan.validations)
-    return TrainState(network, average, optimiser, Progress(steps=plan.steps, next_validation=first_validation))
+    return TrainState(network, average, _optimiser(groups, config), Progress(steps=plan.steps, next_validation=first_validation))
+
+
+def _optimiser(groups: list[dict[str, Any]], config: OptimiserConfig) -> torch.optim.Optimizer:
+    """The optimiser of a config; eps and the betas that it does not name are torch's, but RMSprop's eps, which is Keras'."""
+    rate, momentum = config.learning_rate, config.momentum
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=rate, momentum=momentum, nesterov=config.nesterov and momentum > 0)
+    if config.name == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=rate, alpha=momentum, eps=1e-7)
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
+    return kind(groups, lr=rate, betas=(momentum, 0.999))
 
 
 def save_checkpoint(path: Path, state: TrainState) -> None:

@@ -58,15 +58,16 @@ def train_steps(state: TrainState, cases: Sequence[StoredCase], plan: Plan, devi
                 group["lr"] = rate
             # Dropout too is a function of the step alone.
             torch.manual_seed(plan.seed * 1_000_003 + progress.step)
-            image_BCS, label_BS = batches.get(progress.step)
+            batch = batches.get(progress.step)
 
             with clock.network():
                 with arithmetic(device, plan.precision):
-                    outputs = state.network(image_BCS)
+                    outputs = state.network(batch.image)
                 outputs = outputs if isinstance(outputs, list) else [outputs]
-                loss = segmentation_loss(outputs, crop_border(label_BS, border), plan.dice_weight)
+                weight_BS = None if batch.weight is None else crop_border(batch.weight, border)
+                loss = segmentation_loss(outputs, crop_border(batch.label, border), plan.loss, weight_BS)
                 loss.backward()  # type: ignore[no-untyped-call]
-                length = torch.nn.utils.clip_grad_norm_(parameters, plan.optimiser.clip_norm)
+                length = torch.nn.utils.clip_grad_norm_(parameters, plan.optimiser.clip_norm or math.inf)
                 # On a GPU this is the one point of a step at which the processor waits for it.
                 value, slope = torch.stack([loss.detach(), length]).tolist()
                 check_finite(value, slope, progress.step, saved)
@@ -115,13 +116,23 @@ def validate_now(state: TrainState, hooks: Hooks) -> bool:
 
 
 def learning_rate(step: int, steps: int, plan: Plan) -> float:
-    """Rises from 0 over `plan.warmup` steps, then falls as a half cosine to 0 at the end."""
+    """Rises from 0 over `plan.warmup` steps, then falls to the end as the schedule says.
+
+    cosine: half a cosine to 0; poly: (1 - share)^power; steps: divided by 10 after each share of `decay_at`.
+    """
+    config = plan.optimiser
     # Of the planned steps: a schedule that is fitted anew must not move the rate back and forth.
     warmup = min(plan.warmup, plan.steps // 4)
     if step < warmup:
-        return plan.optimiser.learning_rate * (step + 1) / (warmup + 1)
+        return config.learning_rate * (step + 1) / (warmup + 1)
     share = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return plan.optimiser.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+    factors = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * share)),
+        "poly": (1 - share) ** config.power,
+        "steps": 0.1 ** sum(share >= place for place in config.decay_at),
+        "constant": 1.0,
+    }
+    return config.learning_rate * float(factors[config.schedule])
 
 
 def update_average(state: TrainState, plan: Plan) -> None:

@@ -4,18 +4,21 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 
 from microtome.config import Plan
 from microtome.data.dataset import Dataset
 from microtome.data.split import split_dataset
+from microtome.errors import ConfigError
 from microtome.fingerprint import take_fingerprint
 from microtome.inference.engines import arithmetic, pick_device, processor_has_bf16, recycle_memory, to_device
 from microtome.models.registry import build
 from microtome.plan import SMALLEST_BATCH, Resources, draft_plan
 from microtome.training.loop import crop_border
 from microtome.training.losses import segmentation_loss
+from microtome.training.recipes import apply_recipe, find_recipe
 
 # Share of a run's minutes for steps; the rest is reading, validation, the final prediction and the report.
 SHARE_OF_STEPS = 0.92
@@ -25,16 +28,34 @@ FEWEST_STEPS = 1000
 MOST_SECONDS = 6.0
 
 
+class Wishes(TypedDict, total=False):
+    """What a person may ask of a plan.
+
+    Attributes:
+        network: a name that `microtome networks` lists; without it the recipe's.
+        recipe: "default" or a paper's: one of `training.recipes.RECIPES`.
+        dims: 2 or 3, whatever the images look like.
+        seed: of everything random in the run; 0 if not given.
+        fold: "K/N" or "all"; "1/5" if not given.
+        holdout: "cases", or "slices" to validate on annotated slices of sparsely annotated volumes.
+    """
+
+    network: str | None
+    recipe: str
+    dims: int | None
+    seed: int
+    fold: str
+    holdout: str
+
+
 def make_plan(
     dataset: Dataset,
     *,
     minutes: float | None = None,
     steps: int | None = None,
     memory_gb: float | None = None,
-    network: str = "modern_unet",
     device: str = "auto",
-    seed: int = 0,
-    fold: str = "1/5",
+    **wishes: Unpack[Wishes],
 ) -> Plan:
     """A plan for this dataset, this machine and these minutes (or exactly `steps` steps), every choice with its reason.
 
@@ -43,17 +64,25 @@ def make_plan(
         minutes: wall time of the whole run.
         steps: optimiser steps, instead of minutes.
         memory_gb: memory that training may use; None: most of what is free.
-        network: a name that `microtome networks` lists.
         device: "auto", "cpu" or "cuda".
-        seed: of everything random in the run.
-        fold: "K/N" or "all".
+        wishes: network, recipe, dims, seed, fold, holdout; see `Wishes`.
+
+    Raises:
+        ConfigError: a name that is not known, or wishes that the images or each other do not allow.
     """
+    network, recipe, dims = wishes.get("network"), wishes.get("recipe", "default"), wishes.get("dims")
+    seed, fold, holdout = wishes.get("seed", 0), wishes.get("fold", "1/5"), wishes.get("holdout", "cases")
+    chosen = find_recipe(recipe, network)
     recycle_memory()
     where = pick_device(device)
     memory = int(memory_gb * 2**30) if memory_gb else free_memory(where)
     resources = Resources(minutes=minutes, memory_bytes=memory, gpu=where.type == "cuda", bf16=processor_has_bf16(where))
-    facts = take_fingerprint(dataset, split_dataset(dataset, fold, seed).train)
-    plan = draft_plan(facts, resources, network=network, seed=seed, fold=fold)
+    facts = take_fingerprint(dataset, split_dataset(dataset, fold, seed, holdout).train)
+    name = network or (chosen.networks or ("modern_unet",))[0]
+    plan = draft_plan(facts, resources, network=name, dims=chosen.dims if dims is None else (dims,), seed=seed, fold=fold)
+    if dims not in (None, plan.dims):
+        raise ConfigError("dims", expected=f"{plan.dims} for these images", got=str(dims), do="leave it out")
+    plan = apply_recipe(chosen, plan, facts, resources).model_copy(update={"holdout": holdout})
     if steps is not None:
         return _with(plan, "steps", steps, "as asked")
     return fit_to_minutes(plan, minutes, where)
@@ -73,7 +102,7 @@ def fit_to_minutes(plan: Plan, minutes: float | None, device: torch.device) -> P
         return _with(plan, "steps", plan.steps, f"no minutes were given; {about}")
     budget = minutes * 60 * SHARE_OF_STEPS
     fitting = int(plan.batch * budget / seconds[best] / FEWEST_STEPS)
-    if fitting < plan.batch and plan.batch > SMALLEST_BATCH:
+    if plan.recipe == "default" and fitting < plan.batch and plan.batch > SMALLEST_BATCH:
         reason = f"{plan.batch} would fit into memory, but {minutes:g} minutes then hold too few steps"
         plan = _with(plan, "batch", max(SMALLEST_BATCH, fitting), reason)
         seconds = step_seconds(plan, device, (best,))
@@ -116,7 +145,7 @@ class _Rehearsal:
         with arithmetic(self.device, precision):
             outputs = self.network(self.image)
         outputs = outputs if isinstance(outputs, list) else [outputs]
-        loss = segmentation_loss(outputs, self.label, self.plan.dice_weight)
+        loss = segmentation_loss(outputs, self.label, self.plan.loss)
         loss.backward()  # type: ignore[no-untyped-call]
         # Reading a gradient waits for the device.
         next(self.network.parameters()).grad.sum().item()  # type: ignore[union-attr]

@@ -139,7 +139,7 @@ class _Session:
         self.device = pick_device(device)
         self.started = time.perf_counter()
         _check_plan(dataset, plan)
-        self.split = split_dataset(dataset, plan.fold, plan.seed)
+        self.split = split_dataset(dataset, plan.fold, plan.seed, plan.holdout)
         self.validation = Validation(dataset=dataset, cases=self.split.validation, plan=plan, device=self.device, folder=folder)
         self.clock, self.seconds_before = Clock(), 0.0
         torch.manual_seed(plan.seed)

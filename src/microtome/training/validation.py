@@ -70,7 +70,7 @@ class Validation:
         began = time.perf_counter()
         for case in self.shuffled[: progress.validated or MOST_VALIDATED]:
             image, truth = self.dataset.read_image(case), self.dataset.read_label(case)
-            labels = predict_labels(image.array, voxel_size(image, self.plan), plan=self.plan, network=state.average, engine=engine)  # type: ignore[arg-type]
+            labels = predict_labels(image.array, voxel_size(image, self.plan), plan=self.plan, network=state.average, engine=engine)
             annotated = truth >= 0
             table.append([dice((truth == k) & annotated, (labels == k) & annotated) for k in range(len(self.plan.classes))])
             spent = time.perf_counter() - began

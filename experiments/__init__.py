@@ -1,0 +1,1 @@
+"""Small versions of what the papers claim; they import the package, never the reverse. Reviewed with each release."""

@@ -1,0 +1,66 @@
+"""Options that several commands share, and checks of what was typed."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from microtome.errors import ConfigError
+
+if TYPE_CHECKING:
+    from microtome.data.dataset import Dataset
+
+Data = Annotated[Path, typer.Argument(metavar="DATA", help="Folder with images and masks.")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `train --out` made.")]
+Minutes = Annotated[float | None, typer.Option(help="Wall time of the whole run.", min=0.1)]
+Memory = Annotated[float | None, typer.Option(help="GB that training may use; by default most of what is free.", min=0.1)]
+Network = Annotated[str | None, typer.Option(help="One of `microtome networks`; modern_unet, or the recipe's, if not given.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
+Dims = Annotated[int | None, typer.Option(help="2 or 3, whatever the images look like.", min=2, max=3)]
+Recipe = Annotated[str, typer.Option(help="default, unet2015, unet3d2016, vnet2016, pets2022 or nnunet: as that paper trained.")]
+Holdout = Annotated[str, typer.Option(help="cases: whole images validate; slices: annotated slices of sparsely annotated volumes.")]
+Fold = Annotated[str, typer.Option(help="K/N: part K of N validates; all: everything trains, nothing validates.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def one_of(word: str, given: str, known: Sequence[str]) -> Any:
+    """The word that was given, if it is a known one."""
+    if given not in known:
+        near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
+        do = f"did you mean `{near[0]}`?" if near else "choose one of them"
+        raise ConfigError(word, expected=f"one of {', '.join(known)}", got=f"`{given}`", do=do)
+    return given
+
+
+def checked_holdout(given: str) -> Any:
+    """What validates."""
+    return one_of("--holdout", given, ("cases", "slices"))
+
+
+def check_target(path: Path | None, *suffixes: str) -> None:
+    """Refuse a file to write that is not named as what it will be: it may be somebody's image."""
+    if path is not None and (path.suffix.lower() not in suffixes or path.is_dir()):
+        got = "a folder" if path.is_dir() else f"`{path.name}`"
+        raise ConfigError(path, expected=f"the name of a file ending in {' or '.join(suffixes)}", got=got, do="give another name")
+
+
+def refuse_beside(word: str, others: Mapping[str, object], do: str = "change the plan instead, or start a new run") -> None:
+    """Options that would be ignored in silence beside `word`."""
+    given = [name for name, value in others.items() if value is not None]
+    if given:
+        raise ConfigError(word, expected="none of " + ", ".join(others), got=" ".join(given), do=do)
+
+
+def open_data(data: Path) -> "Dataset":
+    """The dataset; what its files leave open is among its findings, so it is not said a second time as a warning."""
+    import warnings
+
+    from microtome.data.dataset import open_dataset
+    from microtome.errors import DataWarning
+
+    warnings.simplefilter("ignore", DataWarning)
+    return open_dataset(data)
