@@ -31,7 +31,7 @@ class Tiny(Network):
 
 def test_the_table_has_a_row_a_layer_with_its_norm_and_activation() -> None:
     table = layer_table(trace(Tiny(), (1, 8, 8)))
-    assert table.titles == ("layer", "kind", "output", "parameters", "multiply-adds", "sees")
+    assert table.titles == ("layer", "kind", "output", "parameters", "multiply-adds", "sees at most")
     assert table.rows == (
         ("image", "image", "1×8×8", "0", "0", "1×1"),
         ("down.0", "3×3 convolution, stride 2, batch norm, leaky ReLU, dropout", "1000×4×4", "12,000", "144,000", "3×3"),

@@ -11,7 +11,7 @@ from microtome.geometry import format_shape
 from microtome.models.network import Network
 from microtome.models.trace import Operation, Trace
 
-TITLES = ("layer", "kind", "output", "parameters", "multiply-adds", "sees")
+TITLES = ("layer", "kind", "output", "parameters", "multiply-adds", "sees at most")
 # These change values, not maps: they share the row of what they follow.
 FOLDED = frozenset({"norm", "activation", "dropout"})
 _WORDS: Mapping[str, str] = MappingProxyType(

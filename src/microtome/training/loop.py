@@ -22,6 +22,8 @@ from microtome.training.store import StoredCase
 
 Event = Mapping[str, Any]
 SECONDS_BETWEEN_CHECKPOINTS = 120.0
+# Share of the time left that validations may take, but for the last one.
+MOST_VALIDATING = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +160,9 @@ def reschedule(progress: Progress, plan: Plan, clock: "Clock", hooks: Hooks, val
     """Fit the steps to the time left, if time is limited, and spread the validations to come over them."""
     to_come = max(1, plan.validations - progress.validations)
     left = hooks.seconds_left()
+    if left is not None and validation_seconds:
+        # Slow networks would spend minutes on being looked at.
+        to_come = max(1, min(to_come, int(MOST_VALIDATING * left / validation_seconds)))
     if left is not None and progress.step < progress.steps:
         seconds = max(0.0, left - to_come * validation_seconds)
         progress.steps = progress.step + max(1, int(seconds / clock.seconds_a_step()))

@@ -90,6 +90,7 @@ def make_plan(
 
 def fit_to_minutes(plan: Plan, minutes: float | None, device: torch.device) -> Plan:
     """The plan with the precision that is faster here, and batch and steps for the minutes, by timing real steps."""
+    began = time.perf_counter()
     precisions = ("bf16", "fp32") if plan.precision == "bf16" else ("fp32",)
     seconds = step_seconds(plan, device, precisions)
     # A busy machine can spoil a timing; hardware that multiplies bfloat16 is believed unless it is clearly slower.
@@ -106,7 +107,8 @@ def fit_to_minutes(plan: Plan, minutes: float | None, device: torch.device) -> P
         reason = f"{plan.batch} would fit into memory, but {minutes:g} minutes then hold too few steps"
         plan = _with(plan, "batch", max(SMALLEST_BATCH, fitting), reason)
         seconds = step_seconds(plan, device, (best,))
-    count = max(1, int(budget / seconds[best]))
+    # Where steps are slow, timing them has taken its part of the minutes.
+    count = max(1, int((budget - (time.perf_counter() - began)) / seconds[best]))
     return _with(plan, "steps", count, f"{minutes:g} minutes at {seconds[best]:.2f} s a step on this machine, less validation and report")
 
 
