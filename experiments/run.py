@@ -11,6 +11,7 @@ import json
 import platform
 import shutil
 import time
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ import microtome
 from experiments.data import Folders, write_data
 from experiments.pages import write_page
 from microtome.config import Plan
+from microtome.errors import DataWarning
 from microtome.files import write_json
 from microtome.images.files import read_image
 from microtome.inference.predictor import Predictor, predict_files
@@ -39,6 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"))
     parser.add_argument("--steps", type=int, default=None, help="instead of the description's: to try it out; nothing is recorded")
     options = parser.parse_args()
+    warnings.simplefilter("ignore", DataWarning)
     for name in options.names:
         result = run_experiment(name, options.out / name, options.steps)
         if options.steps is None:
