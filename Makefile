@@ -9,7 +9,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.installed
 
-.PHONY: demo test check fix bench docs lock clean
+.PHONY: demo test check fix bench reproduce docs lock clean
 
 demo: $(STAMP)  ## the whole road on built-in data; prints where the report is
 	@$(BIN)/microtome demo --out demo
@@ -33,7 +33,10 @@ bench: $(STAMP)  ## every benchmark, one after another
 	  found=1; echo "== $$file"; $(BIN)/python "$$file"; \
 	done; [ $$found = 1 ] || echo "make bench: there are no benchmarks in benchmarks/ yet"
 
-docs: $(STAMP)  ## README's map of files, docs/cli.md, docs/settings.md, written from the code
+reproduce: $(STAMP)  ## every experiment of experiments/ (an hour), and docs/reproductions.md from their results
+	@$(BIN)/python -m experiments.run
+
+docs: $(STAMP)  ## README's map of files, docs/cli.md, docs/settings.md, docs/networks, written from the code
 	@$(BIN)/python -m tools.docs
 
 lock: $(STAMP)  ## requirements.lock, written from what .venv holds now

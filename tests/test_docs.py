@@ -12,7 +12,9 @@ import typer
 from PIL import Image as Picture
 
 import microtome
+from microtome.models.registry import NETWORKS
 from tools import docs
+from tools.gallery import network_pages
 from tools.layers import LAYERS, REPOSITORY
 
 README = REPOSITORY / "README.md"
@@ -36,6 +38,12 @@ def commands() -> dict[str, Any]:
 def test_generated_part_is_current(path: str) -> None:
     text = docs.pages()[REPOSITORY / path]
     assert (REPOSITORY / path).read_text(encoding="utf-8") == text, "run `make docs`"
+
+
+def test_page_and_drawings_of_the_networks_are_current() -> None:
+    made = network_pages()
+    assert len(made) == len(NETWORKS) + 1
+    assert [path.name for path, text in made.items() if path.read_text(encoding="utf-8") != text] == [], "run `make docs`"
 
 
 def test_map_shows_every_module_once_in_the_order_of_imports() -> None:

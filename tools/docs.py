@@ -1,4 +1,4 @@
-"""Writes what the documentation takes from the code: README's map of files, docs/cli.md, docs/settings.md.
+"""Writes what the documentation takes from the code: README's map of files, docs/cli.md, docs/settings.md, docs/networks.
 
 `python -m tools.docs` writes them, `python -m tools.docs --check` says which of them are not current.
 """
@@ -189,12 +189,16 @@ def pages() -> dict[Path, str]:
 
 def main(words: list[str]) -> int:
     """Write the pages, or with `--check` name those that are not current; 1 when there are any."""
-    stale = [path for path, text in pages().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    from tools.gallery import network_pages
+
+    made = pages() | network_pages()
+    stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{path.relative_to(REPOSITORY)}: {'not current; run `make docs`' if '--check' in words else 'written'}")
     if "--check" in words:
         return int(bool(stale))
-    for path, text in pages().items():
+    for path, text in made.items():
+        path.parent.mkdir(exist_ok=True)
         path.write_text(text, encoding="utf-8")
     return 0
 
