@@ -62,6 +62,27 @@ def test_seven_rotations_of_a_smooth_picture_leave_what_depends_on_a_pixel_alone
     assert torch.allclose(answer, pointwise(image), atol=0.25)
 
 
+def test_oblong_pixels_are_turned_in_millimetres() -> None:
+    spacing = (3.0, 1.0)
+    y, x = torch.meshgrid((torch.arange(13.0) - 6) * spacing[0], (torch.arange(39.0) - 19) * spacing[1], indexing="ij")
+    shown: list[Tensor] = []
+
+    def slope(image_BCS: Tensor) -> Tensor:
+        shown.append(image_BCS[0, 0])
+        return image_BCS
+
+    answer = rotated_mean(slope, (2 * y + x)[None, None], any_size, spacing_mm=spacing)
+    for number, turned in enumerate(shown):
+        rows, columns = (torch.arange(float(n)) - (n - 1) / 2 for n in turned.shape)
+        down, right = torch.meshgrid(rows * spacing[0], columns * spacing[1], indexing="ij")
+        angle = torch.tensor(2 * np.pi * number / ROTATIONS)
+        expected = 2 * (angle.cos() * down + angle.sin() * right) + (angle.cos() * right - angle.sin() * down)
+        # Further out lies what the mirror shows.
+        near = torch.hypot(down, right) < 17
+        assert torch.allclose(turned[near], expected[near], atol=1e-3)
+    assert torch.allclose(answer[0, 0][torch.hypot(y, x) < 13], (2 * y + x)[torch.hypot(y, x) < 13], atol=1e-3)
+
+
 def test_as_many_versions_are_shown_as_the_paper_averages() -> None:
     shown = []
 

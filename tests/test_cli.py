@@ -289,7 +289,13 @@ def test_a_volume_comes_back_with_the_affine_and_shape_that_it_went_in_with(tmp_
             nib.save(nib.Nifti1Image(array, affine), tmp_path / "data" / folder / f"v{number}.nii.gz")
     spacing = tuple(float(n) for n in np.linalg.norm(affine[:3, 2::-1], axis=0))
     plan = small_plan(
-        dims=3, classes=("background", "foreground"), spacing_mm=spacing, network=TINY_3D, patch_vox=(12, 12, 12), augment={}, steps=2
+        dims=3,
+        classes=("background", "foreground"),
+        spacing_mm=spacing,
+        network=TINY_3D,
+        patch_vox=(12, 12, 12),
+        steps=2,
+        augment={"rotation_deg": (180.0, 0.0, 0.0)},
     )
     (tmp_path / "plan.yaml").write_text(dump_yaml(plan), encoding="utf-8")
     assert run(monkeypatch, "train", tmp_path / "data", "--out", tmp_path / "run", "--plan", tmp_path / "plan.yaml") == 0
@@ -309,6 +315,23 @@ def test_a_volume_comes_back_with_the_affine_and_shape_that_it_went_in_with(tmp_
     result = nib.load(tmp_path / "p" / "v1.nii.gz")
     assert result.shape == (18, 16, 14)
     np.testing.assert_allclose(result.affine, affine, atol=1e-5)
+
+
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_slices_beside_a_fold_in_which_nothing_validates_are_refused(
+    command: str, demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ("--out", tmp_path / "run", "--steps", 1) if command == "train" else ()
+    assert run(monkeypatch, command, demo_data.tubules, *out, "--holdout", "slices", "--fold", "all") == 2
+    assert "expected a fold K/N, got --fold all" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_seed_that_no_generator_takes_is_refused_in_words(
+    demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "train", demo_data.cells, "--out", tmp_path / "run", "--seed", 2**32) == 2
+    assert "less than or equal to 4294967295" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.slow

@@ -397,6 +397,9 @@ def test_a_folder_that_does_not_fit_is_refused_before_any_training(trainings: Tr
     write_json(out / "compare.json", {"asked": {"data": str(data), "minutes": 3.0, "steps": None, "fold": None, "seed": 4}, "rows": []})
     with pytest.raises(ConfigError, match=r"minutes 3\.0 as before, got 2\.0"):
         compare(data, out, TWO, resume=True)
+    write_text(out / "compare.json", '{"asked": ')
+    with pytest.raises(DataError, match=r"compare\.json: expected what `compare` writes"):
+        compare(data, out, TWO, resume=True)
     with pytest.raises(ConfigError, match="fold"):
         compare(data, tmp_path / "new", replace(TWO, fold="9/5"))
     write_text(data / "microtome.yaml", "classes: {around: 0, cell: 1, wall: 2}\nvalidation: [picture_0]\n")

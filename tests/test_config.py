@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from microtome.config import (
     AugmentConfig,
     Config,
+    LossConfig,
     NetworkConfig,
     NormalisationConfig,
     OptimiserConfig,
@@ -221,6 +222,22 @@ def test_a_config_is_frozen() -> None:
         plan.steps = 5  # type: ignore[misc]
     with pytest.raises(ValidationError, match="frozen"):
         plan.network.name = "unet"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("loss", "said"),
+    [
+        ({"cross_entropy": 0, "dice": 0}, "one of cross_entropy, dice, focal and tversky must be above 0"),
+        ({"cross_entropy": 0, "class_weights": (1.0, 2.0)}, "weigh the cross-entropy, and cross_entropy is 0"),
+        ({"cross_entropy": 0, "border_weight": 10}, "weighs cross-entropy and focal loss, and both are 0"),
+        ({"balance_classes": True}, "is a part of the border map, and border_weight is 0"),
+        ({"class_weights": (1.0, -2.0)}, "class_weights and level_weights must be 0 or more"),
+        ({"level_weights": (0.0, 0.0)}, "one of level_weights must be above 0"),
+    ],
+)
+def test_a_loss_that_would_do_something_else_than_it_says_is_refused(loss: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        LossConfig(**loss)
 
 
 def test_every_field_of_the_plan_that_is_not_plain_says_what_it_is() -> None:

@@ -15,7 +15,7 @@ from microtome.config import Plan
 from microtome.data.case import NOT_ANNOTATED
 from microtome.data.synthetic import sparse_annotation, tubules
 from microtome.densify import DensifyOptions, Sketch, densify, open_sketch
-from microtome.errors import ConfigError, DataError, DataWarning
+from microtome.errors import ConfigError, DataError, DataWarning, RunError
 from microtome.images.files import read_image
 from microtome.inference.predictor import load
 from tests.small import one_thread, small_plan, small_plan_3d
@@ -268,3 +268,15 @@ def test_a_stack_without_a_voxel_size_is_taken_with_a_warning_and_gives_a_stack(
     with pytest.warns(DataWarning, match="no voxel size in the file; 1 × 1 × 1 mm is assumed, as in training"):
         densify(sketch, plan)
     assert tifffile.imread(sketch.out).shape == SHAPE
+
+
+def test_a_training_that_ends_early_says_what_can_be_done_here(sparse: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*words: object, **more: object) -> Path:
+        raise RunError("step 5", expected="9 steps", got="a request to stop", do="continue with --resume")
+
+    sketch = sketch_of(tmp_path, np.where(sparse < 0, 255, sparse).astype(np.uint8), steps=9)
+    monkeypatch.setattr("microtome.densify.train", stopped)
+    with pytest.raises(RunError, match=r"step 5: expected 9 steps, got a request to stop; densify again with another --run") as caught:
+        run(sketch)
+    assert "--resume" not in str(caught.value)
+    assert not sketch.out.exists()

@@ -107,6 +107,13 @@ def test_a_side_that_is_no_multiple_of_32_is_refused() -> None:
     assert network.nearest_sizes(33, 0) == (64, 64)
 
 
+def test_a_thin_stack_has_32_sections_and_more_than_one_voxel_at_the_bottom() -> None:
+    with torch.device("meta"):
+        network = dense(3)
+        assert [network.nearest_sizes(1, axis)[0] for axis in range(3)] == [32, 64, 64]
+        assert network(torch.empty(1, 3, 32, 64, 64)).shape == (1, 11, 32, 64, 64)
+
+
 @pytest.mark.parametrize(("dims", "widths"), [(2, (6, 8, 8)), (3, (6, 8)), (2, (3, 40, 5, 6))])
 def test_a_batch_of_one_of_the_smallest_size_trains_every_weight(dims: int, widths: Shape) -> None:
     torch.manual_seed(0)

@@ -107,6 +107,19 @@ def refused(network: Network, shape: Shape, axis: int) -> set[int]:
     return found
 
 
+@pytest.mark.parametrize(("name", "dims", "variant"), VARIANTS)
+def test_one_image_of_the_smallest_size_trains_or_is_refused_with_a_way_out_that_works(name: str, dims: int, variant: str) -> None:
+    with torch.device("meta"):
+        network = build(name, dims=dims, in_channels=1, classes=2, variant=variant)
+        one = torch.empty(1, 1, *smallest(network))
+        try:
+            network(one)
+        except ConfigError as refusal:
+            assert "train with a batch of 2 or more" in str(refusal)  # noqa: PT017
+            network(torch.cat([one, one]))
+        network.eval()(one)
+
+
 @pytest.mark.parametrize(("name", "dims"), FORMS)
 def test_it_trains_in_bfloat16_and_channels_last(name: str, dims: int) -> None:
     network = small(name, dims).to(memory_format=LAYOUT[dims])

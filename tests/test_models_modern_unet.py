@@ -115,6 +115,13 @@ def test_with_instance_norm_the_deepest_level_keeps_two_voxels_along_strided_axe
     assert instance.nearest_sizes(13, 2) == (12, 16)
 
 
+def test_with_instance_norm_and_no_stride_at_all_the_smallest_size_has_two_voxels() -> None:
+    with torch.device("meta"):
+        network = modern(2, widths=(2, 2), strides=((1, 1), (1, 1)), norm="instance")
+        assert [network.nearest_sizes(1, axis)[0] for axis in range(2)] == [1, 2]
+        assert network(torch.empty(1, network.in_channels, 1, 2)).shape[2:] == (1, 2)
+
+
 @pytest.mark.parametrize("norm", ["batch", "instance", "none"])
 def test_a_residual_unit_starts_as_its_shortcut(norm: str) -> None:
     torch.manual_seed(0)

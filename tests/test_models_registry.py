@@ -59,7 +59,8 @@ def test_a_name_near_to_none_is_refused_with_the_list() -> None:
         ({"name": "modern_unet", "dims": 4}, "modern_unet: expected 2D or 3D images, got 4D; images are 2D or 3D"),
         ({"name": "unet", "dims": 2, "variant": "no_bn"}, "one of the variants paper, release, got `no_bn`"),
         ({"name": "unet_same", "dims": 2, "variant": "paper"}, "expected no variant, got `paper`"),
-        ({"name": "unet", "dims": 2, "in_channels": 0}, "at least one channel and one class, got 0 channels and 2 classes"),
+        ({"name": "unet", "dims": 2, "in_channels": 0}, "at least one channel and one class, .*, got 0 channels and 2 classes"),
+        ({"name": "unet", "dims": 2, "classes": 10**18}, f"at most 1,000,000 of each, got 1 channels and {10**18} classes"),
         (
             {"name": "unet", "dims": 2, "config": NetworkConfig(residual=True)},
             r"settings that it has \(dropout, widths\), got `residual: True`",

@@ -175,6 +175,14 @@ def test_shapes_are_those_of_a_run_on_real_values(name: str, dims: int, config: 
     assert [found.operations[place].shape for place in found.outputs] == [tuple(result.shape[1:]) for result in results]
 
 
+@pytest.mark.parametrize("shape", [(1, 10**9 - 16, 10**9 - 16), (10**9, 10**9 - 16, 16)])
+def test_an_image_whose_bytes_torch_cannot_count_is_refused(shape: tuple[int, ...]) -> None:
+    with torch.device("meta"):
+        network = build("unet_same", dims=2, in_channels=1, classes=2)
+    with pytest.raises(ConfigError, match=r"^unet_same: expected an image of at most [0-9,]+ voxels, got .*; choose a smaller one"):
+        trace(network, shape)
+
+
 def test_the_network_is_left_as_it_was() -> None:
     network = Tiny()
     before = {name: value.clone() for name, value in network.state_dict().items()}

@@ -170,16 +170,32 @@ def test_an_image_without_a_voxel_size_is_taken_as_the_training_images_were(tmp_
     assert (labels != predictor_of()(path)).any()
 
 
+def test_a_picture_that_is_resized_whatever_its_voxel_size_is_not_said_to_be_assumed_one(tmp_path: Path) -> None:
+    # A warning would be an error here.
+    labels = predictor_of(resize_vox=(16, 16), assumed_spacing_mm=(0.5, 0.5))(folders.png(tmp_path / "a.png", noise(24, 20)))
+    assert labels.shape == (24, 20)
+
+
 def test_averaging_over_mirrored_versions_uses_the_axes_of_training() -> None:
     augment = AugmentConfig(flip_axes=(1,))
     assert predictor_of(augment=augment).engine.mirror_axes == ()
     assert predictor_of(augment=augment, tta="mirror").engine.mirror_axes == (1,)
-    assert predictor_of(augment=augment, tta="rotations").engine.tta == "rotations"
 
 
 def test_a_model_that_saw_no_mirrored_image_is_not_averaged_over_them() -> None:
     with pytest.raises(ConfigError, match="expected a model trained on mirrored images"):
         predictor_of(augment=AugmentConfig(), tta="mirror")
+
+
+def test_averaging_over_turned_versions_turns_the_millimetres_of_the_plan() -> None:
+    engine = predictor_of(augment=AugmentConfig(rotation_deg=(180.0,)), spacing_mm=(2.0, 1.0), tta="rotations").engine
+    assert (engine.tta, engine.spacing_mm) == ("rotations", (2.0, 1.0))
+
+
+@pytest.mark.parametrize("changes", [{}, {"rotation_deg": (20.0,)}, {"rotation_deg": (180.0,), "rotation_p": 0.0}])
+def test_a_model_that_saw_no_image_turned_by_any_angle_is_not_averaged_over_them(changes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected a model trained on images turned by any angle"):
+        predictor_of(augment=AugmentConfig(**changes), tta="rotations")
 
 
 def test_a_shallower_head_is_for_networks_that_have_one() -> None:

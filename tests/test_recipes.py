@@ -11,7 +11,7 @@ from microtome.config import Plan
 from microtome.errors import ConfigError
 from microtome.fingerprint import Fingerprint
 from microtome.models.registry import NETWORKS, build
-from microtome.plan import Resources, draft_plan
+from microtome.plan import Resources, draft_plan, patch_bytes
 from microtome.training.loop import learning_rate
 from microtome.training.recipes import RECIPES, apply_recipe, find_recipe
 from tests.small import small_plan
@@ -69,7 +69,7 @@ def test_every_value_of_a_recipe_says_where_it_comes_from(name: str) -> None:
     lines = recipe.fill(draft_plan(data, resources, network=recipe.networks[0], dims=recipe.dims), data, resources)
     assert {"network", "patch_vox", "batch", "loss", "augment", "optimiser"} <= set(lines)
     for field, (_, reason) in lines.items():
-        assert reason.startswith(("paper", "ours:")), field
+        assert reason.startswith(("paper", "article", "ours:")), field
         assert field in Plan.model_fields
 
 
@@ -109,6 +109,8 @@ def test_unet3d2016_has_the_paper_s_patch_and_deformation() -> None:
     plan = plan_of("unet3d2016", volume_facts())
     assert plan.patch_vox == (116, 132, 132)
     assert plan.network.batch_statistics
+    # It turns, scales and bends; it does not mirror.
+    assert plan.augment.flip_axes == ()
     assert plan.augment.elastic_spacing == (32, 32, 32)
     assert plan.augment.elastic_sd == (4, 4, 4)
     assert plan.augment.elastic_kind == "bspline"
@@ -164,6 +166,30 @@ def test_nnunet_is_its_second_version() -> None:
     assert learning_rate(500, 1000, plan) == pytest.approx(0.01 * 0.5**0.9)
     assert (plan.augment.elastic_p, plan.augment.scale, plan.augment.gamma_inverted_p) == (0, (0.7, 1.4), 0.1)
     assert not plan.loss.dice_background
+
+
+def test_nnunet_puts_a_third_of_a_batch_on_a_class_in_whole_patches() -> None:
+    assert plan_of("nnunet", volume_facts(shape_vox=(300, 300, 300))).foreground == pytest.approx(1 / 2)
+    plan = plan_of("nnunet", facts(shape_vox=(512, 512), cases=1000))
+    assert plan.batch == 12
+    assert plan.foreground == pytest.approx(4 / 12)
+
+
+def test_nnunet_counts_all_sections_of_a_stack_that_it_sees_one_by_one() -> None:
+    thick = volume_facts(shape_vox=(30, 512, 512), spacing_mm=(6.0, 1.0, 1.0), spacing_low_mm=(6.0, 1.0, 1.0), cases=10)
+    stacks, pictures = plan_of("nnunet", thick), plan_of("nnunet", facts(shape_vox=(512, 512), cases=300))
+    assert (stacks.dims, stacks.patch_vox) == (2, pictures.patch_vox)
+    assert stacks.batch == pictures.batch == 12
+
+
+@pytest.mark.parametrize("memory_gb", [2, 4, 8, 16])
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("name", ["vnet2016", "nnunet", "unet3d2016"])
+def test_a_recipe_for_volumes_leaves_room_in_the_memory_that_there_is(name: str, bf16: bool, memory_gb: float) -> None:
+    recipe, resources = RECIPES[name], Resources(minutes=10, memory_bytes=int(memory_gb * 2**30), bf16=bf16)
+    draft = draft_plan(volume_facts(), resources, network=recipe.networks[0], dims=recipe.dims)
+    plan = apply_recipe(recipe, draft, volume_facts(), resources)
+    assert plan.batch * patch_bytes(plan.patch_vox, plan.network, plan.precision, 2) < 0.65 * resources.memory_bytes
 
 
 def test_nnunet_s_residual_encoder_can_be_asked_for() -> None:

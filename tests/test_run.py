@@ -278,6 +278,19 @@ def test_other_cases_than_the_run_began_with_are_refused(cells: Dataset, tmp_pat
         train(fewer, plan_for(cells), tmp_path / "run", resume=True)
 
 
+def test_other_slices_than_the_run_held_out_are_refused(tubules: Dataset, tmp_path: Path) -> None:
+    plan = small_plan_3d(classes=tubules.legend.names, holdout="slices")
+    with pytest.raises(Killed):
+        train(tubules, plan, tmp_path / "run", on_event=kill_at(1))
+    path = tmp_path / "run" / "dataset.json"
+    document = json.loads(path.read_text())
+    [planes] = [planes for planes in document["held_out"].values() if planes][:1]
+    planes[0] = "z17"
+    path.write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match=r"dataset\.json: expected the held-out slices .*z17"):
+        train(tubules, plan, tmp_path / "run", resume=True)
+
+
 def test_a_complete_run_that_was_given_minutes_goes_on_although_it_was_killed_at_once(
     cells_run: Path, cells: Dataset, tmp_path: Path
 ) -> None:
@@ -453,6 +466,11 @@ def test_minutes_that_preparing_takes_are_refused_and_what_was_prepared_is_kept(
     monkeypatch.setattr(store, "prepare", lambda *arguments: pytest.fail("a case was prepared again"))
     with pytest.raises(Killed):
         train(cells, plan_for(cells, minutes=10), tmp_path / "run", resume=True, on_event=kill_at(1))
+
+
+def test_dimensions_that_a_recipe_has_not_are_refused_by_its_name(cells: Dataset) -> None:
+    with pytest.raises(ConfigError, match="dims: expected 2 for the recipe unet2015, got 3"):
+        make_plan(cells, steps=1, recipe="unet2015", dims=3)
 
 
 def test_a_plan_of_exactly_so_many_steps(cells: Dataset) -> None:

@@ -339,5 +339,7 @@ def test_slices_beside_stated_validation_or_another_word_are_refused(tmp_path: P
         split_dataset(sparse_volumes(tmp_path, {"a": PAINTED, "b": PAINTED}, "validation: [a]"), holdout="slices")
     with pytest.raises(ConfigError, match="expected cases or slices, got 'planes'"):
         split_dataset(dataset_of({"a": (1, 0, 0, 0)}), holdout="planes")
+    with pytest.raises(ConfigError, match="expected cases or slices, got 'planes'"):
+        split_dataset(dataset_of({"a": (1, 0, 0, 0)}), "all", holdout="planes")
     with pytest.raises(ConfigError, match="expected a part of at most 3, got 4/5, and there are 3 annotated planes"):
         split_dataset(sparse_volumes(tmp_path / "few", {"a": PAINTED[:3]}), "4/5", holdout="slices")

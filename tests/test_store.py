@@ -269,7 +269,7 @@ def test_what_was_stored_for_another_plan_is_not_taken(
 
 
 def test_what_the_arrays_do_not_depend_on_does_not_have_them_made_again(cells: Dataset, tmp_path: Path, prepared: list[str]) -> None:
-    for change in ({}, {"steps": 9, "batch": 1}, {"loss": LossConfig(border_sigma=2.0, balance_classes=True)}):
+    for change in ({}, {"steps": 9, "batch": 1}, {"loss": LossConfig(border_sigma=2.0, dice_squares=True)}):
         store_cases(cells, cells.labelled[:1], small_plan(**change), tmp_path)
     assert len(prepared) == 1
 
@@ -404,14 +404,24 @@ def test_values_are_taken_from_under_the_middle_of_each_new_voxel() -> None:
     assert nearest(values, (3, 4)) is values
 
 
-def test_without_instances_the_connected_parts_of_a_class_are_the_objects_and_the_gap_is_the_legend_s_background(tmp_path: Path) -> None:
+def test_without_instances_the_connected_parts_of_classes_are_the_objects_and_the_label_stays_as_it_is(tmp_path: Path) -> None:
     description = "classes: {left: 1, ground: 5, right: 6}\nbackground: ground\ninstances: false\n"
     dataset = touching(tmp_path, description, (5, 1, 6))
     assert dataset.legend.background == 1
     _, label, weight = prepare(dataset, dataset.labelled[0], small_plan(loss=BORDERS, classes=("left", "ground", "right")))
-    assert label[3].tolist() == [1, 0, 0, 0, 0, 1, 2, 2, 2, 2, 1, 1]
+    # Two classes that touch are told apart by their names: a gap would be a false label.
+    assert label[3].tolist() == [1, 0, 0, 0, 0, 0, 2, 2, 2, 2, 1, 1]
     assert weight is not None
-    assert weight[3, 5] == pytest.approx(1 + 9.2312, abs=0.005)
+    # 1 voxel from the one and 6 from the other.
+    assert weight[3, 0] == pytest.approx(1 + 10 * math.exp(-(7**2) / 50), abs=0.005)
+    assert (weight[:, 1:10] == 1).all()
+
+
+def test_where_no_class_is_background_nothing_is_a_border() -> None:
+    label = np.repeat(np.array([[0, 0, 1, 1, 2, 2, -1]], np.int16), 4, axis=0)
+    kept, weight = weigh_borders(label, None, small_plan(loss=LossConfig(border_weight=10.0, balance_classes=True)), None)
+    assert np.array_equal(kept, label)
+    assert (weight == 1).all()
 
 
 def test_what_is_not_annotated_stays_so_and_weighs_as_much_as_any() -> None:

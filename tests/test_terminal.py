@@ -5,7 +5,9 @@ import pytest
 
 from microtome.data.legend import Legend
 from microtome.evaluation.scores import score_case, summarise
-from microtome.terminal import print_scores
+from microtome.terminal import Terminal, print_scores
+from microtome.training.recipes import RECIPES
+from tests.test_recipes import data_for, plan_of
 
 LEGEND = Legend(names=("ground", "cell"), values=((0,), (1,)), background=0)
 
@@ -32,3 +34,14 @@ def test_scores_that_are_all_defined_say_nothing_of_it(capsys: pytest.CaptureFix
     shown = capsys.readouterr().out
     assert "undefined" not in shown
     assert "1.000 [1.000, 1.000]" in shown
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "default"])
+def test_a_recipe_is_printed_with_its_source_and_every_value_that_it_set(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = plan_of(name, data_for(name))
+    Terminal().say_plan(plan)
+    shown = capsys.readouterr().err
+    assert f"recipe {name}: {RECIPES[name].title}: {RECIPES[name].source}\n" in shown
+    for field in ("network", "patch_vox", "batch", "loss", "augment", "optimiser", "warmup" if name != "unet3d2016" else "loss"):
+        assert f"  {field}" in shown
+        assert plan.reasons[field] in shown

@@ -8,6 +8,7 @@ import typer
 
 from microtome.errors import ConfigError, MicrotomeError
 from microtome.options import (
+    MOST_SEED,
     AsJson,
     Data,
     Debug,
@@ -111,7 +112,7 @@ def plan(
         "dims": dims,
         "seed": seed,
         "fold": fold,
-        "holdout": checked_holdout(holdout),
+        "holdout": checked_holdout(holdout, fold),
     }
     made = make_plan(open_data(data), minutes=minutes, memory_gb=memory, device=device, **words)
     if out is not None:
@@ -139,7 +140,7 @@ def train(
         str | None, typer.Option(help="cases (if not given): whole images validate; slices: annotated slices of volumes.")
     ] = None,
     fold: Annotated[str | None, typer.Option(help="K/N: part K of N validates (1/5 if not given); all: nothing validates.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random; 0 if not given.", min=0)] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random; 0 if not given.", min=0, max=MOST_SEED)] = None,
     device: Device = "auto",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --out, with its plan.")] = False,
 ) -> None:
@@ -177,7 +178,7 @@ def train(
             terminal.say("neither --minutes nor --steps given: training for 10 minutes")
         terminal.say("timing a few steps to plan ...")
         words: dict[str, Any] = {"network": network, "recipe": recipe or "default", "dims": dims, "fold": fold or "1/5", "seed": seed or 0}
-        words["holdout"] = checked_holdout(holdout or "cases")
+        words["holdout"] = checked_holdout(holdout or "cases", fold)
         chosen = make_plan(dataset, minutes=minutes, steps=steps, memory_gb=memory, device=device, **words)
     terminal.say_plan(chosen)
     with terminal.training(chosen) as on_event:
@@ -357,10 +358,10 @@ def _show_network(name: str, size: str | None, classes: int, variant: str, *, sv
     from microtome.models.trace import trace
     from microtome.terminal import print_json, print_layers
 
-    wanted = parse_input(size) if size else default_input(name, find(name).dims)
+    wanted = parse_input(size) if size is not None else default_input(name, find(name).dims)
     with torch.device("meta"):
         network = build(name, dims=len(wanted) - 1, in_channels=wanted[0], classes=classes, variant=variant)
-    found = trace(network, wanted if size else nearest_input(network, wanted))
+    found = trace(network, wanted if size is not None else nearest_input(network, wanted))
     if svg is not None:
         write_text(svg, draw(found))
     if as_json:

@@ -18,7 +18,7 @@ import torch
 from microtome.config import Plan, load_yaml, parse_config
 from microtome.data.dataset import Dataset, open_dataset
 from microtome.data.split import Split, split_dataset
-from microtome.errors import ConfigError, MicrotomeError
+from microtome.errors import ConfigError, DataError, MicrotomeError
 from microtome.evaluation.comparison import Comparison, Outcome, compare_runs
 from microtome.evaluation.comparison_page import comparison_html, draw_strips, format_asked
 from microtome.evaluation.curves import format_duration, read_history
@@ -156,12 +156,17 @@ class _Comparing:
             return {}
         if not record.is_file():
             raise ConfigError(self.out, expected="a folder with compare.json", got="none", do="check --out, or leave out --resume")
-        before = json.loads(record.read_text(encoding="utf-8"))
-        for name in ("data", "minutes", "steps", "fold", "seed"):
-            if before["asked"][name] != self.asked[name]:
-                was, do = before["asked"][name], "give the same, or another --out"
-                raise ConfigError("--resume", expected=f"{name} {was} as before", got=f"{self.asked[name]}", do=do)
-        return {row["network"]: row["peak_bytes"] for row in before["rows"] if row["peak_bytes"]}
+        try:
+            before = json.loads(record.read_text(encoding="utf-8"))
+            asked, peaks = before["asked"], {row["network"]: row["peak_bytes"] for row in before["rows"] if row["peak_bytes"]}
+            was = {name: asked[name] for name in ("data", "minutes", "steps", "fold", "seed")}
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(record, expected="what `compare` writes", got=repr(error), do="give another --out") from None
+        for name, value in was.items():
+            if value != self.asked[name]:
+                do = "give the same, or another --out"
+                raise ConfigError("--resume", expected=f"{name} {value} as before", got=f"{self.asked[name]}", do=do)
+        return peaks
 
     def _train(self, name: str) -> None:
         """One training; what it needed and how it ended become an outcome.

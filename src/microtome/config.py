@@ -94,6 +94,12 @@ class LossConfig(Config):
     def _something(self) -> Self:
         if not self.cross_entropy + self.dice + self.focal + self.tversky:
             raise ValueError("one of cross_entropy, dice, focal and tversky must be above 0")
+        if self.class_weights and not self.cross_entropy:
+            raise ValueError(f"class_weights {self.class_weights} weigh the cross-entropy, and cross_entropy is 0")
+        if self.border_weight and not self.cross_entropy + self.focal:
+            raise ValueError(f"border_weight {self.border_weight} weighs cross-entropy and focal loss, and both are 0")
+        if self.balance_classes and not self.border_weight:
+            raise ValueError("balance_classes is a part of the border map, and border_weight is 0")
         if any(weight < 0 for weight in (*self.class_weights, *self.level_weights)):
             raise ValueError("class_weights and level_weights must be 0 or more")
         if self.level_weights and not sum(self.level_weights):

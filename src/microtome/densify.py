@@ -22,7 +22,7 @@ from microtome.data.legend import format_value, label_codes, value_of
 from microtome.data.names import some
 from microtome.data.planes import annotated_planes, in_planes, parse_planes, plane_name
 from microtome.data.reading import checked_label
-from microtome.errors import ConfigError, DataError
+from microtome.errors import ConfigError, DataError, RunError
 from microtome.images.files import probe_image, stem_of, suffix_of, write_labels
 from microtome.images.image import Header, Image
 from microtome.inference.predictor import load
@@ -148,7 +148,12 @@ def densify(sketch: Sketch, plan: Plan, *, on_event: Callable[[Event], None] = l
         RunError: as `train`; a full disk.
     """
     device, dataset = sketch.options.device, sketch.dataset
-    folder = train(dataset, plan, sketch.run, device=device, on_event=on_event, started=started)
+    try:
+        folder = train(dataset, plan, sketch.run, device=device, on_event=on_event, started=started)
+    except RunError as error:
+        # A training says how to resume it, which is no option here.
+        do = f"densify again with another --run, or remove {sketch.run} first; where time or space was short, with more of it"
+        raise RunError(error.where, expected=error.expected, got=error.got, do=do) from error
     image = read_case_image(dataset.cases[0])
     label = dataset.read_label(dataset.cases[0])
     dense = np.where(label == NOT_ANNOTATED, load(folder, device=device)(image), label)

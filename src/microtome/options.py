@@ -12,12 +12,15 @@ from microtome.errors import ConfigError
 if TYPE_CHECKING:
     from microtome.data.dataset import Dataset
 
+# What the generators of random numbers take.
+MOST_SEED = 2**32 - 1
+
 Data = Annotated[Path, typer.Argument(metavar="DATA", help="Folder with images and masks.")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="Folder that `train --out` made.")]
 Minutes = Annotated[float | None, typer.Option(help="Wall time of the whole run.", min=0.1)]
 Memory = Annotated[float | None, typer.Option(help="GB that training may use; by default most of what is free.", min=0.1)]
 Network = Annotated[str | None, typer.Option(help="One of `microtome networks`; modern_unet, or the recipe's, if not given.")]
-Seed = Annotated[int, typer.Option(help="Of everything random.", min=0)]
+Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST_SEED)]
 Dims = Annotated[int | None, typer.Option(help="2 or 3, whatever the images look like.", min=2, max=3)]
 Recipe = Annotated[str, typer.Option(help="default, unet2015, unet3d2016, vnet2016, pets2022 or nnunet: as that paper trained.")]
 Holdout = Annotated[str, typer.Option(help="cases: whole images validate; slices: annotated slices of sparsely annotated volumes.")]
@@ -36,9 +39,14 @@ def one_of(word: str, given: str, known: Sequence[str]) -> Any:
     return given
 
 
-def checked_holdout(given: str) -> Any:
-    """What validates."""
-    return one_of("--holdout", given, ("cases", "slices"))
+def checked_holdout(given: str, fold: str | None) -> Any:
+    """What validates; slices beside a fold in which nothing does would be ignored in silence."""
+    chosen = one_of("--holdout", given, ("cases", "slices"))
+    if chosen == "slices" and fold == "all":
+        raise ConfigError(
+            "--holdout slices", expected="a fold K/N", got="--fold all, in which nothing validates", do="leave one of them out"
+        )
+    return chosen
 
 
 def check_target(path: Path | None, *suffixes: str) -> None:

@@ -24,7 +24,7 @@ Precision = Literal["fp32", "bf16"]
 
 # Bytes that a training step holds for each value that a layer puts out: measured with autograd's saved activations, gradients
 # and workspace (benchmarks/step_memory.py).
-BYTES_A_VALUE = MappingProxyType({"bf16": 3.5, "fp32": 6.0})
+BYTES_A_VALUE = MappingProxyType({"bf16": 5.0, "fp32": 7.5})
 # The loss holds logits, probabilities, their products with the labels and gradients of each class in float32.
 BYTES_A_CLASS = 40
 # Fewer patches than this are no batch: the statistics of batch norm would be those of one image.

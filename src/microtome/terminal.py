@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 MARKS = (("error", "red"), ("warning", "yellow"), ("note", "blue"))
 MOST_ROWS = 30
+# What the reason of a value begins with that a recipe set.
+SOURCES = ("ours:", "paper", "article")
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -54,10 +56,10 @@ class Terminal:
         self.say(f"{plan.dims}D {plan.network.name}, patch {patch}, batch {plan.batch}, {plan.precision}, {plan.steps} steps")
         self.say(f"  {plan.reasons.get('dims', '')}; {plan.reasons.get('steps', '')}")
         if plan.recipe != "default":
-            self.say(f"recipe {plan.recipe}:")
+            self.say(f"recipe {plan.recipe}: {plan.reasons.get('recipe', '')}".rstrip(": "))
             for name in type(plan).model_fields:
                 reason = plan.reasons.get(name, "")
-                if reason.startswith(("ours:", "paper")):
+                if reason.startswith(SOURCES):
                     self.say(f"  {name}{_brief(getattr(plan, name))} – {reason}")
 
     def say_result(self, folder: Path) -> None:

@@ -60,11 +60,11 @@ def split_dataset(dataset: Dataset, fold: str = "1/5", seed: int = 0, holdout: s
     cases = sorted(dataset.labelled, key=lambda case: natural(case.name))
     if not cases:
         raise DataError(dataset.root, expected="labelled cases", got=f"{len(dataset.cases)} cases without readable labels", do="add labels")
+    if holdout not in ("cases", "slices"):
+        raise ConfigError("holdout", expected="cases or slices", got=repr(holdout), do="give one of the two")
     part, parts = _parse(fold)
     if parts == 1:
         return Split(train=tuple(cases), validation=())
-    if holdout not in ("cases", "slices"):
-        raise ConfigError("holdout", expected="cases or slices", got=repr(holdout), do="give one of the two")
     if holdout == "slices":
         return _slices(dataset, cases, part, parts)
     if dataset.config.validation_sections:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from microtome.geometry import Spacing
+
 TTA = Literal["none", "mirror", "rotations"]
 # U-Net's result on the EM data is the mean over 7 rotated versions (Ronneberger 2015, section 4). Which 7 is not said; even
 # steps of the full turn are ours.
@@ -34,11 +36,20 @@ def mirrored_mean(network: Pass, image_BCS: Tensor, axes: tuple[int, ...]) -> Te
     return total_BKS / len(passes)
 
 
-def rotated_mean(network: Pass, image_BCS: Tensor, nearest_sizes: NearestSizes, context_vox: int = 0, count: int = ROTATIONS) -> Tensor:
+def rotated_mean(
+    network: Pass,
+    image_BCS: Tensor,
+    nearest_sizes: NearestSizes,
+    context_vox: int = 0,
+    *,
+    count: int = ROTATIONS,
+    spacing_mm: Spacing = (1.0, 1.0),
+) -> Tensor:
     """Mean logits (B, K, *S') over `count` turned versions, by even steps of a full turn in the plane of the last two axes.
 
-    Each version lies on a canvas that holds the whole turned tile, of a size that the network takes; the corners
-    beyond the tile show its mirror image. Linear interpolation there and back.
+    Millimetres are turned, not pixels, as in training: under oblong pixels too, tissue stays rigid. Each version lies on a
+    canvas that holds the whole turned tile, of a size that the network takes; the corners beyond the tile show its mirror
+    image. Linear interpolation there and back.
 
     Args:
         network: (B, C, *S) -> (B, K, *S'), S' = S less `context_vox` on both sides of each axis.
@@ -46,6 +57,7 @@ def rotated_mean(network: Pass, image_BCS: Tensor, nearest_sizes: NearestSizes, 
         nearest_sizes: the network's: (size, axis of S) -> the nearest below or equal, and above or equal.
         context_vox: border that the output lacks.
         count: versions; the first is not turned.
+        spacing_mm: voxel size, of which the last two count.
 
     References:
         Ronneberger et al. 2015 (arXiv 1505.04597), section 4.
@@ -53,25 +65,25 @@ def rotated_mean(network: Pass, image_BCS: Tensor, nearest_sizes: NearestSizes, 
     total_BKS = network(image_BCS).float()
     plane = image_BCS.shape[-2:]
     answered = (plane[0] - 2 * context_vox, plane[1] - 2 * context_vox)
-    first = image_BCS.dim() - 4
+    first, oblong = image_BCS.dim() - 4, spacing_mm[-1] / spacing_mm[-2]
     for number in range(1, count):
         angle = 2 * math.pi * number / count
         cosine, sine = abs(math.cos(angle)), abs(math.sin(angle))
-        wanted = (plane[0] * cosine + plane[1] * sine, plane[0] * sine + plane[1] * cosine)
+        wanted = (plane[0] * cosine + plane[1] * sine * oblong, plane[0] * sine / oblong + plane[1] * cosine)
         canvas = tuple(nearest_sizes(math.ceil(size - 1e-6), first + axis)[1] for axis, size in enumerate(wanted))
-        turned_BCS = _turn(image_BCS.float(), angle, canvas, "reflection").to(image_BCS.dtype)
-        total_BKS += _turn(network(turned_BCS).float(), -angle, answered, "border")
+        turned_BCS = _turn(image_BCS.float(), angle, oblong, canvas, "reflection").to(image_BCS.dtype)
+        total_BKS = total_BKS + _turn(network(turned_BCS).float(), -angle, oblong, answered, "border")
     return total_BKS / count
 
 
-def _turn(array_BCS: Tensor, angle: float, shape: tuple[int, ...], outside: str) -> Tensor:
-    """The last two axes turned by an angle about the middle onto a plane of another shape."""
+def _turn(array_BCS: Tensor, angle: float, oblong: float, shape: tuple[int, ...], outside: str) -> Tensor:
+    """The last two axes turned by an angle about the middle onto a plane of another shape; pixels are `oblong` times as wide as high."""
     height, width = array_BCS.shape[-2:]
     rows = torch.arange(shape[0], device=array_BCS.device, dtype=torch.float32) - (shape[0] - 1) / 2
     columns = torch.arange(shape[1], device=array_BCS.device, dtype=torch.float32) - (shape[1] - 1) / 2
     cosine, sine = math.cos(angle), math.sin(angle)
-    y = cosine * rows[:, None] + sine * columns[None]
-    x = cosine * columns[None] - sine * rows[:, None]
+    y = cosine * rows[:, None] + sine * oblong * columns[None]
+    x = cosine * columns[None] - sine / oblong * rows[:, None]
     # grid_sample counts the width first, from -1 to 1 between the middles of the outer pixels.
     grid = torch.stack([x * (2 / max(width - 1, 1)), y * (2 / max(height - 1, 1))], dim=-1)
     flat = array_BCS.flatten(1, -3)

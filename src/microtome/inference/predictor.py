@@ -31,7 +31,7 @@ class Predictor:
         bundle: as `load_bundle` gives it.
         device: "auto", "cpu", "cuda".
         tta: "none"; "mirror": average over the mirrored versions of each tile, along the axes that training mirrored;
-            "rotations": over 7 versions turned in the plane.
+            "rotations": over 7 versions turned in the plane, if training turned by any angle.
         head: answer from a shallower nested U-Net, 1 the shallowest (UNet++ trained with a loss at that level): faster.
     """
 
@@ -42,8 +42,14 @@ class Predictor:
         self.network = to_device(network if head is None else network.pruned(head), self.device, bundle.plan.dims)
         # A model from a newer machine: its bf16 would be emulated here.
         precision = bundle.plan.precision if processor_has_bf16(self.device) else "fp32"
+        check_turned(bundle.plan, tta)
         self.engine = TorchEngine(
-            network=self.network, device=self.device, precision=precision, tta=tta, mirror_axes=mirror_axes(bundle.plan, tta)
+            network=self.network,
+            device=self.device,
+            precision=precision,
+            tta=tta,
+            mirror_axes=mirror_axes(bundle.plan, tta),
+            spacing_mm=bundle.plan.spacing_mm,
         )
 
     def __call__(self, image: Image | Path | str) -> np.ndarray:
@@ -57,7 +63,7 @@ class Predictor:
         plan = self.bundle.plan
         self._check(image)
         image = fit_channels(image, plan.channels)
-        if plan.assumed_spacing_mm and not image.spacing_known and not plan.stated_spacing_mm:
+        if plan.assumed_spacing_mm and not (image.spacing_known or plan.stated_spacing_mm or plan.resize_vox):
             sizes = " × ".join(f"{value:g}" for value in plan.assumed_spacing_mm)
             warnings.warn(f"{image.path}: no voxel size in the file; {sizes} mm is assumed, as in training", DataWarning, stacklevel=2)
         return predict_labels(image.array, voxel_size(image, plan), plan=plan, network=self.network, engine=self.engine)
@@ -86,6 +92,19 @@ def mirror_axes(plan: Plan, tta: TTA) -> tuple[int, ...]:
     if not plan.augment.flip_axes:
         raise ConfigError("--tta mirror", expected="a model trained on mirrored images", got="augment.flip_axes ()", do="leave it out")
     return plan.augment.flip_axes
+
+
+def check_turned(plan: Plan, tta: TTA) -> None:
+    """Refuse to average over turned versions that the network never learned to read: its answers there are worse, not better.
+
+    Raises:
+        ConfigError: training did not turn images in their plane by any angle.
+    """
+    augment = plan.augment
+    if tta == "rotations" and not (augment.rotation_p and augment.rotation_deg and augment.rotation_deg[0] >= 180):
+        got = f"augment.rotation_deg {augment.rotation_deg} with probability {augment.rotation_p:g}"
+        do = "leave it out, or try --tta mirror"
+        raise ConfigError("--tta rotations", expected="a model trained on images turned by any angle, up to 180", got=got, do=do)
 
 
 def load(run: Path | str, *, device: str = "auto", tta: TTA = "none", head: int | None = None) -> Predictor:

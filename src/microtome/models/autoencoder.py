@@ -21,9 +21,9 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from microtome.models.blocks import CONVOLUTION, MAX_POOL, TRANSPOSED, initialise_glorot, padded_sizes
+from microtome.models.blocks import CONVOLUTION, MAX_POOL, TRANSPOSED, initialise_glorot, level_widths, padded_sizes
 from microtome.models.network import Network, NetworkSpec
-from microtome.models.unet_same import contract, contracting_stages, level_widths, two_convolutions
+from microtome.models.unet_same import WIDTHS, contract, contracting_stages, two_convolutions
 
 
 class Autoencoder(Network):
@@ -34,7 +34,7 @@ class Autoencoder(Network):
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
-        widths, dims = level_widths(spec), spec.dims
+        widths, dims = level_widths(spec, WIDTHS), spec.dims
         super().__init__(spec, padded_sizes(dims, len(widths)))
         self.contract = contracting_stages(spec)
         self.pool = MAX_POOL[dims](2)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, conv3d, instance_norm, pad
 
+from microtome.errors import ConfigError
 from microtome.models.network import NetworkSpec, Sizes
 
 
@@ -118,6 +119,18 @@ def batch_normed_sizes(dims: int, levels: int) -> Sizes:
     """The same from twice that size along Y and X, so that the coarsest map of a single image has more than one voxel to normalise."""
     step = 1 << (levels - 1)
     return Sizes((step,) * (dims - 2) + (2 * step,) * 2, (step,) * dims)
+
+
+def level_widths(spec: NetworkSpec, paper: tuple[int, ...]) -> tuple[int, ...]:
+    """The channels of each level, finest first: the config's, or where it leaves them open the paper's.
+
+    Raises:
+        ConfigError: fewer than two levels.
+    """
+    widths = spec.config.widths or paper
+    if len(widths) < 2:
+        raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
+    return widths
 
 
 def dropout_share(spec: NetworkSpec, paper: float) -> float:

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from microtome.errors import ConfigError
-from microtome.models.blocks import dropout_share, initialise_glorot, initialise_he
+from microtome.models.blocks import dropout_share, initialise_glorot, initialise_he, level_widths
 from microtome.models.network import Network, NetworkSpec, Sizes
 
 WIDTHS = (256, 512, 1024, 2048)
@@ -76,8 +76,8 @@ class CANet(Network):
     def __init__(self, spec: NetworkSpec) -> None:
         small = spec.variant == "small"
         super().__init__(spec, Sizes((16, 16), (16, 16) if small else (8, 8)))
-        widths = spec.config.widths or (SMALL_WIDTHS if small else WIDTHS)
-        _check(spec, widths)
+        widths = level_widths(spec, SMALL_WIDTHS if small else WIDTHS)
+        _check(spec)
         self.supervised = spec.config.supervised_levels == 2
         if small:
             self._build_small(spec, widths)
@@ -274,12 +274,10 @@ def _resize(features_BCS: Tensor, shape_vox: Sequence[int]) -> Tensor:
     return interpolate(features_BCS, size=list(shape_vox), mode="bilinear", align_corners=False)
 
 
-def _check(spec: NetworkSpec, widths: tuple[int, ...]) -> None:
+def _check(spec: NetworkSpec) -> None:
     """Refuse what the variant cannot be or does not have."""
     small, config = spec.variant == "small", spec.config
     heads = 1 if small else 2
-    if len(widths) < 2:
-        raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
     if config.supervised_levels > heads:
         expected = f"at most {heads} supervised levels"
         raise ConfigError(spec.name, expected=expected, got=str(config.supervised_levels), do="change `network.supervised_levels`")

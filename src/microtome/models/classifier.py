@@ -17,9 +17,9 @@ So that it trains and predicts through the same code as the others, `forward` gi
 
 from torch import Tensor, nn
 
-from microtome.models.blocks import MAX_POOL, initialise_glorot, padded_sizes
+from microtome.models.blocks import MAX_POOL, initialise_glorot, level_widths, padded_sizes
 from microtome.models.network import Network, NetworkSpec
-from microtome.models.unet_same import contract, contracting_stages, level_widths
+from microtome.models.unet_same import WIDTHS, contract, contracting_stages
 
 
 class Classifier(Network):
@@ -30,7 +30,7 @@ class Classifier(Network):
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
-        widths = level_widths(spec)
+        widths = level_widths(spec, WIDTHS)
         super().__init__(spec, padded_sizes(spec.dims, len(widths)))
         self.contract = contracting_stages(spec)
         self.pool = MAX_POOL[spec.dims](2)

@@ -32,9 +32,17 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from microtome.errors import ConfigError
-from microtome.models.blocks import BATCH_NORM, CONVOLUTION, MAX_POOL, TRANSPOSED, centre_crop, dropout_share
-from microtome.models.network import Network, NetworkSpec, Sizes
+from microtome.models.blocks import (
+    BATCH_NORM,
+    CONVOLUTION,
+    MAX_POOL,
+    TRANSPOSED,
+    batch_normed_sizes,
+    centre_crop,
+    dropout_share,
+    level_widths,
+)
+from microtome.models.network import Network, NetworkSpec
 
 FIRST_WIDTH = 48
 DROPOUT = 0.2
@@ -59,9 +67,9 @@ FORMS: Mapping[str, Form] = MappingProxyType(
 
 
 class FCDenseNet(Network):
-    """FC-DenseNet. image_BCS (B, C, *S) -> logits_BKS (B, K, *S); sides multiples of 32, 64 or more.
+    """FC-DenseNet. image_BCS (B, C, *S) -> logits_BKS (B, K, *S); sides multiples of 32, Y and X from 64.
 
-    64 and not 32, so that the batch norms at the bottom see more than one voxel also in a batch of one.
+    Y and X have two voxels or more at the bottom, so that batch norm can train on a batch of one.
 
     `config.widths`: the maps that each level's dense block ADDS, finest first, the bottom last; the paper's are growth x layers.
     A width takes as many layers as the growth needs, the last with what remains: 40 maps with growth 16 are layers of 16, 16
@@ -73,11 +81,8 @@ class FCDenseNet(Network):
 
     def __init__(self, spec: NetworkSpec) -> None:
         form = FORMS[spec.variant or "103"]
-        widths, dims = spec.config.widths or form.widths, spec.dims
-        if len(widths) < 2:
-            raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
-        step = 1 << (len(widths) - 1)
-        super().__init__(spec, Sizes((2 * step,) * dims, (step,) * dims))
+        widths, dims = level_widths(spec, form.widths), spec.dims
+        super().__init__(spec, batch_normed_sizes(dims, len(widths)))
         self.widths, dropout, first = widths, dropout_share(spec, DROPOUT), min(FIRST_WIDTH, widths[0])
         # Width of the stack where a level's block begins and, one place further, where it ends.
         stack = [first]

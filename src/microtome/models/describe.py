@@ -28,8 +28,8 @@ _WORDS: Mapping[str, str] = MappingProxyType(
         "layer_norm": "layer norm",
     }
 )
-# (C, *S) that a paper draws, or that it or its code trains with, by name and number of spatial axes; second-hand for resunet
-# and sliding_window. Any other network gets 1 channel and the sides below.
+# (C, *S) that a paper draws, or that it or its code trains with, by name and number of spatial axes; second-hand for unet3d
+# and sliding_window, not confirmed for resunet. Any other network gets 1 channel and the sides below.
 _INPUTS: Mapping[tuple[str, int], tuple[int, ...]] = MappingProxyType(
     {
         ("unet", 2): (1, 572, 572),

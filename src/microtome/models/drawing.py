@@ -64,7 +64,9 @@ def _subtitle(trace: Trace) -> str:
     image = trace.operations[0].shape
     words = f"input {format_shape(image)}, output {format_shape(trace.operations[trace.outputs[0]].shape)}"
     sees = format_shape(trace.operations[trace.outputs[0]].field_vox)
-    return f"{words}; {trace.parameters:,} parameters; {short_number(trace.multiply_adds)} multiply-adds; an output voxel sees at most {sees}"
+    return (
+        f"{words}; {trace.parameters:,} parameters; {short_number(trace.multiply_adds)} multiply-adds; an output voxel sees at most {sees}"
+    )
 
 
 def _bar(bar: Bar, layout: Layout) -> list[str]:

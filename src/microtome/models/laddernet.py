@@ -24,8 +24,7 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
-from microtome.errors import ConfigError
-from microtome.models.blocks import CONVOLUTION, DROPOUT, TRANSPOSED, dropout_share, padded_sizes
+from microtome.models.blocks import CONVOLUTION, DROPOUT, TRANSPOSED, dropout_share, level_widths, padded_sizes
 from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (10, 20, 40, 80, 160)
@@ -40,9 +39,7 @@ class LadderNet(Network):
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
-        widths, dims = spec.config.widths or WIDTHS, spec.dims
-        if len(widths) < 2:
-            raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
+        widths, dims = level_widths(spec, WIDTHS), spec.dims
         super().__init__(spec, padded_sizes(dims, len(widths)))
         dropout = dropout_share(spec, DROPPED)
         self.stem = nn.Sequential(CONVOLUTION[dims](spec.in_channels, widths[0], 3, padding=1), nn.ReLU(inplace=True))

@@ -33,9 +33,9 @@ from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
 from microtome.models.blocks import AVERAGE_POOL, BATCH_NORM, CONVOLUTION, TRANSPOSED, InstanceNorm, initialise_he
 from microtome.models.network import Network, NetworkSpec, Sizes
+from microtome.nnunet_rules import level_widths
 
 LEVELS = 6
-FIRST_WIDTH = 32
 SLOPE = 0.01
 
 
@@ -55,6 +55,7 @@ class ModernUNet(Network):
     In training mode with `supervised_levels` > 1 it returns a list of logits, finest first, each at its own level's
     resolution; otherwise the finest alone. With instance norm the smallest side is twice that product along each axis that is
     strided, since the deepest level must have more than one voxel.
+    To train, batch norm needs more than one value a channel at the deepest level: not one image of the smallest size alone.
 
     Args:
         spec: its config sets widths, strides, kernels, convolutions, residual, norm and supervised_levels; empty
@@ -165,8 +166,7 @@ def _levels(spec: NetworkSpec) -> tuple[Level, ...]:
     """The config's tuples level by level, defaults filled in and all checked."""
     config, dims = spec.config, spec.dims
     number = number_of_levels(config)
-    largest = 320 if dims == 3 else 512
-    widths = config.widths or tuple(min(FIRST_WIDTH * 2**level, largest) for level in range(number))
+    widths = config.widths or level_widths(number, dims)
     strides = config.strides or ((1,) * dims, *((2,) * dims,) * (number - 1))
     kernels = config.kernels or ((3,) * dims,) * number
     repeats = config.convolutions if isinstance(config.convolutions, tuple) else (config.convolutions,) * number
@@ -195,5 +195,7 @@ def _check(spec: NetworkSpec, right: bool, expected: str, got: object, field: st
 
 def _sizes(spec: NetworkSpec, levels: Sequence[Level]) -> Sizes:
     step = tuple(math.prod(strides) for strides in zip(*(level.stride for level in levels), strict=True))
-    double = spec.config.norm == "instance"
-    return Sizes(tuple(2 * n if double and n > 1 else n for n in step), step)
+    if spec.config.norm != "instance":
+        return Sizes(step, step)
+    # Where nothing is strided, one axis has to have two voxels: X.
+    return Sizes(tuple(2 * n if n > 1 else n for n in step) if max(step) > 1 else (*step[:-1], 2), step)

@@ -12,6 +12,9 @@ from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
 from microtome.geometry import format_shape
 
+# More than anybody has, and few enough for torch to count the bytes of the weights.
+MOST_CHANNELS = 1_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSpec:
@@ -34,11 +37,10 @@ class NetworkSpec:
     variant: str = ""
 
     def __post_init__(self) -> None:
-        if self.in_channels < 1 or self.classes < 1:
+        if not (1 <= self.in_channels <= MOST_CHANNELS and 1 <= self.classes <= MOST_CHANNELS):
             got = f"{self.in_channels} channels and {self.classes} classes"
-            raise ConfigError(
-                self.name, expected="at least one channel and one class", got=got, do="check the dataset's channels and legend"
-            )
+            expected = f"at least one channel and one class, and at most {MOST_CHANNELS:,} of each"
+            raise ConfigError(self.name, expected=expected, got=got, do="check the dataset's channels and legend")
         if any(width < 1 for width in self.config.widths):
             raise ConfigError(self.name, expected="positive widths", got=str(self.config.widths), do="change `network.widths`")
 
@@ -110,7 +112,8 @@ class Network(nn.Module):
         """Refuse an image that does not fit; each `forward` begins with it.
 
         Raises:
-            ConfigError: wrong number of axes or channels, or a size that does not fit (the nearest that do are named).
+            ConfigError: wrong number of axes or channels, a size that does not fit (the nearest that do are named), or one
+                image to train a batch norm on that has one voxel at the deepest level.
         """
         shape = tuple(image_BCS.shape)
         axes = "ZYX"[-self.dims :]
@@ -121,6 +124,13 @@ class Network(nn.Module):
             fits = [f"{axes[axis]} {_either(self.nearest_sizes(n, axis))}" for axis, n in enumerate(shape[2:])]
             got = format_shape(shape[2:])
             raise ConfigError(self.spec.name, expected=f"a size that fits: {', '.join(fits)}", got=got, do="pad or crop to such a size")
+        if self.training and shape[0] == 1 and shape[2:] == self.sizes.step and self._batch_normed():
+            expected = "more than one value a channel for the batch norm of the deepest level, to train"
+            got = f"one image of {format_shape(shape[2:])}"
+            raise ConfigError(self.spec.name, expected=expected, got=got, do="train with a batch of 2 or more, or with larger images")
+
+    def _batch_normed(self) -> bool:
+        return any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d) for module in self.modules())
 
 
 def _either(sizes: tuple[int, int]) -> str:

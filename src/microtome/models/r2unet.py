@@ -31,8 +31,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from microtome.errors import ConfigError
-from microtome.models.blocks import BATCH_NORM, CONVOLUTION, MAX_POOL, batch_normed_sizes
+from microtome.models.blocks import BATCH_NORM, CONVOLUTION, MAX_POOL, batch_normed_sizes, level_widths
 from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (64, 128, 256, 512, 1024)
@@ -47,9 +46,7 @@ class R2UNet(Network):
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
-        widths, dims = spec.config.widths or WIDTHS, spec.dims
-        if len(widths) < 2:
-            raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
+        widths, dims = level_widths(spec, WIDTHS), spec.dims
         super().__init__(spec, batch_normed_sizes(dims, len(widths)))
         self.encoder = nn.ModuleList(RecurrentResidualBlock(dims, i, o) for i, o in pairwise((spec.in_channels, *widths)))
         self.pool = MAX_POOL[dims](2)

@@ -1,7 +1,7 @@
 """Deep residual U-Net, 2018: seven levels of pre-activated residual units, strided convolutions instead of pooling.
 
 Z. Zhang, Q. Liu, Y. Wang, "Road Extraction by Deep Residual U-Net", IEEE Geoscience and Remote Sensing Letters 2018,
-arXiv 1711.10684, Fig. 2 and Table I, as second-hand sources give them. Sizes for its 224x224 image:
+arXiv 1711.10684, Fig. 2 and Table I, as second-hand sources give them. Sizes for a 224x224 image (the paper's, not confirmed):
 
     224 |C>64>64| ---------------- concat ---------------- |192>64>64| 224 -> 1x1 -> classes
       112 |64>128>128| ----------- concat ----------- |384>128>128| 112
@@ -28,8 +28,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from microtome.errors import ConfigError
-from microtome.models.blocks import BATCH_NORM, CONVOLUTION, LINEAR, TRANSPOSED, batch_normed_sizes
+from microtome.models.blocks import BATCH_NORM, CONVOLUTION, LINEAR, TRANSPOSED, batch_normed_sizes, level_widths
 from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (64, 128, 256, 512)
@@ -43,9 +42,7 @@ class ResUNet(Network):
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
-        widths, dims = spec.config.widths or WIDTHS, spec.dims
-        if len(widths) < 2:
-            raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
+        widths, dims = level_widths(spec, WIDTHS), spec.dims
         super().__init__(spec, batch_normed_sizes(dims, len(widths)))
         first = ResidualUnit(dims, spec.in_channels, widths[0], from_image=True)
         self.encoder = nn.ModuleList([first, *(ResidualUnit(dims, i, o, stride=2) for i, o in pairwise(widths))])

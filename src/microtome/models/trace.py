@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from microtome.errors import ConfigError
+from microtome.geometry import format_shape
 from microtome.models.network import Network
 
 # A batch norm in training mode refuses one value a channel, which the deepest map of a small image may have.
@@ -130,8 +132,9 @@ def trace(network: Network, shape: Sequence[int]) -> Trace:
         shape: of the image, (C, *S).
 
     Raises:
-        ConfigError: the network does not take an image of that shape.
+        ConfigError: the network does not take an image of that shape, or torch cannot count the bytes of its maps.
     """
+    _check_size(network, shape)
     tensors = {name: tensor.detach().to("meta") for name, tensor in (*network.named_parameters(), *network.named_buffers())}
     weights = {id(tensors[name]): (name, tensor.numel()) for name, tensor in network.named_parameters()}
     image_BCS = torch.empty((BATCH, *shape), device="meta")
@@ -147,6 +150,15 @@ def trace(network: Network, shape: Sequence[int]) -> Trace:
         parameters=sum(parameter.numel() for parameter in network.parameters()),
         unused=tuple(weight for key, weight in weights.items() if key not in recorder.used),
     )
+
+
+def _check_size(network: Network, shape: Sequence[int]) -> None:
+    """Refuse an image whose maps, as wide as the widest layer, would have more than torch's 2^63 bytes."""
+    widest = max(max(parameter.shape, default=1) for parameter in network.parameters())
+    most = (1 << 63) // (BATCH * torch.float32.itemsize * max(widest, shape[0])) - 1
+    if math.prod(shape[1:]) > most:
+        expected = f"an image of at most {most:,} voxels"
+        raise ConfigError(network.spec.name, expected=expected, got=format_shape(tuple(shape[1:])), do="choose a smaller one")
 
 
 class _Recorder(TorchFunctionMode):

@@ -28,8 +28,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from microtome.errors import ConfigError
-from microtome.models.blocks import centre_crop, dropout_share, initialise_he, unpadded_context, unpadded_sizes
+from microtome.models.blocks import centre_crop, dropout_share, initialise_he, level_widths, unpadded_context, unpadded_sizes
 from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (64, 128, 256, 512, 1024)
@@ -47,9 +46,7 @@ class UNet(Network):
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
-        widths = spec.config.widths or WIDTHS
-        if len(widths) < 2:
-            raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
+        widths = level_widths(spec, WIDTHS)
         super().__init__(spec, unpadded_sizes(2, len(widths)), unpadded_context(len(widths)))
         released = spec.variant == "release"
         ups = [*widths[:-1]]

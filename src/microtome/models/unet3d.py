@@ -1,7 +1,8 @@
 """3D U-Net, 2016: the U-Net in three dimensions, with channels doubled before each pooling.
 
 Ö. Çiçek, A. Abdulkadir, S. S. Lienkamp, T. Brox, O. Ronneberger, "3D U-Net: Learning Dense Volumetric
-Segmentation from Sparse Annotation", MICCAI 2016, arXiv 1606.06650, Fig. 2. Sizes Z, Y, X:
+Segmentation from Sparse Annotation", MICCAI 2016, arXiv 1606.06650, Fig. 2, as notes of others give it (second-hand;
+its channels give the paper's count of parameters exactly). Sizes Z, Y, X:
 
     116x132x132 |3>32>64| 112x128x128 ------ crop 40, concat ------ 32x48x48 |192>64>64| 28x44x44 -> 1x1x1 -> classes
         56x64x64 |64>64>128| 52x60x60 ------ crop 16, concat ------ 20x28x28 |384>128>128| 16x24x24

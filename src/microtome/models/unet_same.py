@@ -26,8 +26,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from microtome.errors import ConfigError
-from microtome.models.blocks import BATCH_NORM, CONVOLUTION, MAX_POOL, TRANSPOSED, initialise_glorot, padded_sizes
+from microtome.models.blocks import BATCH_NORM, CONVOLUTION, MAX_POOL, TRANSPOSED, initialise_glorot, level_widths, padded_sizes
 from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (64, 128, 256, 512, 1024)
@@ -41,7 +40,7 @@ class UNetSame(Network):
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
-        widths, dims = level_widths(spec), spec.dims
+        widths, dims = level_widths(spec, WIDTHS), spec.dims
         super().__init__(spec, padded_sizes(dims, len(widths)))
         self.contract = contracting_stages(spec)
         self.pool = MAX_POOL[dims](2)
@@ -62,21 +61,9 @@ class UNetSame(Network):
         return logits_BKS
 
 
-def level_widths(spec: NetworkSpec) -> tuple[int, ...]:
-    """The channels of each level, finest first: the config's, or where it leaves them open the example's.
-
-    Raises:
-        ConfigError: fewer than two levels.
-    """
-    widths = spec.config.widths or WIDTHS
-    if len(widths) < 2:
-        raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
-    return widths
-
-
 def contracting_stages(spec: NetworkSpec) -> nn.ModuleList:
     """Two convolutions for each level, finest first."""
-    return nn.ModuleList(two_convolutions(i, o, spec.dims) for i, o in pairwise((spec.in_channels, *level_widths(spec))))
+    return nn.ModuleList(two_convolutions(i, o, spec.dims) for i, o in pairwise((spec.in_channels, *level_widths(spec, WIDTHS))))
 
 
 def contract(stages: nn.ModuleList, pool: nn.Module, image_BCS: Tensor) -> list[Tensor]:

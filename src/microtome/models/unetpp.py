@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from microtome.errors import ConfigError
-from microtome.models.blocks import CONVOLUTION, MAX_POOL, TRANSPOSED, dropout_share, initialise_he, padded_sizes
+from microtome.models.blocks import CONVOLUTION, MAX_POOL, TRANSPOSED, dropout_share, initialise_he, level_widths, padded_sizes
 from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (32, 64, 128, 256, 512)
@@ -50,7 +50,7 @@ class UNetPlusPlus(Network):
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
-        widths, dims = spec.config.widths or WIDTHS, spec.dims
+        widths, dims = level_widths(spec, WIDTHS), spec.dims
         self._check(spec, widths)
         super().__init__(spec, padded_sizes(dims, len(widths)))
         self.depth = len(widths) - 1
@@ -103,7 +103,7 @@ class UNetPlusPlus(Network):
             raise ConfigError(
                 self.spec.name, expected=f"a depth with a head, {depths}", got=str(depth), do="train with more `network.supervised_levels`"
             )
-        widths = (self.spec.config.widths or WIDTHS)[: depth + 1]
+        widths = level_widths(self.spec, WIDTHS)[: depth + 1]
         config = self.spec.config.model_copy(update={"widths": widths, "supervised_levels": 1})
         network, own = UNetPlusPlus(replace(self.spec, config=config)), self.state_dict()
         state = {name: own[name.replace("heads.0.", f"heads.{place}.")].clone() for name in network.state_dict()}
@@ -114,8 +114,6 @@ class UNetPlusPlus(Network):
     @staticmethod
     def _check(spec: NetworkSpec, widths: tuple[int, ...]) -> None:
         supervised = spec.config.supervised_levels
-        if len(widths) < 2:
-            raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
         if supervised >= len(widths):
             expected = f"at most {len(widths) - 1} supervised levels, one a nested U-Net"
             raise ConfigError(spec.name, expected=expected, got=str(supervised), do="change `network.supervised_levels`")

@@ -32,8 +32,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from microtome.errors import ConfigError
-from microtome.models.blocks import CONVOLUTION, TRANSPOSED, initialise_he, padded_sizes
+from microtome.models.blocks import CONVOLUTION, TRANSPOSED, initialise_he, level_widths, padded_sizes
 from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (16, 32, 64, 128, 256)
@@ -47,9 +46,7 @@ class VNet(Network):
     """
 
     def __init__(self, spec: NetworkSpec) -> None:
-        widths, dims = spec.config.widths or WIDTHS, spec.dims
-        if len(widths) < 2:
-            raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
+        widths, dims = level_widths(spec, WIDTHS), spec.dims
         super().__init__(spec, padded_sizes(dims, len(widths)))
         released = spec.variant == "release"
         convolutions = [max(1, min(level if released else level + 1, 3)) for level in range(len(widths))]

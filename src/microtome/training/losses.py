@@ -46,7 +46,7 @@ def cross_entropy(
             a head of sigmoids (that clips probabilities to 1e-7 before, this does not).
 
     References:
-        Ronneberger et al. 2015, arXiv 1505.04597, section 3; Çiçek et al. 2016, arXiv 1606.06650, section 2.2.
+        Ronneberger et al. 2015, arXiv 1505.04597, section 3; Çiçek et al. 2016, arXiv 1606.06650 (second-hand).
     """
     return _cross_entropy(_Seen.of(logits_BKS, target_BS, activation), weights_K, weight_BS)
 

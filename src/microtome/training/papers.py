@@ -1,10 +1,11 @@
 """What each paper's training set: a drafted plan -> values of the plan, each with its source.
 
-A reason names the place in the paper where the value stands, or begins with "ours:" where the paper leaves it open or where
-it is known second-hand only.
+A reason names the place in the paper (or the blog's article, or the authors' code) where the value stands, or begins with
+"ours:" where the source leaves it open or where it is known second-hand only.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
@@ -14,8 +15,8 @@ from microtome.config import AugmentConfig, LossConfig, NetworkConfig, Normalisa
 from microtome.errors import ConfigError
 from microtome.fingerprint import Fingerprint
 from microtome.geometry import Shape, Spacing, format_shape, resampled_shape
-from microtome.nnunet_rules import BUDGETS, batch_size, plan_patch
-from microtome.plan import FULL_SHARE, Resources, fit_patch
+from microtome.nnunet_rules import BUDGETS, Topology, batch_size, plan_patch
+from microtome.plan import FULL_SHARE, Resources, fit_patch, patch_bytes
 
 # Value and reason of each field of the plan that a recipe sets.
 Lines = Mapping[str, tuple[Any, str]]
@@ -46,20 +47,24 @@ def unet2015(draft: Plan, data: Fingerprint, resources: Resources) -> Lines:
     loss = LossConfig(dice=0, border_weight=10, border_sigma=5, balance_classes=True)
     optimiser = OptimiserConfig(name="sgd", learning_rate=3e-4, momentum=0.99, nesterov=False, weight_decay=0, clip_norm=1, averaging=0)
     return {
-        "network": (network, "paper, Fig. 1: 23 convolutions without padding, dropout at the end of the contracting path"),
+        "network": (
+            network,
+            "paper, Fig. 1: 23 convolutions without padding; section 3.1: dropout at the end of the contracting path; ours: by 0.5",
+        ),
         "spacing_mm": (data.spacing_mm, "ours: the images' own pixels, as the paper resizes nothing"),
         "normalisation": (NormalisationConfig(), "ours: each image to mean 0 and sd 1; the paper does not say"),
         "patch_vox": (patch, "paper, Fig. 1: 572 × 572, a large tile rather than a large batch; smaller where images are"),
         "batch": (1, "paper, section 3: one image"),
-        "foreground": (0.0, "paper: tiles anywhere; rare classes weigh more in the loss instead"),
+        "foreground": (0.0, "ours: tiles anywhere, as rare classes weigh more in the loss"),
         "loss": (
             loss,
-            "paper, equations 1 and 2: cross-entropy, w0 = 10, sigma = 5 pixels; ours: the form of the class balance",
+            "paper, equations 1 and 2: cross-entropy, w0 = 10, sigma = 5 pixels; ours: the form of the class balance, border weights on "
+            "background only, and a mean over the pixels instead of a sum",
         ),
         "augment": (
             augment,
-            "paper, section 3.1: displacements on a 3 × 3 grid, sd 10 pixels in a tile of 572, bicubic; rotation; "
-            "ours: all angles, and by how much grey values change",
+            "paper, section 3.1: displacements on a 3 × 3 grid, sd 10 pixels, bicubic; rotation; grey values; "
+            "ours: less in a tile smaller than 572, all angles, and by how much grey values change",
         ),
         "optimiser": (
             optimiser,
@@ -77,6 +82,7 @@ def unet3d2016(draft: Plan, data: Fingerprint, resources: Resources) -> Lines:
     finest = min(draft.spacing_mm)
     augment = draft.augment.model_copy(
         update={
+            "flip_axes": (),
             "rotation_p": 0.5,
             "scale_p": 0.5,
             "elastic_spacing": tuple(32 * finest / size for size in draft.spacing_mm),
@@ -97,12 +103,13 @@ def unet3d2016(draft: Plan, data: Fingerprint, resources: Resources) -> Lines:
         "loss": (LossConfig(dice=0), "ours: softmax with weight 0 where not annotated; the paper's class weights are not known"),
         "augment": (
             augment,
-            "paper, section 3: displacements of sd 4 on a grid of 32 voxels (of the finest axis here), B-spline interpolation; "
-            "ours: by how much volumes are turned, scaled and changed in grey values",
+            "ours: displacements of sd 4 on a grid of 32 voxels by B-splines, rotation, scaling and grey values (second-hand); counted in "
+            "voxels of the finest axis, and how much volumes are turned, scaled and changed in grey values, is not known",
         ),
         "optimiser": (
             optimiser,
-            "ours: stochastic gradient descent (second-hand, 70,000 steps), rate 0.005 and momentum 0.9, which are not known",
+            "ours: stochastic gradient descent (second-hand, 70,000 steps), rate 0.005 and momentum 0.9, which are not known; "
+            "gradients shortened to 12",
         ),
     }
 
@@ -116,7 +123,9 @@ def vnet2016(draft: Plan, data: Fingerprint, resources: Resources) -> Lines:
     spacing: Spacing = VNET_SPACING_MM if body else data.spacing_mm
     why = "paper, section 4: 1 × 1 × 1.5 mm" if body else "ours: the images' own voxels, which are not of the body's scale"
     shape = resampled_shape(data.shape_vox, data.spacing_mm, spacing)
-    patch = _patch(tuple(min(a, b) for a, b in zip((64, 128, 128), shape, strict=True)), (64, 128, 128), network, (draft, data, resources))
+    # Two volumes have to fit.
+    half = replace(resources, memory_bytes=resources.memory_bytes // 2)
+    patch = _patch(tuple(min(a, b) for a, b in zip((64, 128, 128), shape, strict=True)), (64, 128, 128), network, (draft, data, half))
     augment = AugmentConfig(
         elastic_points=(2, 2, 2),
         elastic_sd=tuple(15 * n / size for n, size in zip(patch, (64, 128, 128), strict=True)),
@@ -137,24 +146,25 @@ def vnet2016(draft: Plan, data: Fingerprint, resources: Resources) -> Lines:
     return {
         "network": (network, "paper, Fig. 2"),
         "spacing_mm": (spacing, why),
-        "patch_vox": (patch, "paper, section 4: 128 × 128 × 64 voxels; smaller where volumes are"),
+        "normalisation": (draft.normalisation, "ours: as the default recipe; the paper's correction of bias fields (N4) is not made"),
+        "patch_vox": (patch, "paper, section 4: 128 × 128 × 64 voxels; smaller where volumes or the memory are"),
         "batch": (2, "paper, section 4: two volumes"),
-        "foreground": (0.0, "paper: volumes as they are; Dice needs no balance"),
+        "foreground": (0.0, "ours: anywhere, as Dice needs no balance"),
         "loss": (
             LossConfig(cross_entropy=0, dice_squares=True, dice_background=False),
-            "paper, section 3: Dice with squares, no class weights",
+            "paper, section 3: Dice with squares, no class weights; ours: over both volumes together",
         ),
         "augment": (
             augment,
-            "paper, section 4: B-spline deformation by 2 × 2 × 2 control points, sd 15 voxels (less where the volume is smaller), "
-            "and the histogram of another training volume, at every step",
+            "paper, section 4: B-spline deformation by 2 × 2 × 2 control points, sd 15 voxels, and the histogram of another "
+            "training volume, at every step; ours: less along a side that is shorter than the paper's",
         ),
         "optimiser": (
             optimiser,
             "paper, section 4: momentum 0.99, rate 0.0001, a tenth of it after 25,000 of some 30,000 steps (here the same share); "
             "the authors' release: weight decay 0.0005",
         ),
-        "warmup": (0, "paper: none"),
+        "warmup": (0, "ours: none, as the paper names none"),
     }
 
 
@@ -165,40 +175,30 @@ def pets2022(draft: Plan, data: Fingerprint, resources: Resources) -> Lines:
         name="rmsprop", learning_rate=1e-3, momentum=0.9, weight_decay=0, schedule="constant", clip_norm=0, averaging=0
     )
     return {
-        "network": (NetworkConfig(name="unet_same"), "paper: the worked example's U-Net, padded and with batch norm"),
-        "resize_vox": ((160, 160), "paper: pictures are resized to 160 × 160; ours: linear interpolation"),
-        "normalisation": (NormalisationConfig(kind="none"), "paper: grey values as they are, 0 to 255"),
-        "patch_vox": ((160, 160), "paper: whole pictures"),
-        "batch": (8, "paper: 8 pictures"),
-        "foreground": (0.0, "paper: pictures as they come"),
+        "network": (NetworkConfig(name="unet_same"), "article: its U-Net, padded and with batch norm"),
+        "spacing_mm": (data.spacing_mm, "ours: the pictures' own pixels, of which only the proportions matter, as all are resized"),
+        "resize_vox": ((160, 160), "article: pictures are resized to 160 × 160; ours: linear interpolation"),
+        "normalisation": (NormalisationConfig(kind="none"), "article: grey values as they are, 0 to 255"),
+        "patch_vox": ((160, 160), "article: whole pictures"),
+        "batch": (8, "article: 8 pictures"),
+        "foreground": (0.0, "article: pictures as they come"),
         "loss": (
             LossConfig(dice=0, activation="sigmoid"),
-            "paper: cross-entropy of one sigmoid a class; its framework scales them to sum to 1, and so do we",
+            "article: cross-entropy of one sigmoid a class; its framework scales them to sum to 1, and so do we",
         ),
-        "augment": (still, "paper: none"),
+        "augment": (still, "article: none"),
         "optimiser": (optimiser, "ours: RMSprop with rate 0.001, smoothing 0.9: the framework's defaults, not read again"),
-        "warmup": (0, "paper: none"),
+        "warmup": (0, "ours: none, as the article names none"),
     }
 
 
 def nnunet(draft: Plan, data: Fingerprint, resources: Resources) -> Lines:
     """Isensee 2021 in its second version (papers and authors' code); its 2D or 3D configuration, as the data look."""
-    residual = draft.network.name == "nnunet_resenc"
-    dims, spacing = draft.dims, _nnunet_spacing(data, draft.dims)
-    shape = resampled_shape(data.shape_vox, data.spacing_mm, spacing)[-dims:]
-    budget = BUDGETS["resenc_m" if residual else "plain"]
-    memory = min(budget.memory_gb, FULL_SHARE * resources.memory_bytes / 2**30)
-    topology, estimate = plan_patch(spacing[-dims:], shape, len(data.classes), budget, memory_gb=memory)
+    spacing = _nnunet_spacing(data, draft.dims)
+    topology, network, batch, memory = _nnunet_sizes(draft, data, resources, spacing)
     levels = len(topology.strides)
-    if levels < 2:
-        raise ConfigError(
-            "recipe", expected="images of 8 voxels or more along an axis", got=format_shape(shape), do="use the default recipe"
-        )
     # The heads are all built; that of the lowest level has no weight in the loss.
     weights = (*(0.5**level for level in range(levels - 2)), 0.0) if levels > 2 else (1.0,)
-    network = NetworkConfig(name=draft.network.name, strides=topology.strides, kernels=topology.kernels, supervised_levels=levels - 1)
-    voxels = float(np.prod(shape)) * data.cases
-    batch = batch_size(topology.patch_vox, estimate, budget, dataset_voxels=voxels, memory_gb=memory)
     optimiser = OptimiserConfig(
         name="sgd", learning_rate=0.01, momentum=0.99, weight_decay=3e-5, schedule="poly", power=0.9, clip_norm=12, averaging=0
     )
@@ -208,14 +208,16 @@ def nnunet(draft: Plan, data: Fingerprint, resources: Resources) -> Lines:
         "spacing_mm": (spacing, "paper: the median voxel size; of an axis three times as coarse as the others its 10th percentile"),
         "patch_vox": (topology.patch_vox, f"paper: as large as its {limit} (8 GB at most here: ours)"),
         "batch": (batch, f"paper: {limit}, at least 2"),
-        "foreground": (1 / 3, "paper: a third of the patches lie on a class"),
+        "foreground": (1 - round(batch * 0.67) / batch, "paper: 0.33 of a batch lies on a class, in whole patches: 1 of 2, 4 of 12"),
         "loss": (
             LossConfig(dice_background=False, level_weights=weights),
-            "paper: cross-entropy + soft Dice of the foreground; levels weigh 1, 1/2, 1/4, ..., the lowest 0",
+            "paper: cross-entropy + soft Dice of the foreground; levels weigh 1, 1/2, 1/4, ..., the lowest 0; ours: Dice always over the "
+            "batch, and over the classes that it holds",
         ),
         "augment": (
             _nnunet_augment(topology.patch_vox),
-            "paper: no elastic deformation, all axes mirrored; ours: brightness shifts the mean, as values have mean 0 here",
+            "paper: no elastic deformation, all axes mirrored; ours: brightness shifts the mean, as values have mean 0 "
+            "here, and how strong noise and blur are",
         ),
         "optimiser": (
             optimiser,
@@ -224,6 +226,30 @@ def nnunet(draft: Plan, data: Fingerprint, resources: Resources) -> Lines:
         "warmup": (0, "paper: none"),
         "overlap": (0.5, "paper: tiles overlap by half"),
     }
+
+
+def _nnunet_sizes(draft: Plan, data: Fingerprint, resources: Resources, spacing: Spacing) -> tuple[Topology, NetworkConfig, int, float]:
+    """Patch and pooling, the network, patches a step, and the GB whose budget of feature maps they keep to."""
+    budget = BUDGETS["resenc_m" if draft.network.name == "nnunet_resenc" else "plain"]
+    whole = resampled_shape(data.shape_vox, data.spacing_mm, spacing)
+    shape, spacing = whole[-draft.dims :], spacing[-draft.dims :]
+    # Of a stack all sections count, also where each is seen as a picture.
+    voxels = float(np.prod(whole)) * data.cases
+    room = FULL_SHARE * resources.memory_bytes
+    memory = min(budget.memory_gb, room / 2**30)
+    while True:
+        topology, estimate = plan_patch(spacing, shape, len(data.classes), budget, memory_gb=memory)
+        levels = len(topology.strides)
+        if levels < 2:
+            raise ConfigError(
+                "recipe", expected="images of 8 voxels or more along an axis", got=format_shape(shape), do="use the default recipe"
+            )
+        network = NetworkConfig(name=draft.network.name, strides=topology.strides, kernels=topology.kernels, supervised_levels=levels - 1)
+        batch = batch_size(topology.patch_vox, estimate, budget, dataset_voxels=voxels, memory_gb=memory)
+        if batch * patch_bytes(topology.patch_vox, network, draft.precision, len(data.classes)) <= room:
+            return topology, network, batch, memory
+        # The budgets are for half precision; here a value may take more.
+        memory *= 0.9
 
 
 def _nnunet_spacing(data: Fingerprint, dims: int) -> Spacing:

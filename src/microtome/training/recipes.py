@@ -1,6 +1,6 @@
 """Training recipes by name: a drafted plan -> the plan that a paper trained with, each value with its source.
 
-What no recipe sets (precision, validations, fold) stays as drafted.
+What a recipe does not set (precision, validations, fold, in some the normalisation or the warm-up) stays as drafted.
 """
 
 import difflib
@@ -51,6 +51,8 @@ def apply_recipe(recipe: Recipe, draft: Plan, data: Fingerprint, resources: Reso
     values = {name: getattr(draft, name) for name in Plan.model_fields}
     values |= {name: value for name, (value, _) in lines.items()}
     reasons = {**draft.reasons, **{name: reason for name, (_, reason) in lines.items()}}
+    if lines:
+        reasons["recipe"] = f"{recipe.title}: {recipe.source}"
     return Plan(**values | {"recipe": recipe.name, "reasons": reasons})
 
 

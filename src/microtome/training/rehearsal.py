@@ -73,6 +73,9 @@ def make_plan(
     network, recipe, dims = wishes.get("network"), wishes.get("recipe", "default"), wishes.get("dims")
     seed, fold, holdout = wishes.get("seed", 0), wishes.get("fold", "1/5"), wishes.get("holdout", "cases")
     chosen = find_recipe(recipe, network)
+    if dims is not None and dims not in chosen.dims:
+        expected = f"{' or '.join(map(str, chosen.dims))} for the recipe {recipe}"
+        raise ConfigError("dims", expected=expected, got=str(dims), do="leave it out, or choose another --recipe")
     recycle_memory()
     where = pick_device(device)
     memory = int(memory_gb * 2**30) if memory_gb else free_memory(where)

@@ -17,6 +17,7 @@ import torch
 from microtome.bundle import Bundle, save_bundle
 from microtome.config import Plan, dump_yaml, load_yaml, parse_config
 from microtome.data.dataset import Dataset
+from microtome.data.planes import plane_name
 from microtome.data.split import split_dataset
 from microtome.errors import ConfigError, DataError, RunError
 from microtome.evaluation.report import build_report
@@ -209,6 +210,14 @@ class _Session:
             if changed:
                 got = f"{len(changed)} others ({sorted(changed)[0]}, ...)"
                 raise ConfigError(path, expected=f"the same cases in `{part}`", got=got, do="bring the data back, or start a new run")
+        held_out = before.get("held_out", self._held_out())
+        if held_out != self._held_out():
+            expected, do = f"the held-out slices {held_out}", "bring the annotation back, or start a new run"
+            raise ConfigError(path, expected=expected, got=str(self._held_out()), do=do)
+
+    def _held_out(self) -> dict[str, list[str]]:
+        """The planes of each case that it trains without."""
+        return {case.name: [plane_name(plane) for plane in case.planes.hidden] for case in self.split.train if case.planes}
 
     def _describe(self) -> None:
         """Write what the run is about before it begins."""
@@ -219,6 +228,7 @@ class _Session:
             "legend": self.dataset.legend.to_json(),
             "train": [case.name for case in self.split.train],
             "validation": [case.name for case in self.split.validation],
+            "held_out": self._held_out(),
             "findings": [
                 {"severity": f.severity, "code": f.code, "case": f.case, "message": f.message, "files": [str(p) for p in f.files]}
                 for f in self.dataset.findings

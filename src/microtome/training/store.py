@@ -145,7 +145,7 @@ def prepare(dataset: Dataset, case: Case, plan: Plan) -> Prepared:
         return Prepared(array, label)
     found = dataset.read_instances(case)
     objects = None if found is None else nearest(found, shape)
-    return Prepared(array, *weigh_borders(label, objects, plan, dataset.legend.background or 0))
+    return Prepared(array, *weigh_borders(label, objects, plan, dataset.legend.background))
 
 
 def nearest(values_S: np.ndarray, new_shape_vox: Shape) -> np.ndarray:
@@ -156,8 +156,11 @@ def nearest(values_S: np.ndarray, new_shape_vox: Shape) -> np.ndarray:
     return values_S
 
 
-def weigh_borders(label_S: np.ndarray, objects_S: np.ndarray | None, plan: Plan, background: int) -> tuple[np.ndarray, np.ndarray]:
+def weigh_borders(label_S: np.ndarray, objects_S: np.ndarray | None, plan: Plan, background: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The label with gaps of background between touching objects, and the weight of each voxel, float16, most in the gaps.
+
+    Without objects the label stays as it is: what touches there are pieces of different classes, which need no gap to be told
+    apart, and a gap would be a false label.
 
     A 2D network's stack is weighed a section at a time, as it sees nothing else.
 
@@ -165,15 +168,15 @@ def weigh_borders(label_S: np.ndarray, objects_S: np.ndarray | None, plan: Plan,
         label_S: on the plan's grid.
         objects_S: the objects on the same grid; None: the connected parts of all classes but the background.
         plan: with the settings of its loss.
-        background: the class that a gap becomes.
+        background: the class that a gap becomes; None: every class is one of objects.
     """
     loss, spacing_mm = plan.loss, plan.spacing_mm[-plan.dims :]
     labels = np.array(label_S).reshape(-1, *label_S.shape[-plan.dims :])
     weights = np.empty(labels.shape, np.float16)
     for number, label in enumerate(labels):
         objects = _pieces(label, background) if objects_S is None else objects_S.reshape(labels.shape)[number]
-        apart = separated(objects)
-        label[(objects > 0) & (apart == 0) & (label != NOT_ANNOTATED)] = background
+        apart = objects if objects_S is None else separated(objects)
+        label[(objects > 0) & (apart == 0) & (label != NOT_ANNOTATED)] = background or 0
         found = border_weights(apart, spacing_mm, w0=loss.border_weight, sigma_vox=loss.border_sigma, balance=loss.balance_classes)
         # Nothing is learned where nothing is annotated, but a sample between there and here would take half of its weight.
         found[label == NOT_ANNOTATED] = 1
@@ -181,11 +184,12 @@ def weigh_borders(label_S: np.ndarray, objects_S: np.ndarray | None, plan: Plan,
     return labels.reshape(label_S.shape), weights.reshape(label_S.shape)
 
 
-def _pieces(label_S: np.ndarray, background: int) -> np.ndarray:
+def _pieces(label_S: np.ndarray, background: int | None) -> np.ndarray:
     """The connected parts of all classes but the background, which `objects_of` takes to be 0."""
-    if background:
-        label_S = np.where(label_S == background, 0, np.where(label_S == 0, background, label_S))
-    return objects_of(label_S)
+    shifted_S = np.where(label_S == NOT_ANNOTATED, NOT_ANNOTATED, label_S + 1)
+    if background is not None:
+        shifted_S[label_S == background] = 0
+    return objects_of(shifted_S)
 
 
 def stored_bytes(dataset: Dataset, case: Case, plan: Plan) -> int:
