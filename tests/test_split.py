@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from microtome.data.case import Case, Plane, Planes
 from microtome.data.dataset import Dataset, DatasetConfig, open_dataset
 from microtome.data.legend import Legend
-from microtome.data.split import Split, split_dataset
+from microtome.data.split import Split, leaks, split_dataset
 from microtome.errors import ConfigError, DataError, DataWarning
 
 
@@ -343,3 +343,25 @@ def test_slices_beside_stated_validation_or_another_word_are_refused(tmp_path: P
         split_dataset(dataset_of({"a": (1, 0, 0, 0)}), "all", holdout="planes")
     with pytest.raises(ConfigError, match="expected a part of at most 3, got 4/5, and there are 3 annotated planes"):
         split_dataset(sparse_volumes(tmp_path / "few", {"a": PAINTED[:3]}), "4/5", holdout="slices")
+
+
+def case_of(path: Path, content: bytes) -> Case:
+    path.write_bytes(content)
+    return Case(name=path.stem, images=(path,))
+
+
+def test_an_image_that_trains_and_validates_under_two_names_is_found(tmp_path: Path) -> None:
+    train = [case_of(tmp_path / f"a{n}.png", b"picture %d" % n) for n in range(3)]
+    fine = case_of(tmp_path / "b.png", b"picture 9")
+    copy = case_of(tmp_path / "c.png", b"picture 1")
+    assert leaks(Split(train=tuple(train), validation=(fine,))) == []
+    (finding,) = leaks(Split(train=tuple(train), validation=(fine, copy)))
+    assert finding.code == "leak"
+    assert "a1.png trains and c.png validates, and they are the same file: the score will be too good" in finding.message
+    assert finding.files == (train[1].images[0], copy.images[0])
+
+
+def test_parts_of_one_file_are_no_copies_of_each_other(tmp_path: Path) -> None:
+    whole = case_of(tmp_path / "stack.tif", b"sections")
+    first, last = replace(whole, name="stack[0:4]", sections=(0, 4)), replace(whole, name="stack[4:5]", sections=(4, 5))
+    assert leaks(Split(train=(first,), validation=(last,))) == []

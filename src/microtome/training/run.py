@@ -18,7 +18,7 @@ from microtome.bundle import Bundle, save_bundle
 from microtome.config import Plan, dump_yaml, load_yaml, parse_config
 from microtome.data.dataset import Dataset
 from microtome.data.planes import plane_name
-from microtome.data.split import split_dataset
+from microtome.data.split import leaks, split_dataset
 from microtome.errors import ConfigError, DataError, RunError
 from microtome.evaluation.report import build_report
 from microtome.files import write_json, write_text
@@ -141,6 +141,7 @@ class _Session:
         self.started = time.perf_counter()
         _check_plan(dataset, plan)
         self.split = split_dataset(dataset, plan.fold, plan.seed, plan.holdout)
+        self.leaks = leaks(self.split)
         self.validation = Validation(dataset=dataset, cases=self.split.validation, plan=plan, device=self.device, folder=folder)
         self.clock, self.seconds_before = Clock(), 0.0
         torch.manual_seed(plan.seed)
@@ -163,6 +164,8 @@ class _Session:
         """Make the folder, or take it up where it was left."""
         if resume:
             self._resume()
+        for finding in self.leaks:
+            self.on_event({"event": "finding", "step": 0, "severity": finding.severity, "message": finding.message})
         # A run killed between its first files lacks this one.
         if not (self.folder / "dataset.json").exists():
             self._describe()
@@ -231,7 +234,7 @@ class _Session:
             "held_out": self._held_out(),
             "findings": [
                 {"severity": f.severity, "code": f.code, "case": f.case, "message": f.message, "files": [str(p) for p in f.files]}
-                for f in self.dataset.findings
+                for f in (*self.dataset.findings, *self.leaks)
             ],
         }
         write_json(self.folder / "dataset.json", document)
