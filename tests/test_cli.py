@@ -17,6 +17,7 @@ from microtome import cli
 from microtome.config import dump_yaml
 from microtome.data.synthetic import DemoConfig, DemoData, cells, write_demo_data
 from microtome.demo import run_demo
+from microtome.options import changed_plan
 from microtome.terminal import Terminal
 from tests.small import TINY_2D, TINY_3D, small_plan
 
@@ -203,6 +204,40 @@ def test_a_plan_takes_another_fold_and_seed(demo_data: DemoData, tmp_path: Path,
         parts.append(set(json.loads((out / "dataset.json").read_text())["validation"]))
         assert yaml.safe_load((out / "plan.yaml").read_text())["seed"] == 5
     assert not parts[0] & parts[1]
+
+
+def test_what_was_typed_is_the_reason_of_what_it_changed() -> None:
+    plan = small_plan(minutes=10.0, reasons={"steps": "10 minutes at 1 s a step", "batch": "so many fit"})
+    steps = changed_plan(plan, minutes=None, steps=2, fold="2/5", seed=0)
+    assert (steps.steps, steps.minutes, steps.fold, steps.seed) == (2, None, "2/5", 0)
+    assert steps.reasons == {"steps": "as asked", "fold": "as asked", "seed": "as asked", "batch": "so many fit"}
+    minutes = changed_plan(plan, minutes=3.0, steps=None, fold=None, seed=None)
+    assert (minutes.steps, minutes.minutes, minutes.reasons["minutes"]) == (plan.steps, 3.0, "as asked")
+    assert "10 minutes" not in minutes.reasons["steps"]
+    assert changed_plan(plan, minutes=None, steps=None, fold=None, seed=None) == plan
+
+
+@pytest.mark.parametrize(("option", "name", "near"), [("--network", "unett", "`unet`"), ("--recipe", "vnet2015", "`vnet2016`")])
+@pytest.mark.parametrize("command", ["plan", "train", "densify"])
+def test_a_wrong_name_is_refused_before_the_data_are_looked_at(
+    command: str,
+    option: str,
+    name: str,
+    near: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words: dict[str, tuple[object, ...]] = {
+        "plan": ("nowhere",),
+        "train": ("nowhere", "--out", tmp_path / "run"),
+        "densify": ("nowhere.tif", "nothing.tif", "--out", tmp_path / "new.tif"),
+    }
+    assert run(monkeypatch, command, *words[command], option, name) == 2
+    line = capsys.readouterr().err
+    assert f"got `{name}`; did you mean" in line
+    assert near in line
+    assert "nowhere" not in line
 
 
 def test_resume_goes_on_where_a_longer_plan_says(

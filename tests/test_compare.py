@@ -195,6 +195,28 @@ def test_the_table_has_a_cell_for_each_title() -> None:
     assert rows[1][-1] == "failed: x"
 
 
+@pytest.mark.parametrize(
+    ("steps", "planned", "words"),
+    [
+        (49, 60, "49 of 60 planned steps"),
+        (50, 60, ""),
+        (199, 400, "199 of 400 planned steps"),
+        (200, 400, ""),
+        (4, 4, "4 steps"),
+        (1, 1, "1 step"),
+    ],
+)
+def test_a_network_that_hardly_trained_is_said_to_have(steps: int, planned: int, words: str) -> None:
+    short = row_of("short", steps=steps, planned_steps=planned, difference=Mean(mean=-0.1, low=None, high=None))
+    comparison = of_rows(row_of("long", steps=900, planned_steps=800), short)
+    behind = "Dice -0.100 to the best"
+    assert [row[-1] for row in table(comparison)[1]] == ["", f"hardly trained: {words}; {behind}" if words else behind]
+    said = [caution for caution in cautions(comparison, ASKED, "cpu") if caution.startswith("Hardly trained: ")]
+    assert [caution.partition(". ")[0] for caution in said] == ([f"Hardly trained: short ({words})"] if words else [])
+    # What failed has a remark of its own.
+    assert not replace(short, failure="no memory").hardly_trained
+
+
 def test_cautions_are_those_that_hold_here() -> None:
     two = of_rows(row_of("a"), row_of("b"), dice={"a": {"x": 0.5, "y": 0.6}, "b": {"x": 0.5, "y": 0.6}})
 
@@ -394,8 +416,12 @@ def test_a_folder_that_does_not_fit_is_refused_before_any_training(trainings: Tr
     write_text(out / "thesis.txt", "mine")
     with pytest.raises(ConfigError, match="one with files in it"):
         compare(data, out, TWO)
-    write_json(out / "compare.json", {"asked": {"data": str(data), "minutes": 3.0, "steps": None, "fold": None, "seed": 4}, "rows": []})
+    asked = {"data": str(data), "minutes": 3.0, "steps": None, "fold": None, "seed": 4, "networks": ["unet", "modern_unet", "vnet"]}
+    write_json(out / "compare.json", {"asked": asked, "rows": []})
     with pytest.raises(ConfigError, match=r"minutes 3\.0 as before, got 2\.0"):
+        compare(data, out, TWO, resume=True)
+    write_json(out / "compare.json", {"asked": asked | {"minutes": 2.0}, "rows": []})
+    with pytest.raises(ConfigError, match="--resume: expected the networks of before, and maybe others, got no unet, vnet"):
         compare(data, out, TWO, resume=True)
     write_text(out / "compare.json", '{"asked": ')
     with pytest.raises(DataError, match=r"compare\.json: expected what `compare` writes"):
@@ -407,6 +433,20 @@ def test_a_folder_that_does_not_fit_is_refused_before_any_training(trainings: Tr
         compare(data, tmp_path / "new", replace(TWO, fold="1/5"))
     assert trainings.calls == []
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.filterwarnings(NO_SIZE)
+def test_networks_for_volumes_alone_are_refused_on_pictures_before_any_training(trainings: Trainings, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="expected networks that take 2D pictures, got unet3d"):
+        compare(tmp_path / "cells", tmp_path / "out", replace(TWO, networks=("unet", "unet3d")))
+    assert trainings.calls == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_networks_for_pictures_alone_may_see_volumes_section_by_section(tmp_path: Path) -> None:
+    three_dimensional(tmp_path / "organs")
+    dataset, _ = module._open(tmp_path / "organs", replace(TWO, networks=("unet", "unet3d"), fold="1/3"))
+    assert {len(header.shape_vox) for header in dataset.headers.values()} == {3}
 
 
 def test_a_network_that_cannot_be_built_has_no_numbers(tmp_path: Path) -> None:
@@ -489,11 +529,13 @@ def test_a_command_tells_its_error_and_its_memory(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.filterwarnings(NO_SIZE)
-def test_from_data_to_page_with_real_trainings_and_one_that_cannot_be(tmp_path: Path) -> None:
+def test_from_data_to_page_with_real_trainings_and_one_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # That one is asked for what pictures cannot be trained with, which `compare` itself would have refused.
+    monkeypatch.setattr(module, "run_alone", lambda words: run_alone(["unet3d" if word == "unet" else word for word in words]))
     data, out = tmp_path / "cells", tmp_path / "out"
     two_dimensional(data)
     said: list[str] = []
-    request = Request(networks=("modern_unet", "unet3d", "laddernet"), steps=4, fold="1/3", seed=1, device="cpu")
+    request = Request(networks=("modern_unet", "unet", "laddernet"), steps=4, fold="1/3", seed=1, device="cpu")
     comparison = compare(data, out, request, say=said.append)
     *scored, failed = comparison.rows
     assert {row.network for row in scored} == {"modern_unet", "laddernet"}
@@ -503,12 +545,14 @@ def test_from_data_to_page_with_real_trainings_and_one_that_cannot_be(tmp_path: 
         assert None not in (row.parameters, row.multiply_adds, row.step_seconds)
         assert (row.peak_bytes or 0) > 150 * 2**20
     assert len(comparison.cases) == 2
-    assert (failed.network, failed.dice) == ("unet3d", None)
+    assert (failed.network, failed.dice) == ("unet", None)
     assert failed.failure.startswith("unet3d: expected 3D images, got 2D")
-    assert f"unet3d failed: {failed.failure}" in said
+    assert f"unet failed: {failed.failure}" in said
+    assert table(comparison)[1][0][-1].startswith("hardly trained: 4 steps")
+    assert "Hardly trained: " in Page(out / "compare.html").text
     assert json.loads((out / "modern_unet" / "environment.json").read_text())["command"].startswith("microtome train ")
     assert "modern_unet" in Page(out / "compare.html").text
     before = (out / "modern_unet" / "log.jsonl").stat().st_mtime_ns
-    again = compare(data, out, replace(request, networks=("modern_unet", "laddernet")), resume=True)
-    assert again.rows == tuple(scored)
+    again = compare(data, out, request, resume=True)
+    assert again.scored == tuple(scored)
     assert (out / "modern_unet" / "log.jsonl").stat().st_mtime_ns == before

@@ -87,6 +87,22 @@ def test_the_rest_is_what_the_trained_network_says(sparse: np.ndarray, tmp_path:
     dense, said = run(sketch), load(sketch.run)(tmp_path / "in" / "kidney.nii.gz")
     assert np.array_equal(dense[sparse < 0], said[sparse < 0])
     assert np.array_equal(dense[sparse >= 0], sparse[sparse >= 0])
+    # The report says the same in shares, with three sections of three pictures.
+    page = (sketch.run / "report.html").read_text(encoding="utf-8")
+    shares = [f"{100 * part:.1f}\N{NO-BREAK SPACE}%" for part in ((sparse == 1).sum() / (sparse >= 0).sum(), (dense == 1).mean())]
+    assert f'<th scope="row">foreground</th><td>{shares[0]}</td><td>{shares[1]}</td>' in page
+    assert page.count("data:image/jpeg") == 9
+
+
+@pytest.mark.parametrize(("steps", "reason"), [(3, "only 3 of 3 planned steps were made, too few"), (10, "all steps are done")])
+def test_an_end_after_a_handful_of_steps_is_a_warning(sparse: np.ndarray, tmp_path: Path, steps: int, reason: str) -> None:
+    sketch, seen = sketch_of(tmp_path, np.where(sparse < 0, 255, sparse).astype(np.uint8)), list[Any]()
+    plan = small_plan_3d(classes=sketch.dataset.legend.names, fold="all", steps=steps, validations=1)
+    densify(sketch, plan, on_event=seen.append)
+    (end,) = [event for event in seen if event["event"] == "end"]
+    # What a terminal shows as a warning has these two words.
+    assert ("planned steps" in end["reason"]) == (steps < 10)
+    assert end["reason"].startswith(reason)
 
 
 def test_slices_held_out_are_scored_and_stay_as_they_were_painted(sparse: np.ndarray, tmp_path: Path) -> None:
@@ -103,10 +119,9 @@ def test_slices_held_out_are_scored_and_stay_as_they_were_painted(sparse: np.nda
 
 
 def test_planes_that_were_painted_in_full_are_all_that_is_annotated(truth: np.ndarray, tmp_path: Path) -> None:
-    # 0 is background in the planes and nothing elsewhere; a stray 9 off the planes is no class.
+    # 0 is background in the planes and nothing elsewhere.
     painted = np.zeros(SHAPE, np.uint8)
     painted[4], painted[:, 11] = truth[4], truth[:, 11]
-    painted[0, 0, 0] = 9
     sketch = sketch_of(tmp_path, painted, planes="z4,y11")
     assert sketch.reason == "annotated in z4, y11 as asked"
     assert sketch.dataset.legend.names == ("background", "foreground")
@@ -205,11 +220,75 @@ def test_too_little_or_all_of_it_annotated_is_refused(sparse: np.ndarray, tmp_pa
         (np.where(sparse > 0, 1, 0), {"not_annotated": 0}, "two classes at least, got only label 1"),
         (np.where(sparse < 0, 255, 0), {"not_annotated": 255}, "two classes at least, got only background"),
         (np.arange(18).repeat(24 * 32).reshape(SHAPE).clip(0, 1), {"planes": "z0"}, "two classes at least, got only background"),
-        (np.where(sparse < 0, 255, 255), {"not_annotated": 255}, "expected annotated voxels, got none in any label"),
+        (np.where(sparse < 0, 255, 255), {"not_annotated": 255}, "got nothing is annotated: 255 everywhere; paint a few planes"),
+        (np.zeros(SHAPE), {}, "got nothing is annotated: 0 everywhere; paint a few planes"),
+        (np.zeros(SHAPE), {"planes": "z3"}, "got nothing is annotated: 0 everywhere"),
+        (np.ones(SHAPE), {}, "two classes at least, got 1 everywhere"),
     ]
     for number, (annotation, options, words) in enumerate(cases):
         with pytest.raises(DataError, match=words):
             sketch_of(tmp_path / str(number), annotation.astype(np.uint8), **options)
+
+
+@pytest.mark.parametrize(
+    ("unseen", "extra", "words"),
+    [
+        (
+            0,
+            {"z": 11},
+            "outside of z4, y11, got 736 painted voxels there, most of them in z11; name these planes too, or leave out --planes",
+        ),
+        (255, {"z": 11, "x": 20}, "got 1,104 painted voxels there, most of them in z11, x20;"),
+        (9, {"at": (0, 0, 0)}, "got 1 painted voxel there"),
+    ],
+)
+def test_what_was_painted_outside_of_the_named_planes_is_not_thrown_away(
+    tmp_path: Path, unseen: int, extra: dict[str, Any], words: str
+) -> None:
+    # Class 1 in the planes, above background 5; class 3 in others: 23 × 32 voxels of z11 off y11, 16 × 23 more of x20.
+    painted = np.full(SHAPE, unseen, np.uint8)
+    painted[(extra.get("at") or (slice(0), 0, 0))] = 3
+    painted[extra.get("z", slice(0))] = 3
+    painted[:, :, extra.get("x", slice(0))] = 3
+    painted[4], painted[:, 11] = 5, 5
+    painted[4, 3:20, 5:30], painted[2:16, 11, 5:30] = 1, 1
+    with pytest.raises(DataError, match=words):
+        sketch_of(tmp_path, painted, planes="z4,y11")
+    assert not (tmp_path / "dense.run").exists()
+
+
+@pytest.mark.parametrize("unseen", [0, 255, 9])
+def test_what_fills_the_rest_of_the_volume_was_not_painted(truth: np.ndarray, tmp_path: Path, unseen: int) -> None:
+    painted = np.full(SHAPE, unseen, np.uint8)
+    painted[4] = truth[4]
+    assert np.count_nonzero(annotated_of(sketch_of(tmp_path, painted, planes="z4"))) == 24 * 32
+
+
+def test_planes_are_held_out_only_where_there_are_two(truth: np.ndarray, tmp_path: Path) -> None:
+    painted = np.zeros(SHAPE, np.uint8)
+    painted[4] = truth[4]
+    with pytest.raises(ConfigError, match="got one, z4; annotate another plane, or leave out --holdout slices"):
+        sketch_of(tmp_path / "named", painted, planes="z4", holdout=True)
+    unseen = np.full(SHAPE, 255, np.uint8)
+    unseen[4] = truth[4]
+    with pytest.raises(ConfigError, match="got one, z4; annotate another plane"):
+        sketch_of(tmp_path / "found", unseen, holdout=True)
+
+
+def test_no_message_about_a_picture_speaks_of_planes(tmp_path: Path) -> None:
+    image = png(tmp_path / "cells.png", np.random.default_rng(0).integers(0, 255, (40, 40)))
+    blank, one, two = (np.zeros((40, 40), np.uint8) for _ in range(3))
+    one[5:9, 4:20] = 1
+    two[5:9, 4:20], two[20:30, 22:25] = 1, 2
+    for number, (painted, asked, error) in enumerate([(blank, None, DataError), (one, None, ConfigError), (one, 0, DataError)]):
+        annotation = png(tmp_path / f"strokes_{number}.png", painted)
+        with pytest.raises(error) as caught:
+            open_sketch(image, annotation, tmp_path / "out.png", DensifyOptions(not_annotated=asked))
+        assert "plane" not in str(caught.value)
+    annotation = png(tmp_path / "strokes.png", two)
+    assert "plane" not in open_sketch(image, annotation, tmp_path / "out.png", DensifyOptions()).reason
+    with pytest.raises(ConfigError, match="got a picture, which has no planes; leave out --holdout slices"):
+        open_sketch(image, annotation, tmp_path / "out.png", DensifyOptions(holdout=True))
 
 
 def test_objects_are_no_classes(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Recipes: what each paper says stands in the plan, and each value says where it comes from."""
 
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -8,13 +9,16 @@ import torch
 
 from microtome import options
 from microtome.config import Plan
+from microtome.data.dataset import open_dataset
 from microtome.errors import ConfigError
 from microtome.fingerprint import Fingerprint
 from microtome.models.registry import NETWORKS, build
 from microtome.plan import Resources, draft_plan, patch_bytes
+from microtome.training import rehearsal
 from microtome.training.loop import learning_rate
-from microtome.training.recipes import RECIPES, apply_recipe, find_recipe
+from microtome.training.recipes import RECIPES, apply_recipe, check_dims, find_recipe
 from tests.small import small_plan
+from tests.test_report import two_dimensional
 
 PAPERS = [name for name in RECIPES if name != "default"]
 
@@ -206,6 +210,27 @@ def test_the_default_recipe_changes_nothing() -> None:
 def test_a_recipe_for_volumes_refuses_pictures() -> None:
     with pytest.raises(ConfigError, match="3D images for the recipe vnet2016, got 2D"):
         plan_of("vnet2016", facts())
+
+
+def test_a_recipe_for_volumes_names_the_recipes_for_pictures_before_any_network_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rehearsal, "take_fingerprint", None)
+    two_dimensional(tmp_path)
+    named = "choose another --recipe: one of default, unet2015, pets2022, nnunet"
+    with pytest.raises(ConfigError, match=f"3D images for the recipe unet3d2016, got 2D; {named}"):
+        rehearsal.make_plan(open_dataset(tmp_path), steps=1, recipe="unet3d2016")
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_recipes_that_are_named_instead_take_these_images(dims: int) -> None:
+    for recipe in RECIPES.values():
+        if dims in recipe.dims:
+            check_dims(recipe, dims)
+        else:
+            with pytest.raises(ConfigError) as refused:
+                check_dims(recipe, dims)
+            assert all(dims in RECIPES[name].dims for name in refused.value.do.partition("one of ")[2].split(", "))
 
 
 def test_an_unknown_recipe_and_a_network_of_another_are_refused() -> None:

@@ -38,7 +38,9 @@ from microtome.evaluation.gallery import (
     count_errors,
     draw_case,
     draw_errors,
+    draw_filled,
     error_map,
+    filled_sections,
     format_share,
     read_predictions,
     worst_section,
@@ -600,6 +602,44 @@ def test_run_in_which_everything_trained_has_no_score_and_says_why(tmp_path: Pat
     assert page.images == []
 
 
+def test_filled_sections_have_the_most_a_median_and_the_least_annotation() -> None:
+    annotation = np.full((7, 2, 3), NOT_ANNOTATED, np.int16)
+    annotation[1], annotation[5] = 0, 0
+    annotation[2, 0], annotation[3, 0, 0], annotation[6, 0] = 1, 1, 1
+    # Voxels by section: 0 6 3 1 0 6 3; in order 0 0 1 3 3 6 6. Painted are 1 and 5, from which 0 and 4 are equally far.
+    assert filled_sections(annotation) == [
+        (1, "the most annotated one"),
+        (0, "the least annotated one"),
+        (2, "the one of median annotation"),
+    ]
+    sparse = np.full((24, 2, 2), NOT_ANNOTATED, np.int16)
+    sparse[[4, 12, 20]] = 1
+    # Four from the nearest painted one are 0, 8 and 16; the first is taken, then the next.
+    assert [index for index, _ in filled_sections(sparse)] == [4, 0, 8]
+    assert len(filled_sections(annotation[:1])) == 1
+
+
+def test_page_shows_what_was_filled_in_where_nothing_validates(tmp_path: Path) -> None:
+    dataset = three_dimensional(tmp_path / "organs")
+    run = write_run(tmp_path / "run", dataset, plan_of(dataset.legend, 3, fold="all"), shifted)
+    image, truth = dataset.read_image(dataset.cases[0]), dataset.read_label(dataset.cases[0])
+    annotation = np.where(np.arange(6)[:, None, None] == 4, truth, NOT_ANNOTATED)
+    write_json(run / "filled.json", draw_filled(image, annotation, truth, dataset))
+    shutil.rmtree(tmp_path / "organs")
+    page = Page(build_report(run))
+    assert "filled" in page.ids
+    assert "cases" not in page.ids
+    # Section 4 has 4 × 5 voxels of class 1 among 120; the volume 3 × 20 among 720.
+    assert "16.7 % of the voxels were annotated" in page.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "foreground 16.7 % 8.3 %" in page.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "section 4 of 0 to 5 (counted from 0), the most annotated one: 100.0" in page.text
+    plain, painted, result = (picture(values) for values in page.images[:3])
+    assert np.array_equal(painted, result)
+    assert not np.array_equal(plain, painted)
+    dark, bright = (picture(page.images[index]).mean() for index in (7, 8))
+    assert dark < 0.6 * bright
+
+
 def test_findings_are_grouped_worst_first_and_long_lists_cut(run_2d: Path) -> None:
     data = json.loads((run_2d / "dataset.json").read_text())
     notes = [{"severity": "note", "code": "assumed", "case": "", "message": f"note {n}", "files": []} for n in range(70)]
@@ -630,6 +670,7 @@ def test_plan_is_told_field_by_field_with_reasons(run_2d: Path) -> None:
     ("name", "value", "words"),
     [
         ("minutes", None, "not limited"),
+        ("dropout", None, "as in its paper"),
         ("residual", False, "no"),
         ("scale", (0.8, 1.25), "0.8 to 1.25"),
         ("spacing_mm", (0.00204, 0.00176), "0.00204×0.00176"),

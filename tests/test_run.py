@@ -507,3 +507,17 @@ def test_a_plan_for_other_data_is_refused_before_anything_is_written(
         train(cells, plan_for(cells).model_copy(update=change), tmp_path / "run")
     assert words in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_copy_that_validates_under_another_name_is_said_and_noted(cells: Dataset, tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(cells.root, root)
+    for part in ("images", "masks"):
+        shutil.copyfile(root / part / "cells_01.png", root / part / "other.png")
+    text(root / "microtome.yaml", "validation: [other]\n")
+    events: list[Mapping[str, Any]] = []
+    folder = train(open_dataset(root), small_plan(steps=1, validations=1), tmp_path / "run", on_event=events.append)
+    (said,) = [event["message"] for event in events if event["event"] == "finding"]
+    assert "cells_01.png trains and other.png validates, and they are the same file" in said
+    noted = json.loads((folder / "dataset.json").read_text())["findings"]
+    assert [finding["message"] for finding in noted if finding["code"] == "leak"] == [said]

@@ -1,14 +1,20 @@
 """What a terminal shows of scores."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from microtome.data.legend import Legend
 from microtome.evaluation.scores import score_case, summarise
-from microtome.terminal import Terminal, print_scores
+from microtome.models.registry import find
+from microtome.terminal import Terminal, print_networks, print_scores
 from microtome.training.recipes import RECIPES
+from tests.small import small_plan
 from tests.test_recipes import data_for, plan_of
 
+OVER = "the minutes were over after {} of 400 planned steps: give more, or an idler machine"
 LEGEND = Legend(names=("ground", "cell"), values=((0,), (1,)), background=0)
 
 
@@ -45,3 +51,44 @@ def test_a_recipe_is_printed_with_its_source_and_every_value_that_it_set(name: s
     for field in ("network", "patch_vox", "batch", "loss", "augment", "optimiser", "warmup" if name != "unet3d2016" else "loss"):
         assert f"  {field}" in shown
         assert plan.reasons[field] in shown
+
+
+@pytest.mark.parametrize(
+    ("step", "warmup", "reason", "said"),
+    [
+        (6, 0, OVER.format(6), f"warning: {OVER.format(6)}; the network has hardly begun to learn\n"),
+        (1, 0, "all steps are done", "warning: only 1 step: give more; the network has hardly begun to learn\n"),
+        (19, 0, "the minutes are over", "warning: only 19 steps: give more; the network has hardly begun to learn\n"),
+        (20, 0, "all steps are done", ""),
+        (90, 100, OVER.format(90), f"warning: {OVER.format(90)}; the network has hardly begun to learn\n"),
+        (100, 100, OVER.format(100), f"warning: {OVER.format(100)}\n"),
+    ],
+)
+def test_a_run_of_hardly_any_steps_is_said_to_have_learned_hardly_anything(
+    step: int, warmup: int, reason: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Terminal().training(small_plan(warmup=warmup)) as on_event:
+        on_event({"event": "end", "step": step, "reason": reason})
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("subset", ["", "4 of 6 cases, as the minutes allowed"])
+def test_a_score_of_some_cases_only_says_so(subset: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    conventions = {"validation_subset": subset} if subset else {}
+    summary = {name: {"mean": 0.5} for name in ("dice", "iou")}
+    (tmp_path / "metrics.json").write_text(json.dumps({"summary": summary, "conventions": conventions}), encoding="utf-8")
+    Terminal().say_result(tmp_path)
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line == "validation: Dice 0.500, IoU 0.500" + (f" ({subset})" if subset else "")
+
+
+def test_a_network_without_a_reference_is_listed_with_its_authors_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    print_networks([find("autoencoder"), find("vnet")])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"({find('autoencoder').authors})" in shown
+    assert "S.-A. Ahmadi; arXiv 1606.04797)" in shown
+
+
+def test_one_step_is_no_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal().say_plan(small_plan(steps=1))
+    assert capsys.readouterr().err.splitlines()[0].endswith(", 1 step")

@@ -10,6 +10,7 @@ from microtome.errors import ConfigError, MicrotomeError
 from microtome.options import (
     MOST_SEED,
     AsJson,
+    Averaged,
     Data,
     Debug,
     Device,
@@ -22,6 +23,8 @@ from microtome.options import (
     Recipe,
     Run,
     Seed,
+    changed_plan,
+    check_names,
     check_target,
     checked_holdout,
     one_of,
@@ -106,6 +109,7 @@ def plan(
     from microtome.training.rehearsal import make_plan
 
     check_target(out, ".yaml", ".yml")
+    check_names(network, recipe)
     words: dict[str, Any] = {
         "network": network,
         "recipe": recipe,
@@ -161,6 +165,7 @@ def train(
         refuse_beside("--resume", others | {"--plan": plan, "--fold": fold, "--seed": seed})
     elif plan is not None:
         refuse_beside("--plan", others)
+    check_names(network, recipe)
     check_folder(out, resume=resume)
     dataset = open_data(data)
     terminal.say_dataset(dataset)
@@ -169,9 +174,7 @@ def train(
     chosen: Plan
     if resume or plan is not None:
         chosen = read_plan(out / "plan.yaml" if plan is None else plan)
-        changes = {"minutes": minutes, "steps": steps, "fold": fold, "seed": seed}
-        chosen = chosen.model_copy(update={name: value for name, value in changes.items() if value is not None})
-        chosen = chosen if steps is None else chosen.model_copy(update={"minutes": None})
+        chosen = changed_plan(chosen, minutes=minutes, steps=steps, fold=fold, seed=seed)
     else:
         if minutes is None and steps is None:
             minutes = 10.0
@@ -188,12 +191,14 @@ def train(
 
 @app.command()
 def densify(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A volume: TIFF or NIfTI.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A volume, TIFF or NIfTI; or a picture.")],
     annotation: Annotated[Path, typer.Argument(metavar="ANNOTATION", help="A label file of it in which a few planes are annotated.")],
     out: Annotated[Path, typer.Option(help="The label file to write, of the image's format; must be new.")],
     minutes: Minutes = None,
     not_annotated: Annotated[int | None, typer.Option(help="The value of voxels that nobody looked at; found out if not given.")] = None,
-    planes: Annotated[str, typer.Option(help="Planes that are annotated in full, and nothing else is: z10,z20,y40, from 0.")] = "",
+    planes: Annotated[
+        str, typer.Option(help="Planes of a volume that are annotated in full, and nothing else is painted: z10,z20,y40.")
+    ] = "",
     holdout: Annotated[
         str, typer.Option(help="none: all that is annotated trains; slices: a fifth of the planes is kept back and scored.")
     ] = "none",
@@ -214,6 +219,7 @@ def densify(
     from microtome.terminal import Terminal
 
     terminal = Terminal()
+    check_names(network, recipe)
     slices = one_of("--holdout", holdout, ("none", "slices")) == "slices"
     if minutes is None:
         minutes = 10.0
@@ -239,9 +245,7 @@ def predict(
     run: Run,
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images, folders of images, datasets.")],
     out: Annotated[Path, typer.Option(help="Folder for the label files.")],
-    tta: Annotated[
-        str, typer.Option(help="none; mirror: average over mirrored versions; rotations: over 7 turned ones. Slower, a little better.")
-    ] = "none",
+    tta: Averaged = "none",
     head: Annotated[
         int | None, typer.Option(help="Answer from a shallower nested U-Net (unetpp), 1 the shallowest: faster.", min=1)
     ] = None,
@@ -303,7 +307,7 @@ def compare(
     fold: Annotated[str | None, typer.Option(help="K/N: part K of N validates (1/5 if not given).")] = None,
     seed: Seed = 0,
     device: Device = "auto",
-    resume: Annotated[bool, typer.Option("--resume", help="The same words again: skip what is finished, go on with the rest.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="The same again, or with more networks: skip what is finished.")] = False,
 ) -> None:
     """Train several networks on the same split for the same time, and show them side by side. Exit code 1 if one failed."""
     from microtome.compare import Request, parse_names

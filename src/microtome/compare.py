@@ -26,6 +26,7 @@ from microtome.files import write_json, write_text
 from microtome.inference.engines import pick_device
 from microtome.models.registry import build, find
 from microtome.models.trace import trace
+from microtome.training.rehearsal import only_pictures
 from microtome.training.run import environment
 
 # What a training says of itself goes to the terminal, as ever.
@@ -91,12 +92,13 @@ def compare(data: Path, out: Path, request: Request, *, resume: bool = False, sa
         data: folder with images and masks.
         out: must be new or empty, unless `resume`.
         request: what is compared.
-        resume: leave finished trainings as they are, go on with the others; all but networks and device must be as before.
+        resume: leave finished trainings as they are, go on with the others; data, length, fold and seed must be as
+            before, and networks may be added.
         say: takes a line for the terminal when a training begins and ends.
 
     Raises:
         ConfigError: `out` holds something else, or a comparison that was asked for in other words; the data have no such
-            fold, or nothing to be scored on.
+            fold, or nothing to be scored on; pictures, of which a network cannot learn.
         DataError: the data cannot be read.
         KeyboardInterrupt: somebody stopped it; what is finished stays, and the training that was stopped saved itself.
     """
@@ -160,12 +162,16 @@ class _Comparing:
             before = json.loads(record.read_text(encoding="utf-8"))
             asked, peaks = before["asked"], {row["network"]: row["peak_bytes"] for row in before["rows"] if row["peak_bytes"]}
             was = {name: asked[name] for name in ("data", "minutes", "steps", "fold", "seed")}
+            missing = [name for name in asked["networks"] if name not in self.request.networks]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(record, expected="what `compare` writes", got=repr(error), do="give another --out") from None
         for name, value in was.items():
             if value != self.asked[name]:
                 do = "give the same, or another --out"
                 raise ConfigError("--resume", expected=f"{name} {value} as before", got=f"{self.asked[name]}", do=do)
+        if missing:
+            do = "add them, or give another --out"
+            raise ConfigError("--resume", expected="the networks of before, and maybe others", got=f"no {', '.join(missing)}", do=do)
         return peaks
 
     def _train(self, name: str) -> None:
@@ -211,16 +217,21 @@ class _Comparing:
         if row.failure:
             return f"{name} failed: {row.failure}"
         score = "no score" if row.dice is None else f"Dice {row.dice.mean:.3f}"
-        return f"{name}: {score}, {row.steps:,} steps" + ("" if row.seconds is None else f" in {format_duration(row.seconds)}")
+        return f"{name}: {score}, {row.steps:,} step{'' if row.steps == 1 else 's'}" + (
+            "" if row.seconds is None else f" in {format_duration(row.seconds)}"
+        )
 
 
 def _open(data: Path, request: Request) -> tuple[Dataset, Split]:
     """The data, and which of them every training learns from.
 
     Raises:
-        ConfigError: nothing would be scored, or the fold is not one of these data.
+        ConfigError: nothing would be scored, the fold is not one of these data, or a network cannot learn of them.
     """
     dataset = open_dataset(data)
+    solid = [name for name in request.networks if 2 not in find(name).dims]
+    if solid and only_pictures(dataset):
+        raise ConfigError("--networks", expected="networks that take 2D pictures", got=", ".join(solid), do="leave out those that do not")
     if request.fold is not None and (dataset.config.validation or dataset.config.validation_sections):
         expected = "no fold beside `validation` in microtome.yaml"
         raise ConfigError("--fold", expected=expected, got=request.fold, do="remove one of the two")

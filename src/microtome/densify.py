@@ -18,11 +18,14 @@ from microtome.data.classes import LegendRules, make_legend
 from microtome.data.dataset import Dataset, DatasetConfig, open_pair, read_case_image
 from microtome.data.description import load_description
 from microtome.data.labels import MOST_CLASSES, LabelScan, count_codes, read_label_image
-from microtome.data.legend import format_value, label_codes, value_of
+from microtome.data.legend import code_of, format_value, label_codes, value_of
 from microtome.data.names import some
 from microtome.data.planes import annotated_planes, in_planes, parse_planes, plane_name
 from microtome.data.reading import checked_label
 from microtome.errors import ConfigError, DataError, RunError
+from microtome.evaluation.gallery import draw_filled
+from microtome.evaluation.report import build_report
+from microtome.files import write_json
 from microtome.images.files import probe_image, stem_of, suffix_of, write_labels
 from microtome.images.image import Header, Image
 from microtome.inference.predictor import load
@@ -34,6 +37,10 @@ from microtome.training.run import train
 SUFFIXES = MappingProxyType({"tiff": (".tif", ".tiff", ".ome.tif", ".ome.tiff"), "nifti": (".nii.gz", ".nii")})
 # 0 is what nobody looked at where it fills this share of the voxels, and is so many times as frequent as any class.
 ZERO_SHARE, ZERO_TIMES = 0.5, 2
+# These are never painted where they occur nowhere but outside of the planes that were named; nor is what fills this share there.
+UNSEEN, FILLER_SHARE = (0, 255, NOT_ANNOTATED), 0.5
+# Fewer steps teach next to nothing, however few were planned.
+FEW_STEPS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,8 +113,10 @@ def open_sketch(image: Path, annotation: Path, out: Path, options: DensifyOption
         options: as given.
 
     Raises:
-        DataError: a file cannot be read, the two do not fit, or too little or all of it is annotated.
-        ConfigError: `out` or the run folder is taken or misnamed, or what is not annotated cannot be told.
+        DataError: a file cannot be read, the two do not fit, too little or all of it is annotated, or something was painted
+            outside of the planes that were named.
+        ConfigError: `out` or the run folder is taken or misnamed, what is not annotated cannot be told, or there are no two
+            planes of which one could be held out.
     """
     header = probe_image(image)
     _check_out(out, header)
@@ -127,18 +136,22 @@ def open_sketch(image: Path, annotation: Path, out: Path, options: DensifyOption
     )
     dataset = open_pair(image, annotation, config, named_by)
     dataset = replace(dataset, cases=(replace(dataset.cases[0], planes=case.planes),))
-    return Sketch(dataset=_checked(dataset, annotation), out=out, run=run, options=options, reason=reason)
+    dataset = _checked(dataset, annotation)
+    if options.holdout:
+        _check_holdout(dataset)
+    return Sketch(dataset=dataset, out=out, run=run, options=options, reason=reason)
 
 
 def densify(sketch: Sketch, plan: Plan, *, on_event: Callable[[Event], None] = lambda event: None, started: float | None = None) -> Path:
     """Train on what is annotated and write the whole volume, in the image's geometry and with the annotation's values.
 
-    What somebody annotated stays as it is, planes that were held out included; only the rest is predicted.
+    What somebody annotated stays as it is, planes that were held out included; only the rest is predicted. The run's report
+    shows some sections of it.
 
     Args:
         sketch: as `open_sketch` gives it.
         plan: as `sketch.plan()` gives it, maybe changed.
-        on_event: as of `train`.
+        on_event: as of `train`; the reason of an end after fewer than `FEW_STEPS` steps says so.
         started: as of `train`.
 
     Returns:
@@ -149,7 +162,7 @@ def densify(sketch: Sketch, plan: Plan, *, on_event: Callable[[Event], None] = l
     """
     device, dataset = sketch.options.device, sketch.dataset
     try:
-        folder = train(dataset, plan, sketch.run, device=device, on_event=on_event, started=started)
+        folder = train(dataset, plan, sketch.run, device=device, on_event=_warning(on_event, plan), started=started)
     except RunError as error:
         # A training says how to resume it, which is no option here.
         do = f"densify again with another --run, or remove {sketch.run} first; where time or space was short, with more of it"
@@ -158,7 +171,22 @@ def densify(sketch: Sketch, plan: Plan, *, on_event: Callable[[Event], None] = l
     label = dataset.read_label(dataset.cases[0])
     dense = np.where(label == NOT_ANNOTATED, load(folder, device=device)(image), label)
     write_labels(sketch.out, dataset.legend.encode(dense), like=image)
+    # Once more, now that there is something to show.
+    write_json(folder / "filled.json", draw_filled(image, label, dense, dataset))
+    build_report(folder, dataset=dataset)
     return sketch.out
+
+
+def _warning(on_event: Callable[[Event], None], plan: Plan) -> Callable[[Event], None]:
+    """The same listener, to whom an end after a handful of steps is one that went wrong, even where no more were planned."""
+
+    def listen(event: Event) -> None:
+        if event["event"] == "end" and event["step"] < FEW_STEPS and "planned steps" not in event["reason"]:
+            made = f"only {event['step']} of {plan.steps} planned steps were made"
+            event = {**event, "reason": f"{made}, too few to learn from: give more minutes, or an idler machine"}
+        on_event(event)
+
+    return listen
 
 
 def _check_out(out: Path, header: Header) -> None:
@@ -191,9 +219,11 @@ class _Values:
 
     def ignored(self, config: DatasetConfig, asked: int | None) -> tuple[tuple[LabelValue, ...], str]:
         """The values that mean "not annotated", and in words what counts as annotated and why."""
+        self._check_uniform()
         values, reason = self._of_the_file(config, asked)
         if self.planes:
             classes = {value for each in config.classes.values() for value in each}
+            self._check_outside(config, classes, values)
             lone = {value_of(code, self.colour) for code in self.outside.keys() - self.counts.keys()} - classes - set(values)
             said = some(map(plane_name, self.planes), 12)
             return (*values, *sorted(lone, key=str)), f"annotated in {said} as asked{'; there ' + reason if reason else ''}"
@@ -214,6 +244,40 @@ class _Values:
             return (), ""
         return self._zero()
 
+    def _check_uniform(self) -> None:
+        """Refuse an annotation that is one value all over."""
+        codes = self.counts.keys() | self.outside.keys()
+        if len(codes) == 1:
+            (code,) = codes
+            everywhere = f"{format_value(value_of(code, self.colour))} everywhere"
+            got = f"nothing is annotated: {everywhere}" if code in UNSEEN else everywhere
+            what = "a few planes" if self.codes.ndim == 3 else "a few places"
+            raise DataError(
+                self.file, expected="annotated voxels of two classes at least", got=got, do=f"paint {what}, background included"
+            )
+
+    def _check_outside(self, config: DatasetConfig, classes: set[LabelValue], ignored: tuple[LabelValue, ...]) -> None:
+        """Refuse to throw away what somebody painted outside of the planes that were named."""
+        background = config.classes.get(config.background or "background", ())
+        plain = {0, *(code_of(value, self.colour) for value in (*background, *ignored))}
+        total = sum(self.outside.values())
+        for code in self.outside.keys() - self.counts.keys():
+            # Of no class that is named or occurs in the planes: nobody paints as much as that, or with such a value.
+            fills = self.outside[code] >= FILLER_SHARE * total or (code in UNSEEN and not self.colour)
+            if fills and value_of(code, self.colour) not in classes:
+                plain.add(code)
+        painted = [code for code in self.outside if code not in plain]
+        if painted:
+            outside = np.isin(self.codes, painted) & ~in_planes(self.codes.shape, self.planes)
+            count, found = np.count_nonzero(outside), annotated_planes(np.where(outside, 1, NOT_ANNOTATED))
+            where = f"most of them in {some(map(plane_name, found), 6)}" if found else "all over the volume"
+            raise DataError(
+                self.file,
+                expected=f"nothing painted outside of {some(map(plane_name, self.planes), 6)}",
+                got=f"{count:,} painted {'voxel' if count == 1 else 'voxels'} there, {where}",
+                do="name these planes too, or leave out --planes",
+            )
+
     def _check_asked(self, asked: int) -> None:
         """Refuse a value that occurs nowhere: it is a slip."""
         found = [value_of(code, self.colour) for code in sorted(self.counts.keys() | self.outside.keys())]
@@ -229,41 +293,58 @@ class _Values:
         if len(others) >= 2 and share >= ZERO_SHARE and zero >= ZERO_TIMES * max(others.values()):
             black = value_of(0, self.colour)
             reason = f"{format_value(black)} means not annotated: {share:.0%} of the voxels have it, and {listed} stand beside it"
-            return (black,), f"{reason} (where it is background in planes that were painted in full, name these with --planes)"
+            hint = " (where it is background in planes that were painted in full, name these with --planes)"
+            return (black,), reason + (hint if self.codes.ndim == 3 else "")
         got = f"0 ({share:.0%} of the voxels) beside {listed or 'nothing else'}, so that 0 may be background or unseen"
         raise ConfigError(
             self.file,
             expected="annotation that shows what nobody looked at",
             got=got,
-            do=f"name the planes that were painted in full ({self._proposal()}), or paint the background with a value of its own, "
+            do=f"{self._proposal()}paint the background with a value of its own, "
             "or give what nobody looked at a value of its own and name it with --not-annotated",
         )
 
     def _proposal(self) -> str:
-        """`--planes` with the planes that hold what is not 0, where that is a few."""
-        found = annotated_planes(np.where(self.codes == 0, NOT_ANNOTATED, 1)) if self.codes.ndim == 3 else None
-        return "--planes " + (",".join(map(plane_name, found)) if found and len(found) <= 12 else "z10,z20,y40")
+        """Words that propose `--planes` of a volume, with the planes that hold what is not 0 where that is a few."""
+        if self.codes.ndim != 3:
+            return ""
+        found = annotated_planes(np.where(self.codes == 0, NOT_ANNOTATED, 1))
+        planes = ",".join(map(plane_name, found)) if found and len(found) <= 12 else "z10,z20,y40"
+        return f"name the planes that were painted in full (--planes {planes}), or "
 
 
 def _checked(dataset: Dataset, annotation: Path) -> Dataset:
     """The dataset with counts of what its planes show, if there is something to learn from and something to fill."""
     case, names = dataset.cases[0], dataset.legend.names
-    found = count_codes(dataset.read_label(case))
+    label = dataset.read_label(case)
+    found, or_planes = count_codes(label), " or --planes" if label.ndim == 3 else ""
     counts = tuple(found.get(index, 0) for index in (*range(len(names)), NOT_ANNOTATED))
     annotated = [name for name, count in zip(names, counts, strict=False) if count]
     if len(annotated) < 2:
         got = f"only {annotated[0]}" if annotated else "nothing that is annotated"
-        raise DataError(
-            annotation, expected="annotated voxels of two classes at least", got=got, do="annotate the background too, or name --planes"
-        )
+        do = "annotate the background too" + or_planes.replace(" or", ", or name")
+        raise DataError(annotation, expected="annotated voxels of two classes at least", got=got, do=do)
     if not counts[-1]:
         raise DataError(
             annotation,
             expected="voxels that nobody annotated, to fill them",
             got=f"{some(annotated)} everywhere",
-            do="name what is not annotated with --not-annotated or --planes",
+            do=f"name what is not annotated with --not-annotated{or_planes}",
         )
     if len(annotated) > MOST_CLASSES:
         got = f"{len(annotated)} values"
         raise DataError(annotation, expected=f"classes, {MOST_CLASSES} at most", got=got, do="give all objects of a class one value")
     return replace(dataset, class_counts=MappingProxyType({case.name: counts}))
+
+
+def _check_holdout(dataset: Dataset) -> None:
+    """Refuse to hold planes out where there are no two of them."""
+    case = dataset.cases[0]
+    label = dataset.read_label(case)
+    what, planes = "a picture, which has no planes", None
+    if label.ndim == 3:
+        planes = case.planes.shown if case.planes else annotated_planes(label)
+        what = "a volume in which no plane stands out" if not planes else f"one, {plane_name(planes[0])}"
+    if not planes or len(planes) < 2:
+        do = ("annotate another plane, or " if label.ndim == 3 else "") + "leave out --holdout slices"
+        raise ConfigError("--holdout slices", expected="two annotated planes at least, to keep one back", got=what, do=do)

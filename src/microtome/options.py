@@ -10,6 +10,7 @@ import typer
 from microtome.errors import ConfigError
 
 if TYPE_CHECKING:
+    from microtome.config import Plan
     from microtome.data.dataset import Dataset
 
 # What the generators of random numbers take.
@@ -26,6 +27,13 @@ Recipe = Annotated[str, typer.Option(help="default, unet2015, unet3d2016, vnet20
 Holdout = Annotated[str, typer.Option(help="cases: whole images validate; slices: annotated slices of sparsely annotated volumes.")]
 Fold = Annotated[str, typer.Option(help="K/N: part K of N validates; all: everything trains, nothing validates.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Averaged = Annotated[
+    str,
+    typer.Option(
+        help="none; mirror: average over mirrored versions; rotations: over 7 turned ones, of a model trained on images turned up to "
+        "180 degrees. Slower, a little better."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -61,6 +69,29 @@ def refuse_beside(word: str, others: Mapping[str, object], do: str = "change the
     given = [name for name, value in others.items() if value is not None]
     if given:
         raise ConfigError(word, expected="none of " + ", ".join(others), got=" ".join(given), do=do)
+
+
+def check_names(network: str | None, recipe: str | None) -> None:
+    """Refuse a name that there is not, before any time is spent on the data."""
+    from microtome.models.registry import find
+    from microtome.training.recipes import find_recipe
+
+    if network is not None:
+        find(network)
+    find_recipe(recipe or "default", network)
+
+
+def changed_plan(plan: "Plan", *, minutes: float | None, steps: int | None, fold: str | None, seed: int | None) -> "Plan":
+    """The plan with what was typed in its place, and reasons that say so."""
+    given = {"minutes": minutes, "steps": steps, "fold": fold, "seed": seed}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    reasons = {**plan.reasons, **dict.fromkeys(changes, "as asked")}
+    if minutes not in (None, plan.minutes):
+        reasons["steps"] = "as they were planned; the run fits them to the minutes that were asked for"
+    if steps is not None:
+        changes["minutes"] = None
+        reasons.pop("minutes", None)
+    return plan.model_copy(update={**changes, "reasons": reasons})
 
 
 def open_data(data: Path) -> "Dataset":

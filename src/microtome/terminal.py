@@ -29,6 +29,8 @@ MOST_ROWS = 30
 # What the reason of a value begins with that a recipe set.
 SOURCES = ("ours:", "paper", "article")
 SECONDS_BETWEEN_LINES = 15.0
+# A run of fewer steps, or of fewer than its learning rate takes to rise, shows nothing of what its network can learn.
+FEWEST_STEPS = 20
 
 
 class Terminal:
@@ -53,8 +55,8 @@ class Terminal:
     def say_plan(self, plan: Plan) -> None:
         """The plan in three lines."""
         patch = "×".join(map(str, plan.patch_vox))
-        self.say(f"{plan.dims}D {plan.network.name}, patch {patch}, batch {plan.batch}, {plan.precision}, {plan.steps} steps")
-        self.say(f"  {plan.reasons.get('dims', '')}; {plan.reasons.get('steps', '')}")
+        self.say(f"{plan.dims}D {plan.network.name}, patch {patch}, batch {plan.batch}, {plan.precision}, {_steps(plan.steps)}")
+        self.say(f"  {plan.reasons.get('dims', '')}; steps: {plan.reasons.get('steps', '')}")
         if plan.recipe != "default":
             self.say(f"recipe {plan.recipe}: {plan.reasons.get('recipe', '')}".rstrip(": "))
             for name in type(plan).model_fields:
@@ -66,8 +68,10 @@ class Terminal:
         """Where everything is, and the score."""
         metrics = folder / "metrics.json"
         if metrics.exists():
-            summary = json.loads(metrics.read_text(encoding="utf-8"))["summary"]
-            self.say(f"validation: Dice {_interval(summary['dice'])}, IoU {_interval(summary['iou'])}")
+            found = json.loads(metrics.read_text(encoding="utf-8"))
+            summary, subset = found["summary"], found["conventions"].get("validation_subset")
+            scored = f" ({subset})" if subset else ""
+            self.say(f"validation: Dice {_interval(summary['dice'])}, IoU {_interval(summary['iou'])}{scored}")
         self.say(f"model: {folder / 'model'}   report: {folder / 'report.html'}")
 
     @contextmanager
@@ -107,6 +111,7 @@ class _TrainingView:
 
     def __init__(self, terminal: Terminal, bar: Progress, plan: Plan) -> None:
         self.terminal, self.bar, self.steps = terminal, bar, plan.steps
+        self.fewest = max(plan.warmup, FEWEST_STEPS)
         self.task = bar.add_task("training", total=plan.steps, status="")
         self.loss: float | None = None
         self.score, self.shown = "", 0.0
@@ -123,14 +128,25 @@ class _TrainingView:
         elif kind == "schedule":
             self.steps = event["steps"]
             self.bar.update(self.task, total=self.steps)
+        elif kind == "finding":
+            self.terminal.say(f"{event['severity']}: {event['message']}")
         elif kind == "complete":
             self.terminal.say(
                 f"already complete at step {event['step']}: only scores and report are made anew (--steps or --minutes adds training)"
             )
-        elif kind == "end" and "planned steps" in event["reason"]:
-            self.terminal.say(f"warning: {event['reason']}")
+        elif kind == "end":
+            self._end(event)
         elif kind == "predicted":
             self.bar.update(self.task, description="validating", completed=event["done"], total=event["of"], status=event["case"])
+
+    def _end(self, event: Mapping[str, Any]) -> None:
+        """A warning where the run was too short for its plan, or for any network."""
+        short = event["reason"] if "planned steps" in event["reason"] else ""
+        if event["step"] < self.fewest:
+            did = short or f"only {_steps(event['step'])}: give more"
+            self.terminal.say(f"warning: {did}; the network has hardly begun to learn")
+        elif short:
+            self.terminal.say(f"warning: {short}")
 
     def _step(self, event: Mapping[str, Any]) -> None:
         """A step moves the bar; without a terminal every few seconds one is a line."""
@@ -206,7 +222,10 @@ def print_scores(result: Mapping[str, Any], written: Sequence[Path] = ()) -> Non
 def print_networks(entries: "Iterable[Entry]") -> None:
     """A line for each network."""
     console = _page()
-    rows = [(e.name, "/".join(f"{d}D" for d in e.dims), str(e.year), f"{e.title} ({e.authors}; {e.reference})") for e in entries]
+    rows = [
+        (e.name, "/".join(f"{d}D" for d in e.dims), str(e.year), f"{e.title} ({'; '.join(filter(None, (e.authors, e.reference)))})")
+        for e in entries
+    ]
     _print_table(console, ("name", "works in", "year", "paper"), rows)
 
 
@@ -263,6 +282,11 @@ def _defined(entry: Mapping[str, Any], interval: str = "") -> str:
     """`1.200 (10 undefined)`: a mean that leaves cases out says so, or a method that finds nothing would look good."""
     undefined = f" ({entry['undefined']} undefined)" if entry.get("undefined") else ""
     return _number(entry["mean"]) + interval + undefined
+
+
+def _steps(count: int) -> str:
+    """`1 step`, `2 steps`."""
+    return f"{count} step{'' if count == 1 else 's'}"
 
 
 def _number(value: float | None) -> str:

@@ -17,6 +17,8 @@ from microtome.evaluation.bootstrap import mean_interval
 from microtome.evaluation.curves import read_history
 from microtome.geometry import Shape
 
+# A run of fewer steps has learned next to nothing, whatever its network.
+FEWEST_STEPS = 50
 # Of a row: the fields whose best value is marked, and which is the best.
 BEST = MappingProxyType({"dice": max, "iou": max, "parameters": min, "multiply_adds": min, "step_seconds": min, "peak_bytes": min})
 
@@ -68,6 +70,7 @@ class Row:
         step_seconds: median wall time of a step.
         peak_bytes: the most memory that the process held.
         steps: that were done.
+        planned_steps: of its plan; None without one.
         seconds: wall time of the whole run.
     """
 
@@ -83,7 +86,14 @@ class Row:
     step_seconds: float | None = None
     peak_bytes: int | None = None
     steps: int = 0
+    planned_steps: int | None = None
     seconds: float | None = None
+
+    @property
+    def hardly_trained(self) -> bool:
+        """Whether it came to its end after less than half of the planned steps, or fewer than `FEWEST_STEPS`."""
+        planned = self.planned_steps
+        return planned is not None and not self.failure and self.steps < max(FEWEST_STEPS, planned / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +231,7 @@ def _row(outcome: Outcome) -> Row:
         step_seconds=_step_seconds(outcome.folder / "log.jsonl", plan.batch) if plan else None,
         peak_bytes=outcome.peak_bytes,
         steps=history.last_step,
+        planned_steps=plan.steps if plan else None,
         seconds=history.total_seconds,
     )
 

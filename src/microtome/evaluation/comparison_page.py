@@ -84,12 +84,18 @@ def cells(comparison: Comparison, row: Row) -> tuple[Cell, ...]:
 
 
 def table(comparison: Comparison) -> tuple[tuple[str, ...], tuple[tuple[str, ...], ...]]:
-    """Titles and rows as text, for a terminal; the last column says what failed, or how far a network is behind the best."""
+    """Titles and rows as text, for a terminal; the last column says what failed or hardly trained, or how far it is behind."""
     rows = []
     for row in comparison.rows:
         values = (" ".join(filter(None, (cell.words, cell.remark))) for cell in cells(comparison, row))
-        rows.append((row.network, *values, f"failed: {row.failure}" if row.failure else format_difference(row.difference)))
+        rows.append((row.network, *values, f"failed: {row.failure}" if row.failure else remark(row)))
     return ("network", *TITLES, "remark"), tuple(rows)
+
+
+def remark(row: Row) -> str:
+    """What is to be known of a network that did not fail: that it hardly trained, and how far behind the best it is."""
+    hardly = f"hardly trained: {_steps_done(row)}" if row.hardly_trained else ""
+    return "; ".join(filter(None, (hardly, format_difference(row.difference))))
 
 
 def format_count(count: int | None) -> str:
@@ -155,7 +161,7 @@ def comparison_html(
         "lead": lead(comparison, asked),
         "cautions": cautions(comparison, asked, str(made.get("device", "cpu"))),
         "titles": TITLES,
-        "rows": [(row, cells(comparison, row), format_difference(row.difference)) for row in comparison.rows],
+        "rows": [(row, cells(comparison, row), remark(row)) for row in comparison.rows],
         "strips": [(strip, _columns(strip, legend)) for strip in strips],
         "classes": [(name, colour) for name, colour in zip(legend.names, colours, strict=True) if colour],
         "errors": [(words, colour) for words, colour in zip(ERRORS, ERROR_COLOURS.values(), strict=True) if words in _kinds(legend)],
@@ -191,6 +197,9 @@ def cautions(comparison: Comparison, asked: Mapping[str, Any], device: str) -> l
         "much: the intervals are over cases, not over seeds.",
         "The weights that were kept are those that did best on these same cases, so expect somewhat less of each on new images.",
     ]
+    hardly = [f"{row.network} ({_steps_done(row)})" for row in comparison.rows if row.hardly_trained]
+    if hardly:
+        found.append(f"Hardly trained: {', '.join(hardly)}. Their scores say little of the networks; give them longer.")
     if asked["minutes"] is None:
         found.append("All did the same number of steps: a network whose steps take longer had more time.")
     else:
@@ -297,6 +306,13 @@ def _score_words(score: Mean | None) -> str:
     """A score with its interval in a sentence."""
     cell = _score_cell(score, best=False)
     return f"{cell.words} {cell.remark}".strip()
+
+
+def _steps_done(row: Row) -> str:
+    """`6 of 25 planned steps`, or `6 steps` where all that were planned were done."""
+    planned = row.planned_steps or 0
+    done = f"{row.steps:,}" if row.steps >= planned else f"{row.steps:,} of {planned:,} planned"
+    return f"{done} step{'' if max(row.steps, planned) == 1 else 's'}"
 
 
 def _sentence(rows: Sequence[Row]) -> str:

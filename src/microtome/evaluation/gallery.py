@@ -1,5 +1,6 @@
 """Cases as pictures: image, truth, prediction, and what is wrong where."""
 
+import base64
 import io
 import math
 import warnings
@@ -7,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -229,6 +231,59 @@ def draw_case(case: Case, image: Image, truth: np.ndarray, prediction: np.ndarra
         panels=(_jpeg(panels[0]), _jpeg(panels[1]), _jpeg(panels[2]), _jpeg(panels[3])),
         size=(height_width[1], height_width[0]),
     )
+
+
+def filled_sections(annotation: np.ndarray) -> list[tuple[int, str]]:
+    """Sections of a sparse annotation (Z, Y, X) that show what was filled in, each with the reason for the choice.
+
+    Those with the most, a median and the least annotation, each once. Of equals the one farthest from all that are painted
+    in great part or chosen already: beside a painted section the result is at its best.
+    """
+    counts = np.count_nonzero(annotation != NOT_ANNOTATED, axis=(1, 2))
+    ordered, painted = sorted(counts), np.flatnonzero(counts > counts.max() / 2).tolist()
+    chosen = {int(counts.argmax()): "the most annotated one"}
+    for place, why in ((0, "the least annotated one"), (len(ordered) // 2, "the one of median annotation")):
+        near = (*painted, *chosen)
+        equals = [index for index in np.flatnonzero(counts == ordered[place]).tolist() if index not in chosen]
+        if equals:
+            chosen[max(equals, key=lambda index: min(abs(index - other) for other in near))] = why
+    return list(chosen.items())
+
+
+def draw_filled(image: Image, annotation: np.ndarray, result: np.ndarray, dataset: Dataset) -> dict[str, Any]:
+    """What was filled into a sparse annotation, as the report shows it without the data.
+
+    Args:
+        image: (C, *S), as of `draw_case`.
+        annotation: classes (*S), NOT_ANNOTATED where nobody looked.
+        result: classes (*S).
+        dataset: for the legend.
+
+    Returns:
+        values that JSON can hold: `annotated`, the share of the voxels in words; `shares`, a class's name, its share of what is
+        annotated, and of the result; `sections`, with title, width and height in pixels, and image, annotation and result as
+        JPEG in base64.
+    """
+    legend, (flips, directions) = dataset.legend, _orientation(image)
+    colours = class_colours(len(legend.names), legend.background)
+    sections = []
+    for section, why in filled_sections(annotation) if annotation.ndim == 3 else [(Ellipsis, "")]:
+        pixels_CYX = image.array[:, section][(slice(None), *flips)]
+        label_YX, result_YX = annotation[section][flips], result[section][flips]
+        height, width = picture_size(label_YX.shape, image.spacing_mm[-2:], SIDE_PX)
+        base = resized(visible(pixels_CYX), (height, width))
+        painted = (_with_classes(base, resized_label(each, (height, width)), colours) for each in (label_YX, result_YX))
+        done = format_share(int(np.count_nonzero(label_YX != NOT_ANNOTATED)), label_YX.size)
+        title = f"section {section} of 0 to {len(annotation) - 1} (counted from 0), {why}: {done} annotated" if why else f"{done} annotated"
+        panels = [base64.b64encode(_jpeg(each)).decode("ascii") for each in (base, *painted)]
+        turned = f"; {directions}" if directions else ""
+        sections.append({"title": title + turned, "width": width, "height": height, "panels": panels})
+    known = int(np.count_nonzero(annotation != NOT_ANNOTATED))
+    shares = [
+        (name, *(format_share(int(np.count_nonzero(each == index)), of) for each, of in ((annotation, known), (result, result.size))))
+        for index, name in enumerate(legend.names)
+    ]
+    return {"annotated": format_share(known, annotation.size), "shares": shares, "sections": sections}
 
 
 def format_share(part: int, whole: int) -> str:

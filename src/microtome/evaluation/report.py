@@ -42,6 +42,7 @@ class Run:
         history: its log.
         metrics: its metrics.json; None before the end.
         predictions: of the validation cases; None before the end.
+        filled: its filled.json, of `densify` only; as `gallery.draw_filled` gives it.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class Run:
     history: History
     metrics: Mapping[str, Any] | None
     predictions: Predictions | None
+    filled: Mapping[str, Any] | None
 
     @property
     def dataset_name(self) -> str:
@@ -134,6 +136,7 @@ def read_run(folder: Path) -> Run:
         history=read_history(folder / "log.jsonl"),
         metrics=_json(folder / "metrics.json"),
         predictions=read_predictions(folder / "validation"),
+        filled=_json(folder / "filled.json"),
     )
 
 
@@ -225,7 +228,7 @@ def plan_rows(plan: Plan) -> tuple[PlanRow, ...]:
 def format_setting(name: str, value: object) -> str:
     """The value of a setting for people: `96×160`, `0.8 to 1.25`, `not limited`; empty for an empty list."""
     if value is None:
-        return "not limited"
+        return "as in its paper" if name == "dropout" else "not limited"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple | list):

@@ -44,9 +44,7 @@ def apply_recipe(recipe: Recipe, draft: Plan, data: Fingerprint, resources: Reso
     Raises:
         ConfigError: the draft has other dimensions than the recipe.
     """
-    if draft.dims not in recipe.dims:
-        expected = f"{' or '.join(f'{n}D' for n in recipe.dims)} images for the recipe {recipe.name}"
-        raise ConfigError("recipe", expected=expected, got=f"{draft.dims}D", do="choose another --recipe")
+    check_dims(recipe, draft.dims)
     lines = recipe.fill(draft, data, resources)
     values = {name: getattr(draft, name) for name in Plan.model_fields}
     values |= {name: value for name, (value, _) in lines.items()}
@@ -54,6 +52,18 @@ def apply_recipe(recipe: Recipe, draft: Plan, data: Fingerprint, resources: Reso
     if lines:
         reasons["recipe"] = f"{recipe.title}: {recipe.source}"
     return Plan(**values | {"recipe": recipe.name, "reasons": reasons})
+
+
+def check_dims(recipe: Recipe, dims: int) -> None:
+    """Refuse images of so many axes that the recipe is not for, and name the recipes that are.
+
+    Raises:
+        ConfigError: the recipe is for others.
+    """
+    if dims not in recipe.dims:
+        expected = f"{' or '.join(f'{n}D' for n in recipe.dims)} images for the recipe {recipe.name}"
+        others = ", ".join(other.name for other in RECIPES.values() if dims in other.dims)
+        raise ConfigError("recipe", expected=expected, got=f"{dims}D", do=f"choose another --recipe: one of {others}")
 
 
 def _nothing(draft: Plan, data: Fingerprint, resources: Resources) -> papers.Lines:

@@ -14,11 +14,11 @@ from microtome.data.split import split_dataset
 from microtome.errors import ConfigError
 from microtome.fingerprint import take_fingerprint
 from microtome.inference.engines import arithmetic, pick_device, processor_has_bf16, recycle_memory, to_device
-from microtome.models.registry import build
+from microtome.models.registry import build, find
 from microtome.plan import SMALLEST_BATCH, Resources, draft_plan
 from microtome.training.loop import crop_border
 from microtome.training.losses import segmentation_loss
-from microtome.training.recipes import apply_recipe, find_recipe
+from microtome.training.recipes import apply_recipe, check_dims, find_recipe
 
 # Share of a run's minutes for steps; the rest is reading, validation, the final prediction and the report.
 SHARE_OF_STEPS = 0.92
@@ -73,15 +73,18 @@ def make_plan(
     network, recipe, dims = wishes.get("network"), wishes.get("recipe", "default"), wishes.get("dims")
     seed, fold, holdout = wishes.get("seed", 0), wishes.get("fold", "1/5"), wishes.get("holdout", "cases")
     chosen = find_recipe(recipe, network)
+    name = find(network or (chosen.networks or ("modern_unet",))[0]).name
     if dims is not None and dims not in chosen.dims:
         expected = f"{' or '.join(map(str, chosen.dims))} for the recipe {recipe}"
         raise ConfigError("dims", expected=expected, got=str(dims), do="leave it out, or choose another --recipe")
+    if only_pictures(dataset):
+        # Volumes fit a recipe in 2D too: it sees their sections one by one.
+        check_dims(chosen, 2)
     recycle_memory()
     where = pick_device(device)
     memory = int(memory_gb * 2**30) if memory_gb else free_memory(where)
     resources = Resources(minutes=minutes, memory_bytes=memory, gpu=where.type == "cuda", bf16=processor_has_bf16(where))
     facts = take_fingerprint(dataset, split_dataset(dataset, fold, seed, holdout).train)
-    name = network or (chosen.networks or ("modern_unet",))[0]
     plan = draft_plan(facts, resources, network=name, dims=chosen.dims if dims is None else (dims,), seed=seed, fold=fold)
     if dims not in (None, plan.dims):
         raise ConfigError("dims", expected=f"{plan.dims} for these images", got=str(dims), do="leave it out")
@@ -89,6 +92,11 @@ def make_plan(
     if steps is not None:
         return _with(plan, "steps", steps, "as asked")
     return fit_to_minutes(plan, minutes, where)
+
+
+def only_pictures(dataset: Dataset) -> bool:
+    """Whether all labelled images that can be read have two axes."""
+    return {len(header.shape_vox) for header in dataset.headers.values()} == {2}
 
 
 def fit_to_minutes(plan: Plan, minutes: float | None, device: torch.device) -> Plan:
@@ -102,17 +110,17 @@ def fit_to_minutes(plan: Plan, minutes: float | None, device: torch.device) -> P
         times = f"bfloat16 takes {seconds['bf16']:.2f} s a step, float32 {seconds['fp32']:.2f} s"
         plan = _with(plan, "precision", best, times)
     if minutes is None:
-        about = f"about {plan.steps * seconds[best] / 60:.0f} minutes at {seconds[best]:.2f} s a step"
+        about = f"about {_minutes(round(plan.steps * seconds[best] / 60))} at {seconds[best]:.2f} s a step"
         return _with(plan, "steps", plan.steps, f"no minutes were given; {about}")
     budget = minutes * 60 * SHARE_OF_STEPS
     fitting = int(plan.batch * budget / seconds[best] / FEWEST_STEPS)
     if plan.recipe == "default" and fitting < plan.batch and plan.batch > SMALLEST_BATCH:
-        reason = f"{plan.batch} would fit into memory, but {minutes:g} minutes then hold too few steps"
+        reason = f"{plan.batch} would fit into memory, but {_minutes(minutes)} would then be too few steps"
         plan = _with(plan, "batch", max(SMALLEST_BATCH, fitting), reason)
         seconds = step_seconds(plan, device, (best,))
     # Where steps are slow, timing them has taken its part of the minutes.
     count = max(1, int((budget - (time.perf_counter() - began)) / seconds[best]))
-    return _with(plan, "steps", count, f"{minutes:g} minutes at {seconds[best]:.2f} s a step on this machine, less validation and report")
+    return _with(plan, "steps", count, f"{_minutes(minutes)} at {seconds[best]:.2f} s a step on this machine, less validation and report")
 
 
 def step_seconds(plan: Plan, device: torch.device, precisions: Sequence[str], repeats: int = 3) -> dict[str, float]:
@@ -172,6 +180,11 @@ def free_memory(device: torch.device) -> int:
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return 4 * 2**30
+
+
+def _minutes(count: float) -> str:
+    """`1 minute`, `2.5 minutes`."""
+    return f"{count:g} minute{'' if count == 1 else 's'}"
 
 
 def _with(plan: Plan, field: str, value: object, reason: str) -> Plan:
