@@ -516,7 +516,8 @@ def test_a_copy_that_validates_under_another_name_is_said_and_noted(cells: Datas
         shutil.copyfile(root / part / "cells_01.png", root / part / "other.png")
     text(root / "microtome.yaml", "validation: [other]\n")
     events: list[Mapping[str, Any]] = []
-    folder = train(open_dataset(root), small_plan(steps=1, validations=1), tmp_path / "run", on_event=events.append)
+    copied = open_dataset(root)
+    folder = train(copied, plan_for(copied, steps=1, validations=1), tmp_path / "run", on_event=events.append)
     (said,) = [event["message"] for event in events if event["event"] == "finding"]
     assert "cells_01.png trains and other.png validates, and they are the same file" in said
     noted = json.loads((folder / "dataset.json").read_text())["findings"]
