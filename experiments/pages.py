@@ -16,6 +16,11 @@ WORDS |= {"predict_seconds": "seconds a picture", "window_seconds": "seconds a p
 
 
 def write_page() -> None:
+    """Write the page."""
+    write_text(PAGE, page())
+
+
+def page() -> str:
     """The page with the table of every experiment that has been run."""
     parts = [INTRODUCTION]
     for path in sorted(HERE.glob("*.yaml")):
@@ -23,7 +28,7 @@ def write_page() -> None:
         if results.exists():
             described = yaml.safe_load(path.read_text(encoding="utf-8"))
             parts.append(section(path.stem, described, json.loads(results.read_text(encoding="utf-8"))))
-    write_text(PAGE, "\n".join(parts))
+    return "\n".join(parts)
 
 
 INTRODUCTION = """\
@@ -46,7 +51,8 @@ def section(name: str, described: dict[str, Any], result: dict[str, Any]) -> str
         if rows:
             lines.append(f"| {' | '.join([run['name'], *(cell([row.get(column) for row in rows]) for column in columns)])} |")
     machine = result["machine"]
-    made = f"{machine['processor']}, {machine['cores']} threads, torch {machine['torch']}, {machine['date']}"
+    threads = f"{machine['cores']} thread{'s' if machine['cores'] > 1 else ''}"
+    made = f"{machine['processor']}, {threads}, torch {machine['torch']}, {machine['date']}"
     count = len(described["seeds"])
     words = f"{count} seed{'s' if count > 1 else ''}; {made}; `python -m experiments.run {name}`"
     found = [] if "found" not in described else [f"**What came out.** {described['found']}", ""]
@@ -61,3 +67,7 @@ def cell(values: list[float | None]) -> str:
     digits = 3 if max(known) < 10 else 0
     mean = f"{np.mean(known):.{digits}f}"
     return mean if len(known) == 1 else f"{mean} ({min(known):.{digits}f}–{max(known):.{digits}f})"
+
+
+if __name__ == "__main__":
+    write_page()

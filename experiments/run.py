@@ -50,6 +50,12 @@ def main() -> None:
         write_page()
 
 
+def read_results(name: str) -> dict[str, Any]:
+    """What came out when the experiment was last run."""
+    result: dict[str, Any] = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
 def run_experiment(name: str, out: Path, steps: int | None = None) -> dict[str, Any]:
     """Every run of one description, for every seed: rows of scores."""
     described = yaml.safe_load((HERE / f"{name}.yaml").read_text(encoding="utf-8"))
