@@ -1,5 +1,7 @@
 """The errors a user can meet; every one says what was expected, what was found and what to do."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 
@@ -34,3 +36,11 @@ class RunError(MicrotomeError):
 
 class DataWarning(UserWarning):
     """Something about a file was assumed; the message names the file and the assumption."""
+
+
+def unknown_choice(where: str, given: str, known: Iterable[str], most: int = 1) -> ConfigError:
+    """The error for a word that is none of the known ones; it proposes the nearest, at most so many."""
+    names = list(known)
+    near = difflib.get_close_matches(given, names, n=most, cutoff=0.4)
+    do = f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else "choose one of them"
+    return ConfigError(where, expected=f"one of {', '.join(names)}", got=f"`{given}`", do=do)

@@ -1,13 +1,12 @@
 """Options that several commands share, and checks of what was typed."""
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microtome.errors import ConfigError
+from microtome.errors import ConfigError, unknown_choice
 
 if TYPE_CHECKING:
     from microtome.config import Plan
@@ -41,9 +40,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 def one_of(word: str, given: str, known: Sequence[str]) -> Any:
     """The word that was given, if it is a known one."""
     if given not in known:
-        near = difflib.get_close_matches(given, known, n=1, cutoff=0.4)
-        do = f"did you mean `{near[0]}`?" if near else "choose one of them"
-        raise ConfigError(word, expected=f"one of {', '.join(known)}", got=f"`{given}`", do=do)
+        raise unknown_choice(word, given, known)
     return given
 
 

@@ -3,13 +3,12 @@
 To add a network: its file, and one entry in `NETWORKS`.
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from microtome.config import NetworkConfig
-from microtome.errors import ConfigError
+from microtome.errors import ConfigError, unknown_choice
 from microtome.models.attention_unet import AttentionUNet
 from microtome.models.autoencoder import Autoencoder
 from microtome.models.canet import CANet
@@ -240,11 +239,9 @@ def find(name: str) -> Entry:
     Raises:
         ConfigError: there is none; the nearest names are given.
     """
-    if name in NETWORKS:
-        return NETWORKS[name]
-    near = difflib.get_close_matches(name, NETWORKS, n=3, cutoff=0.4)
-    do = f"did you mean {' or '.join(f'`{other}`' for other in near)}?" if near else "choose one of them"
-    raise ConfigError("network", expected=f"one of {', '.join(NETWORKS)}", got=f"`{name}`", do=do)
+    if name not in NETWORKS:
+        raise unknown_choice("network", name, NETWORKS, most=3)
+    return NETWORKS[name]
 
 
 def build(name: str, *, dims: int, in_channels: int, classes: int, config: NetworkConfig | None = None, variant: str = "") -> Network:

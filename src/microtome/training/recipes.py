@@ -3,13 +3,12 @@
 What a recipe does not set (precision, validations, fold, in some the normalisation or the warm-up) stays as drafted.
 """
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from microtome.config import Plan
-from microtome.errors import ConfigError
+from microtome.errors import ConfigError, unknown_choice
 from microtome.fingerprint import Fingerprint
 from microtome.plan import Resources
 from microtome.training import papers
@@ -134,9 +133,7 @@ def find_recipe(name: str, network: str | None = None) -> Recipe:
         ConfigError: there is none, or it trains another network.
     """
     if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.4)
-        do = f"did you mean `{near[0]}`?" if near else "choose one of them"
-        raise ConfigError("recipe", expected=f"one of {', '.join(RECIPES)}", got=f"`{name}`", do=do)
+        raise unknown_choice("recipe", name, RECIPES)
     recipe = RECIPES[name]
     if network is not None and recipe.networks and network not in recipe.networks:
         expected = f"the network {' or '.join(recipe.networks)} for the recipe {name}"
