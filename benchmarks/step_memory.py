@@ -44,7 +44,7 @@ def measure(name: str, dims: int, side: int, batch: int, precision: str) -> dict
     import torch
 
     from microtome.config import NetworkConfig, Plan
-    from microtome.inference.engines import recycle_memory
+    from microtome.machine import recycle_memory
     from microtome.models.registry import build
     from microtome.models.trace import trace
     from microtome.plan import Resources, choose_network

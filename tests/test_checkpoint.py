@@ -11,7 +11,7 @@ from torch import Tensor
 
 from microtome.config import NetworkConfig, OptimiserConfig, Plan
 from microtome.errors import DataError, RunError
-from microtome.inference.engines import to_device
+from microtome.inference.devices import to_device
 from microtome.models.registry import build
 from microtome.training import checkpoint
 from microtome.training.checkpoint import Progress, TrainState, load_checkpoint, new_state, save_checkpoint

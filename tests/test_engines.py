@@ -7,7 +7,9 @@ from torch import nn
 
 from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
-from microtome.inference.engines import TorchEngine, arithmetic, pick_device, processor_has_bf16, recycle_memory, to_device
+from microtome.inference.devices import arithmetic, has_bf16, pick_device, to_device
+from microtome.inference.torch_engine import TorchEngine
+from microtome.machine import recycle_memory
 from microtome.models.registry import build
 
 CPU = torch.device("cpu")
@@ -150,6 +152,6 @@ def test_a_gpu_is_refused_where_there_is_none_and_taken_where_there_is(monkeypat
 def test_bfloat16_is_looked_up_in_the_processors_own_list(monkeypatch: pytest.MonkeyPatch) -> None:
     for flags, has in (("fpu avx2", False), ("fpu avx512_bf16", True), ("amx_bf16 amx_tile", True)):
         monkeypatch.setattr("pathlib.Path.read_text", lambda self, flags=flags, **_: f"flags : {flags}\n")
-        assert processor_has_bf16(CPU) is has
+        assert has_bf16(CPU) is has
     monkeypatch.setattr("pathlib.Path.exists", lambda self: False)
-    assert processor_has_bf16(CPU) is False
+    assert has_bf16(CPU) is False

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor, nn
 
 from microtome.errors import ConfigError
+from microtome.geometry import Sizes
 from microtome.models.describe import default_input, layer_rows, layer_table, nearest_input, parse_input, short_number
-from microtome.models.network import Network, NetworkSpec, Sizes
+from microtome.models.network import Network, NetworkSpec
 from microtome.models.registry import build
 from microtome.models.trace import trace
 from tests.traced import FORMS, traced

@@ -9,7 +9,8 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
-from microtome.models.network import Network, NetworkSpec, Sizes
+from microtome.geometry import Sizes
+from microtome.models.network import Network, NetworkSpec
 from microtome.models.registry import build
 from microtome.models.trace import Trace, trace
 from tests.traced import FORMS, traced

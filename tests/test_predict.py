@@ -12,8 +12,8 @@ from torch.nn.functional import conv2d, conv3d
 
 from microtome.config import NetworkConfig, Plan
 from microtome.inference import predict
-from microtome.inference.engines import TorchEngine
 from microtome.inference.predict import best_class, choose_tile, logit_slabs, on_grid, predict_labels
+from microtome.inference.torch_engine import TorchEngine
 from microtome.models.registry import build
 from tests.oracles import logits_whole, predict_logits_whole, resample_whole
 

@@ -9,6 +9,7 @@ SOURCE = REPOSITORY / "src" / "microtome"
 LAYERS = (
     "errors",
     "files",
+    "machine",
     "config",
     "geometry",
     "nnunet_rules",
@@ -76,7 +77,8 @@ LAYERS = (
     "evaluation.comparison_page",
     "bundle",
     "inference.averaging",
-    "inference.engines",
+    "inference.devices",
+    "inference.torch_engine",
     "inference.predict",
     "inference.predictor",
     "training.borders",

@@ -23,7 +23,7 @@ from microtome.evaluation.comparison import Comparison, Outcome, compare_runs
 from microtome.evaluation.comparison_page import comparison_html, draw_strips, format_asked
 from microtome.evaluation.curves import format_duration, read_history
 from microtome.files import write_json, write_text
-from microtome.inference.engines import pick_device
+from microtome.inference.devices import pick_device
 from microtome.models.registry import build, find
 from microtome.models.trace import trace
 from microtome.training.rehearsal import only_pictures

@@ -5,6 +5,7 @@ voxel index in that same order to a point in millimetres, voxel centres at whole
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -49,3 +50,21 @@ def format_sides(sides: Iterable[float]) -> str:
 def format_shape(shape_vox: Shape) -> str:
     """A shape for people: `96×160×160`."""
     return "×".join(str(size) for size in shape_vox)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The image sizes a network takes along each axis of S: minimum, minimum + step, minimum + 2 step, ..."""
+
+    minimum: tuple[int, ...]
+    step: tuple[int, ...]
+
+    def valid(self, n: int, axis: int) -> bool:
+        """Whether `n` voxels along that axis fit."""
+        return n >= self.minimum[axis] and (n - self.minimum[axis]) % self.step[axis] == 0
+
+    def nearest(self, n: int, axis: int) -> tuple[int, int]:
+        """The largest size <= n and the smallest size >= n; both the minimum where n is below it."""
+        minimum, step = self.minimum[axis], self.step[axis]
+        over = max(n - minimum, 0)
+        return minimum + over // step * step, minimum + -(-over // step) * step

@@ -16,8 +16,10 @@ from microtome.errors import ConfigError, DataError, DataWarning
 from microtome.images.files import label_suffix, read_image, write_labels
 from microtome.images.image import Image
 from microtome.inference.averaging import TTA
-from microtome.inference.engines import TorchEngine, pick_device, processor_has_bf16, recycle_memory, to_device
+from microtome.inference.devices import has_bf16, pick_device, to_device
 from microtome.inference.predict import predict_labels
+from microtome.inference.torch_engine import TorchEngine
+from microtome.machine import recycle_memory
 from microtome.preprocess import voxel_size
 
 # What `label_suffix` may give.
@@ -41,7 +43,7 @@ class Predictor:
         network = bundle.network()
         self.network = to_device(network if head is None else network.pruned(head), self.device, bundle.plan.dims)
         # A model from a newer machine: its bf16 would be emulated here.
-        precision = bundle.plan.precision if processor_has_bf16(self.device) else "fp32"
+        precision = bundle.plan.precision if has_bf16(self.device) else "fp32"
         check_turned(bundle.plan, tta)
         self.engine = TorchEngine(
             network=self.network,

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, conv3d, instance_norm, pad
 
 from microtome.errors import ConfigError
-from microtome.models.network import NetworkSpec, Sizes
+from microtome.geometry import Sizes
+from microtome.models.network import NetworkSpec
 
 
 class Convolution3d(nn.Conv3d):

@@ -39,8 +39,9 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d, interpolate
 
 from microtome.errors import ConfigError
+from microtome.geometry import Sizes
 from microtome.models.blocks import dropout_share, initialise_glorot, initialise_he, level_widths
-from microtome.models.network import Network, NetworkSpec, Sizes
+from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (256, 512, 1024, 2048)
 SMALL_WIDTHS = (8, 16, 32, 64)

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
+from microtome.geometry import Sizes
 from microtome.models.blocks import AVERAGE_POOL, BATCH_NORM, CONVOLUTION, TRANSPOSED, InstanceNorm, initialise_he
-from microtome.models.network import Network, NetworkSpec, Sizes
+from microtome.models.network import Network, NetworkSpec
 from microtome.nnunet_rules import level_widths
 
 LEVELS = 6

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
-from microtome.geometry import format_shape
+from microtome.geometry import Sizes, format_shape
 
 # More than anybody has, and few enough for torch to count the bytes of the weights.
 MOST_CHANNELS = 1_000_000
@@ -43,24 +43,6 @@ class NetworkSpec:
             raise ConfigError(self.name, expected=expected, got=got, do="check the dataset's channels and legend")
         if any(width < 1 for width in self.config.widths):
             raise ConfigError(self.name, expected="positive widths", got=str(self.config.widths), do="change `network.widths`")
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The image sizes a network takes along each axis of S: minimum, minimum + step, minimum + 2 step, ..."""
-
-    minimum: tuple[int, ...]
-    step: tuple[int, ...]
-
-    def valid(self, n: int, axis: int) -> bool:
-        """Whether `n` voxels along that axis fit."""
-        return n >= self.minimum[axis] and (n - self.minimum[axis]) % self.step[axis] == 0
-
-    def nearest(self, n: int, axis: int) -> tuple[int, int]:
-        """The largest size <= n and the smallest size >= n; both the minimum where n is below it."""
-        minimum, step = self.minimum[axis], self.step[axis]
-        over = max(n - minimum, 0)
-        return minimum + over // step * step, minimum + -(-over // step) * step
 
 
 class Network(nn.Module):

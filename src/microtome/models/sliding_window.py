@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d, relu
 
 from microtome.errors import ConfigError
+from microtome.geometry import Sizes
 from microtome.models.blocks import initialise_he
-from microtome.models.network import Network, NetworkSpec, Sizes
+from microtome.models.network import Network, NetworkSpec
 
 # Maps of the four convolutions, then hidden units.
 WIDTHS = (48, 48, 48, 48, 200)

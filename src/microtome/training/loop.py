@@ -14,7 +14,7 @@ from torch import Tensor
 
 from microtome.config import Plan
 from microtome.errors import RunError
-from microtome.inference.engines import arithmetic
+from microtome.inference.devices import arithmetic
 from microtome.training.checkpoint import Progress, TrainState
 from microtome.training.losses import segmentation_loss
 from microtome.training.sampling import Batches

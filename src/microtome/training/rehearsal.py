@@ -13,7 +13,8 @@ from microtome.data.dataset import Dataset
 from microtome.data.split import split_dataset
 from microtome.errors import ConfigError
 from microtome.fingerprint import take_fingerprint
-from microtome.inference.engines import arithmetic, pick_device, processor_has_bf16, recycle_memory, to_device
+from microtome.inference.devices import arithmetic, has_bf16, pick_device, to_device
+from microtome.machine import recycle_memory
 from microtome.models.registry import build, find
 from microtome.plan import SMALLEST_BATCH, Resources, draft_plan
 from microtome.training.loop import crop_border
@@ -83,7 +84,7 @@ def make_plan(
     recycle_memory()
     where = pick_device(device)
     memory = int(memory_gb * 2**30) if memory_gb else free_memory(where)
-    resources = Resources(minutes=minutes, memory_bytes=memory, gpu=where.type == "cuda", bf16=processor_has_bf16(where))
+    resources = Resources(minutes=minutes, memory_bytes=memory, gpu=where.type == "cuda", bf16=has_bf16(where))
     facts = take_fingerprint(dataset, split_dataset(dataset, fold, seed, holdout).train)
     plan = draft_plan(facts, resources, network=name, dims=chosen.dims if dims is None else (dims,), seed=seed, fold=fold)
     if dims not in (None, plan.dims):

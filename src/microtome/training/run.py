@@ -23,8 +23,9 @@ from microtome.errors import ConfigError, DataError, RunError
 from microtome.evaluation.report import build_report
 from microtome.files import write_json, write_text
 from microtome.geometry import format_shape
-from microtome.inference.engines import pick_device, recycle_memory, to_device
+from microtome.inference.devices import pick_device, to_device
 from microtome.inference.predictor import load
+from microtome.machine import recycle_memory
 from microtome.models.network import Network
 from microtome.models.registry import build
 from microtome.plan import patch_bytes

@@ -112,11 +112,9 @@ def load_sample(sample: Sample, cases: Sequence[StoredCase], patch_vox: Shape) -
     box = crop_box(case.shape_vox[-len(patch_vox) :], flat.min(1).tolist(), flat.max(1).tolist())
     corner = np.array([side.start for side in box], np.float32).reshape(-1, *[1] * len(patch_vox))
     part: tuple[slice | int, ...] = box if sample.section is None else (sample.section, *box)
-    # Copies: torch refuses read-only memory.
-    image_CS = torch.from_numpy(np.array(case.image[(slice(None), *part)], np.float32))
-    label_S = torch.from_numpy(np.array(case.label[part]))
-    weight_S = None if case.weight_map is None else torch.from_numpy(np.array(case.weight_map[part], np.float32))
-    patch = resample_patch(Patch(image_CS, label_S, weight_S), source - corner)
+    image, label, weight = case.crop(part)
+    crop = Patch(torch.from_numpy(image), torch.from_numpy(label), None if weight is None else torch.from_numpy(weight))
+    patch = resample_patch(crop, source - corner)
     image_CS = patch.image
     if sample.other is not None:
         image_CS = match_histogram(image_CS, case.quantiles, cases[sample.other].quantiles)

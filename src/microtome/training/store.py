@@ -79,6 +79,12 @@ class StoredCase:
         """The spatial shape."""
         return tuple(self.label.shape)
 
+    def crop(self, part: tuple[slice | int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Image (C, *part) float32 in the network's grey values, label (*part) int16 and weight (*part) float32 of a part, all copies."""
+        image_CS = np.array(self.image[(slice(None), *part)], np.float32)
+        weight_S = None if self.weight_map is None else np.array(self.weight_map[part], np.float32)
+        return image_CS, np.array(self.label[part], np.int16), weight_S
+
     @cached_property
     def dense(self) -> bool:
         """Whether every voxel is annotated."""

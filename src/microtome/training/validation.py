@@ -20,9 +20,9 @@ from microtome.evaluation.metrics import dice
 from microtome.evaluation.scores import CaseScore, score_case, summarise
 from microtome.images.files import label_suffix, write_labels
 from microtome.images.image import Image
-from microtome.inference.engines import TorchEngine
 from microtome.inference.predict import predict_labels
 from microtome.inference.predictor import Predictor, safe_name
+from microtome.inference.torch_engine import TorchEngine
 from microtome.preprocess import voxel_size
 from microtome.training.checkpoint import TrainState
 from microtome.training.loop import Event
