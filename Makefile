@@ -8,8 +8,11 @@ WORKERS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := .venv/.installed
+PEERS := .venv-peers
+# Words for the benchmarks: make bench BENCH="--only forward --rounds 1".
+BENCH ?=
 
-.PHONY: demo test check fix bench reproduce docs lock clean
+.PHONY: demo test check fix bench peers bench-peers bench-gpu reproduce docs lock clean
 
 demo: $(STAMP)  ## the whole road on built-in data; prints where the report is
 	@$(BIN)/microtome demo --out demo
@@ -27,11 +30,16 @@ check: $(STAMP)  ## format, lint, types, docs, tests: in the order that fails fa
 fix: $(STAMP)  ## format, and mend what the linter can mend
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
-bench: $(STAMP)  ## every benchmark, one after another
-	@set -e; found=0; for file in benchmarks/*.py; do \
-	  case "$$file" in benchmarks/_*|"benchmarks/*.py") continue;; esac; \
-	  found=1; echo "== $$file"; $(BIN)/python "$$file"; \
-	done; [ $$found = 1 ] || echo "make bench: there are no benchmarks in benchmarks/ yet"
+bench: $(STAMP)  ## ours alone on this machine (a quarter of an hour): benchmarks/results/latest.json and docs/performance.md
+	@$(BIN)/python -m benchmarks.bench $(BENCH)
+
+peers: $(PEERS)/.installed  ## .venv-peers: nnU-Net, MONAI, TorchIO, batchgeneratorsv2 and ours, to be compared
+
+bench-peers: $(PEERS)/.installed  ## beside those (half an hour): benchmarks/results/peers.json and docs/performance.md
+	@$(PEERS)/bin/python -m benchmarks.peers.bench $(BENCH)
+
+bench-gpu: $(STAMP)  ## the same on a GPU; says so where there is none
+	@$(BIN)/python -m benchmarks.gpu $(BENCH)
 
 reproduce: $(STAMP)  ## every experiment of experiments/ (an hour), and docs/reproductions.md from their results
 	@$(BIN)/python -m experiments.run
@@ -46,7 +54,7 @@ clean:  ## caches and build leftovers; .venv and results stay
 	@rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
 
 # The stamp comes last, so that an installation that was interrupted is taken up again.
-$(STAMP): requirements.lock pyproject.toml
+$(STAMP): requirements.lock pyproject.toml setup.py src/microtome/training/_warp.c src/microtome/training/_warp.h
 	@command -v $(PYTHON) >/dev/null || { echo "make: no '$(PYTHON)' here; install Python 3.11 or 3.12, or name it: make PYTHON=/path/to/python3"; exit 2; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "make: Python 3.11 or newer is needed, '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.11"; exit 2; }
@@ -55,4 +63,13 @@ $(STAMP): requirements.lock pyproject.toml
 	@echo "installing $$(grep -c == requirements.lock) pinned packages"; $(PIP) install -qq --no-deps -r requirements.lock
 	@echo "installing microtome from this folder"; $(PIP) install -qq --no-deps --no-build-isolation -e .
 	@$(PIP) check >/dev/null || { $(PIP) check; echo "make: the packages do not fit together; see the lines above"; exit 1; }
+	@touch $@
+
+# Everything without its dependencies: nnU-Net asks for torchvision, and that for another torch than this.
+$(PEERS)/.installed: requirements.lock benchmarks/peers/requirements.txt pyproject.toml
+	@$(PEERS)/bin/python -m pip --version >/dev/null 2>&1 || { echo "making $(PEERS) with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear $(PEERS); }
+	@echo "installing $(TORCH) (some minutes the first time)"; $(PEERS)/bin/python -m pip install -qq "$(TORCH)"
+	@echo "installing what we need"; $(PEERS)/bin/python -m pip install -qq --no-deps -r requirements.lock
+	@echo "installing what they need"; $(PEERS)/bin/python -m pip install -qq --no-deps -r benchmarks/peers/requirements.txt
+	@echo "installing microtome from this folder"; $(PEERS)/bin/python -m pip install -qq --no-deps --no-build-isolation -e .
 	@touch $@

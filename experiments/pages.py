@@ -12,6 +12,7 @@ from microtome.files import write_text
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "reproductions.md"
 WORDS = {"iou": "IoU", "dice": "Dice", "f1_objects": "F1 of objects", "train_seconds": "seconds to train"}
+WORDS |= {f"loss_{step}": f"loss at step {step}" for step in (50, 150, 300)}
 WORDS |= {"predict_seconds": "seconds a picture", "window_seconds": "seconds a picture, window by window"}
 
 

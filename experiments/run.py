@@ -1,6 +1,6 @@
 """Small versions of what the papers claim, run again from their descriptions; results go to docs/reproductions.md.
 
-    python -m experiments.run [skips norms dimensions slices small_object borders window] [--out runs/experiments]
+    python -m experiments.run [skips norms dimensions slices small_object borders window precision] [--out runs/experiments]
 
 Each `experiments/NAME.yaml` says what a paper claims, how the data are made, and what is trained. Everything follows
 from the seeds in it; results of one machine and thread count are the same each time.
@@ -28,7 +28,8 @@ from microtome.config import Plan
 from microtome.errors import DataWarning
 from microtome.files import write_json
 from microtome.images.files import read_image
-from microtome.inference.predictor import Predictor, predict_files
+from microtome.inference.predict_files import predict_files
+from microtome.inference.predictor import Predictor
 from microtome.training.run import versions
 
 HERE = Path(__file__).parent
@@ -73,7 +74,7 @@ def run_experiment(name: str, out: Path, steps: int | None = None) -> dict[str, 
 def run_one(settings: dict[str, Any], out: Path) -> dict[str, Any]:
     """Make the data, train, predict what training has not seen, score it."""
     shutil.rmtree(out, ignore_errors=True)
-    folders = write_data(settings["data"], out, settings["seed"])
+    folders = write_data(settings["data"], out, settings["data"].get("seed", settings["seed"]))
     dataset = microtome.open_dataset(folders.train)
     plan = microtome.make_plan(
         dataset, steps=settings["steps"], network=settings["network"], dims=settings.get("dims"), seed=settings["seed"], fold="all"
@@ -82,15 +83,23 @@ def run_one(settings: dict[str, Any], out: Path) -> dict[str, Any]:
     started = time.perf_counter()
     microtome.train(dataset, plan, out / "run")
     seconds = time.perf_counter() - started
-    predictor = microtome.load(out / "run")
+    predictor = microtome.load(out / "run", engine="torch")
     started = time.perf_counter()
     predict_files(predictor, [folders.images], out / "predictions")
     images = len(list(folders.truth.iterdir()))
     scored = score(folders, out / "predictions")
     row = {**scored, "train_seconds": round(seconds, 1), "predict_seconds": round((time.perf_counter() - started) / images, 3)}
+    row |= {f"loss_{step}": loss_at(out / "run" / "log.jsonl", step) for step in settings.get("losses_at", ())}
     if settings.get("windows"):
         row["window_seconds"] = round(window_seconds(predictor, folders), 1)
     return row
+
+
+def loss_at(log: Path, step: int, window: int = 20) -> float | None:
+    """The mean loss of the last steps up to this one, as that of one step is mostly its batch's; None where there are none."""
+    events = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    losses = [event["loss"] for event in events if event["event"] == "step" and step - window < event["step"] <= step]
+    return round(float(np.mean(losses)), 4) if losses else None
 
 
 def merged(all_runs: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
@@ -130,11 +139,11 @@ def f1_of_objects(truth: np.ndarray, prediction: np.ndarray) -> float:
 def window_seconds(predictor: Predictor, folders: Folders) -> float:
     """Seconds an image by one window a pixel, the paper's way, on the first unseen image."""
     image = read_image(sorted(folders.images.iterdir())[0]).array.astype(np.float32)
-    border = predictor.network.context_vox
+    border = predictor.engine.network.context_vox
     padded = np.pad(image, [(0, 0), (border, border), (border, border)], mode="reflect")
     started = time.perf_counter()
     with torch.inference_mode():
-        predictor.network.forward_windows(torch.from_numpy(padded)[None])  # type: ignore[operator]
+        predictor.engine.network.forward_windows(torch.from_numpy(padded)[None])  # type: ignore[operator]
     return time.perf_counter() - started
 
 

@@ -20,3 +20,9 @@ def data_folder() -> Callable[[str], Path]:
         return root / name
 
     return find
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is remembered of engines stays in the test: not in the user's cache, nor in the next test."""
+    monkeypatch.setenv("MICROTOME_CACHE", str(tmp_path_factory.mktemp("cache")))

@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable
 
 import numpy as np
+from scipy.interpolate import make_interp_spline
 
 from microtome.config import Plan
 from microtome.geometry import Shape, Spacing
@@ -32,12 +33,29 @@ def dense_matrix(size: int, new_size: int) -> np.ndarray:
     return matrix / matrix.sum(axis=1, keepdims=True)
 
 
-def resample_whole(array: np.ndarray, new_shape_vox: Shape) -> np.ndarray:
-    """(C, *S) -> (C, *new S), all axes by dense matrices."""
+def cubic_matrix(size: int, new_size: int) -> np.ndarray:
+    """Cubic B-spline interpolation as a matrix (new_size, size): the spline through a single 1, sampled at every place."""
+    reach = 40
+    cardinal = make_interp_spline(np.arange(-reach, reach + 1), np.eye(2 * reach + 1)[reach], k=3)
+    matrix = np.zeros((new_size, size))
+    factor = size / new_size
+    width = 1.0 if factor < 4 / 3 else factor if factor > 3 / 2 else 3 * factor - 3
+    for row in range(new_size):
+        centre = (row + 0.5) * factor - 0.5
+        for place in range(int(centre - 30 * width), int(centre + 30 * width) + 1):
+            matrix[row, min(max(place, 0), size - 1)] += cardinal((place - centre) / width)
+    return matrix / matrix.sum(axis=1, keepdims=True)
+
+
+def resample_whole(array: np.ndarray, new_shape_vox: Shape, interpolation: str = "linear") -> np.ndarray:
+    """(C, *S) -> (C, *new S), all axes by dense matrices; cubic values stay in the range of their channel."""
+    spatial = tuple(range(1, array.ndim))
+    low, high = array.min(axis=spatial, keepdims=True), array.max(axis=spatial, keepdims=True)
     for axis, new_size in enumerate(new_shape_vox, start=1):
-        matrix = dense_matrix(array.shape[axis], new_size)
-        array = np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)
-    return array
+        if array.shape[axis] != new_size:
+            matrix = (cubic_matrix if interpolation == "cubic" else dense_matrix)(array.shape[axis], new_size)
+            array = np.moveaxis(np.tensordot(matrix, array, axes=(1, axis)), 0, axis)
+    return np.clip(array, low, high)
 
 
 def logits_whole(prepared: np.ndarray, tile: Shape, overlap: float, context: int, engine: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
@@ -75,7 +93,8 @@ def predict_logits_whole(
 ) -> np.ndarray:
     """Logits (K, *S) of an image (C, *S) on its own grid; a section after the other where the network has an axis less."""
     shape = array.shape[1:]
-    prepared = resample_whole(normalise(array, plan.normalisation), grid_shape(shape, spacing_mm, plan)).astype(np.float32)
+    grid = grid_shape(shape, spacing_mm, plan)
+    prepared = resample_whole(normalise(array, plan.normalisation), grid, plan.interpolation).astype(np.float32)
 
     def of_one(image: np.ndarray, target: Shape) -> np.ndarray:
         return resample_whole(logits_whole(image, tile_of(image.shape[1:]), plan.overlap, context, engine), target)

@@ -417,7 +417,7 @@ def test_blur_and_low_resolution_are_drawn_in_units_of_the_finest_axis() -> None
 
 
 @pytest.mark.parametrize("gamma", [0.7, 1.5])
-def test_gamma_keeps_mean_and_sd_of_each_channel_and_bends_the_rest(gamma: float) -> None:
+def test_gamma_keepsmean_and_sd_of_each_channel_and_bends_the_rest(gamma: float) -> None:
     image = picture() * torch.tensor([1.0, 3.0])[:, None, None] + torch.tensor([0.0, 5.0])[:, None, None]
     changed = Intensity(gamma=gamma).apply(image)
     assert torch.allclose(changed.mean((1, 2)), image.mean((1, 2)), atol=1e-5)

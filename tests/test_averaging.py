@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from microtome.inference.averaging import ROTATIONS, mirrored_mean, rotated_mean
+from microtome.inference.averaging import mirrored_mean, rotated_mean
+from microtome.inference.mirroring import ROTATIONS
 from tests.small import one_thread  # noqa: F401 - a fixture
 
 

@@ -2,33 +2,69 @@ import errno
 import json
 import os
 import struct
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from microtome import bundle as module
-from microtome.bundle import Bundle, load_bundle, save_bundle
+from microtome.bundle import Bundle, Samples, load_bundle, save_bundle
 from microtome.config import NetworkConfig, Plan
 from microtome.data.legend import Legend
 from microtome.errors import DataError, MicrotomeError, RunError
+from microtome.geometry import Sizes
+from microtome.inference.restore import arrays_of, restore
 from microtome.models.registry import build
 
+SCHEMA_1 = Path(__file__).parent / "data" / "bundles" / "schema1"
 LEGEND = Legend(names=("nothing", "Zelle é"), values=((0,), (7, 9)), ignored=(255,), background=0, reason="for the test")
 
 
 def bundle_of(seed: int = 0, **changes: Any) -> Bundle:
-    """A small network with fresh weights."""
+    """A small network with fresh weights, and samples that are no answers of it."""
     config = NetworkConfig(widths=(4, 8))
     values: dict[str, Any] = {"dims": 2, "patch_vox": (8, 8), "spacing_mm": (0.1, 1 / 3), "classes": LEGEND.names}
     plan = Plan(channels=1, network=config, batch=1, steps=1, **values | changes)
     torch.manual_seed(seed)
     network = build("modern_unet", dims=2, in_channels=1, classes=2, config=config)
-    return Bundle(plan=plan, legend=LEGEND, weights=network.state_dict(), provenance={"step": 12, "score": 0.1 + 0.2})
+    return Bundle(
+        plan=plan,
+        legend=LEGEND,
+        weights=arrays_of(network.state_dict()),
+        samples=samples_of(seed),
+        sizes=network.sizes,
+        context_vox=network.context_vox,
+        provenance={"step": 12, "score": 0.1 + 0.2},
+    )
+
+
+def samples_of(seed: int) -> Samples:
+    rng = np.random.default_rng(seed)
+    golden = rng.normal(size=(1, 8, 8)).astype(np.float16).astype(np.float32)
+    patches = tuple(rng.normal(size=(1, 8, 6)).astype(np.float16) for _ in range(11))
+    return Samples(golden, rng.normal(size=(2, 8, 8)).astype(np.float32), patches)
+
+
+def same(a: Mapping[str, np.ndarray], b: Mapping[str, np.ndarray]) -> bool:
+    """Whether names, types, shapes and bytes are equal."""
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and a[name].shape == b[name].shape and np.array_equal(a[name], b[name]) for name in a
+    )
+
+
+def touch(bundle: Bundle) -> None:
+    """Read all that is read when it is touched."""
+    dict(bundle.weights)
+    if bundle.samples is not None:
+        list(bundle.samples.calibration)
 
 
 @pytest.fixture
@@ -41,7 +77,7 @@ def run(tmp_path: Path) -> Iterator[Path]:
 
 def refusal(path: Path) -> str:
     with pytest.raises(DataError) as caught:
-        load_bundle(path)
+        touch(load_bundle(path))
     line = str(caught.value)
     assert "\n" not in line
     assert len(line) < 600 + len(str(path))
@@ -52,7 +88,9 @@ def refusal(path: Path) -> str:
 def loaded(path: Path) -> tuple[Bundle | None, str]:
     """The bundle, or the line that refuses it."""
     try:
-        return load_bundle(path), ""
+        bundle = load_bundle(path)
+        touch(bundle)
+        return bundle, ""
     except MicrotomeError as error:
         return None, str(error)
 
@@ -68,7 +106,9 @@ def header_of(file: Path) -> dict[str, Any]:
 def rewrite(file: Path, **changes: Any) -> None:
     """The same weights with another document."""
     document = json.loads(header_of(file)["__metadata__"]["microtome"]) | changes
-    save_file(dict(bundle_of().weights), file, metadata={"microtome": json.dumps(document)})
+    with safe_open(file, framework="np") as before:
+        tensors = {name: before.get_tensor(name) for name in before.keys()}  # noqa: SIM118 - not a mapping
+    save_file(tensors, file, metadata={"microtome": json.dumps(document)})
 
 
 def test_a_bundle_comes_back_as_it_was(run: Path) -> None:
@@ -78,30 +118,131 @@ def test_a_bundle_comes_back_as_it_was(run: Path) -> None:
         assert found.plan == wanted.plan
         assert found.legend == wanted.legend
         assert found.provenance == wanted.provenance
-        assert found.weights.keys() == wanted.weights.keys()
-        assert all(torch.equal(found.weights[name], tensor) for name, tensor in wanted.weights.items())
+        assert same(found.weights, wanted.weights)
+        assert found.sizes == Sizes((2, 2), (2, 2))
+        assert found.context_vox == 0
+        assert found.folder == run / "model"
+
+
+def test_samples_come_back_as_they_were(run: Path) -> None:
+    wanted, found = samples_of(0), load_bundle(run).samples
+    assert found is not None
+    assert found.golden_CS.dtype == np.float32
+    assert np.array_equal(found.golden_CS, wanted.golden_CS)
+    assert np.array_equal(found.logits_KS, wanted.logits_KS)
+    assert len(found.calibration) == 11
+    for ours, theirs in zip(found.calibration, wanted.calibration, strict=True):
+        assert ours.dtype == np.float16
+        assert np.array_equal(ours, theirs)
+    assert np.array_equal(found.calibration[-1], wanted.calibration[-1])
+    assert [len(part) for part in found.calibration[8:]] == [1, 1, 1]
+
+
+def test_a_bundle_without_samples_has_none(tmp_path: Path) -> None:
+    save_bundle(tmp_path, replace(bundle_of(), samples=None, sizes=None, context_vox=None))
+    found = load_bundle(tmp_path)
+    assert (found.samples, found.sizes, found.context_vox) == (None, None, None)
+    assert same(found.weights, bundle_of().weights)
+
+
+def test_what_was_saved_has_the_hash_and_the_folder_that_it_is_loaded_with(tmp_path: Path) -> None:
+    saved = save_bundle(tmp_path, bundle_of())
+    assert (saved.hash, saved.folder) == (load_bundle(tmp_path).hash, tmp_path)
+    assert len(saved.hash) == 32
+    assert save_bundle(tmp_path, bundle_of()).hash == saved.hash
+    assert save_bundle(tmp_path, load_bundle(tmp_path)).hash == saved.hash
+
+
+@pytest.mark.parametrize("part", ["weights", "samples", "calibration", "provenance", "sizes", "context_vox"])
+def test_another_content_has_another_hash(tmp_path: Path, part: str) -> None:
+    plain, other = bundle_of(), bundle_of(seed=1)
+    assert plain.samples is not None
+    changed: dict[str, Any] = {
+        "weights": other.weights,
+        "samples": other.samples,
+        "calibration": plain.samples._replace(calibration=plain.samples.calibration[1:]),
+        "provenance": {"step": 13},
+        "sizes": Sizes((2, 2), (4, 2)),
+        "context_vox": 4,
+    }
+    name = "samples" if part == "calibration" else part
+    assert save_bundle(tmp_path, replace(plain, **{name: changed[part]})).hash != save_bundle(tmp_path, plain).hash
+
+
+def test_a_bundle_of_schema_1_loads_and_says_what_it_said() -> None:
+    bundle = load_bundle(SCHEMA_1)
+    golden = np.load(SCHEMA_1 / "golden.npz")
+    with torch.inference_mode():
+        logits_KS = restore(bundle)(torch.from_numpy(golden["image"])[None])[0].numpy()
+    # Another torch may add in another order.
+    np.testing.assert_allclose(logits_KS, golden["logits"], rtol=0, atol=1e-5)
+    assert (bundle.samples, bundle.sizes, bundle.context_vox) == (None, None, None)
+    assert bundle.hash == json.loads((SCHEMA_1 / "model.json").read_text(encoding="utf-8"))["hash"]
+    assert bundle.weights["encoder.0.0.1.num_batches_tracked"].shape == ()
+
+
+def test_a_changed_weight_of_schema_1_is_noticed_at_once(tmp_path: Path) -> None:
+    data = bytearray((SCHEMA_1 / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(data)
+    with pytest.raises(DataError, match="expected content with hash"):
+        load_bundle(tmp_path)
+
+
+def test_it_needs_no_torch(run: Path) -> None:
+    code = "import sys; from microtome.bundle import load_bundle; dict(load_bundle(sys.argv[1]).weights); assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, check=False).returncode == 0
+
+
+def test_the_description_is_checked_before_weights_are_touched(run: Path) -> None:
+    rewrite(run / "model" / "model.safetensors", context_vox=3)
+    with pytest.raises(DataError, match="expected content with hash"):
+        load_bundle(run)
+
+
+def test_damaged_weights_do_not_hinder_reading_the_description_and_the_golden_sample(run: Path) -> None:
+    file = run / "model" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    header = header_of(file)
+    (length,) = struct.unpack("<Q", data[:8])
+    data[8 + length + header["heads.0.weight"]["data_offsets"][0]] ^= 1
+    file.write_bytes(data)
+    found = load_bundle(run)
+    assert found.samples is not None
+    assert found.samples.logits_KS.shape == (2, 8, 8)
+    with pytest.raises(DataError, match="expected content with hash"):
+        found.weights["stem.missing"]
+
+
+def test_a_bundle_keeps_its_weights_where_another_takes_its_place_before_they_are_touched(run: Path) -> None:
+    found = load_bundle(run)
+    save_bundle(run / "model", bundle_of(seed=1))
+    assert same(found.weights, bundle_of().weights)
+    assert same(load_bundle(run).weights, bundle_of(seed=1).weights)
 
 
 def test_the_network_is_in_evaluation_mode_and_computes_the_same(run: Path) -> None:
-    network = load_bundle(run).network()
+    network = restore(load_bundle(run))
     assert not network.training
     image = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 1, 16, 16)).astype(np.float32))
     with torch.no_grad():
-        assert torch.equal(network(image), bundle_of().network()(image))
+        assert torch.equal(network(image), restore(bundle_of())(image))
 
 
 def test_weights_in_another_memory_layout_are_the_same_bundle(tmp_path: Path) -> None:
     plain = bundle_of()
-    turned = {n: t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t for n, t in plain.weights.items()}
-    save_bundle(tmp_path, Bundle(plan=plain.plan, legend=LEGEND, weights=turned))
-    assert all(torch.equal(tensor, plain.weights[name]) for name, tensor in load_bundle(tmp_path).weights.items())
+    turned = arrays_of(restore(plain).to(memory_format=torch.channels_last).state_dict())
+    transposed = {name: np.asarray(array, order="F") for name, array in plain.weights.items()}
+    hashes = {save_bundle(tmp_path, replace(plain, weights=weights)).hash for weights in (plain.weights, turned, transposed)}
+    assert len(hashes) == 1
+    assert same(load_bundle(tmp_path).weights, plain.weights)
 
 
 def test_the_copy_for_people_says_what_the_weights_file_says(run: Path) -> None:
     document = json.loads((run / "model" / "model.json").read_text(encoding="utf-8"))
     assert document == json.loads(header_of(run / "model" / "model.safetensors")["__metadata__"]["microtome"])
     assert document["legend"]["names"] == ["nothing", "Zelle é"]
-    assert document["schema"] == 1
+    assert document["schema"] == 2
 
 
 def test_no_file_of_a_bundle_is_a_pickle(run: Path) -> None:
@@ -122,7 +263,7 @@ def test_files_of_a_bundle_are_as_readable_as_others(tmp_path: Path) -> None:
 # damage
 
 
-@pytest.mark.parametrize("place", ["first weight", "middle", "last weight", "class name", "spacing"])
+@pytest.mark.parametrize("place", ["first weight", "middle", "last weight", "golden", "calibration", "class name", "spacing"])
 def test_one_changed_byte_is_noticed(run: Path, place: str) -> None:
     file = run / "model" / "model.safetensors"
     data = bytearray(file.read_bytes())
@@ -131,6 +272,9 @@ def test_one_changed_byte_is_noticed(run: Path, place: str) -> None:
         index = data.index(b"nothing")
     elif place == "spacing":
         index = data.index(b"0.3333333333333333") + 5
+    elif place in ("golden", "calibration"):
+        name = {"golden": "sample:golden.logits", "calibration": "sample:calibration.03"}[place]
+        index = 8 + length + header_of(file)[name]["data_offsets"][0]
     else:
         index = {"first weight": 8 + length, "middle": (8 + length + len(data)) // 2, "last weight": len(data) - 1}[place]
     data[index] ^= 1
@@ -151,7 +295,7 @@ def test_a_changed_byte_anywhere_gives_the_same_bundle_or_one_line(run: Path, se
     assert "\n" not in line
     # Only the spaces that fill the header up may change without being noticed.
     assert found is None or found.plan == bundle_of().plan
-    assert found is None or all(torch.equal(found.weights[name], tensor) for name, tensor in bundle_of().weights.items())
+    assert found is None or same(found.weights, bundle_of().weights)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 2000, -1])
@@ -172,21 +316,21 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 
 def test_weights_of_others_are_refused(tmp_path: Path) -> None:
-    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors")
+    save_file({"a": np.zeros(3)}, tmp_path / "model.safetensors")
     assert "got weights without a description" in refusal(tmp_path)
-    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file({"a": np.zeros(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert "got weights without a description" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"schema": null}', '{"schema": "new"}', "[" * 20_000])
 def test_a_description_that_is_none_is_refused(tmp_path: Path, text: str) -> None:
-    save_file({"a": torch.zeros(3)}, tmp_path / "model.safetensors", metadata={"microtome": text})
+    save_file({"a": np.zeros(3)}, tmp_path / "model.safetensors", metadata={"microtome": text})
     assert "expected a description in JSON with its schema" in refusal(tmp_path)
 
 
 def test_a_newer_schema_is_refused_before_its_content_is_looked_at(run: Path) -> None:
-    rewrite(run / "model" / "model.safetensors", schema=2, plan=None, hash="")
-    assert refusal(run).endswith("expected bundle schema 1 or older, got 2; update microtome")
+    rewrite(run / "model" / "model.safetensors", schema=3, plan=None, hash="")
+    assert refusal(run).endswith("expected bundle schema 2 or older, got 3; update microtome")
 
 
 def test_a_changed_plan_is_noticed(run: Path) -> None:
@@ -197,10 +341,9 @@ def test_a_changed_plan_is_noticed(run: Path) -> None:
 
 def test_weights_that_do_not_fit_the_network_are_one_line(tmp_path: Path) -> None:
     plain = bundle_of()
-    weights = {("new." + name): tensor for name, tensor in plain.weights.items()}
-    save_bundle(tmp_path, Bundle(plan=plain.plan, legend=LEGEND, weights=weights))
+    save_bundle(tmp_path, replace(plain, weights={("new." + name): array for name, array in plain.weights.items()}))
     with pytest.raises(DataError, match=r"expected weights of this network, got .*Missing key") as caught:
-        load_bundle(tmp_path).network()
+        restore(load_bundle(tmp_path))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
 
@@ -217,7 +360,7 @@ def test_a_kill_between_the_two_files_leaves_a_bundle_that_loads(run: Path, monk
         save_bundle(run / "model", bundle_of(seed=1))
     # The new weights with the old copy for people: the weights file alone counts.
     found = load_bundle(run)
-    assert all(torch.equal(found.weights[name], tensor) for name, tensor in bundle_of(seed=1).weights.items())
+    assert same(found.weights, bundle_of(seed=1).weights)
 
 
 def test_a_full_disk_leaves_the_old_bundle_and_is_a_run_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,4 +372,4 @@ def test_a_full_disk_leaves_the_old_bundle_and_is_a_run_error(run: Path, monkeyp
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(RunError, match="No space left"):
         save_bundle(run / "model", bundle_of(seed=1))
-    assert all(torch.equal(load_bundle(run).weights[name], tensor) for name, tensor in bundle_of().weights.items())
+    assert same(load_bundle(run).weights, bundle_of().weights)

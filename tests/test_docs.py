@@ -48,7 +48,7 @@ def test_page_and_drawings_of_the_networks_are_current() -> None:
 
 def test_map_shows_every_module_once_in_the_order_of_imports() -> None:
     lines = docs.map_of_files().splitlines()
-    names = [match[1] for line in lines if (match := re.match(r"\s+(\w+)\.py\s+\S", line))]
+    names = [match[1] for line in lines if (match := re.match(r"\s+(\w+)\.pyi?\s+\S", line))]
     assert names == [module.rpartition(".")[2] for module in LAYERS]
 
 

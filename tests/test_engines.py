@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from microtome.errors import ConfigError
 from microtome.inference.devices import arithmetic, has_bf16, pick_device, to_device
 from microtome.inference.torch_engine import TorchEngine
 from microtome.machine import recycle_memory
-from microtome.models.registry import build
+from microtome.models.registry import NETWORKS, build
 
 CPU = torch.device("cpu")
 
@@ -74,6 +75,35 @@ def test_bfloat16_is_close_to_float32_and_not_the_same(network: nn.Module) -> No
     difference = np.abs(rounded - exact).max() / np.abs(exact).max()
     # 8 bits of precision, through a handful of layers.
     assert 0 < difference < 0.05
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_computes_with_weights_in_bfloat16(name: str) -> None:
+    torch.manual_seed(0)
+    dims = NETWORKS[name].dims[0]
+    network = build(name, dims=dims, in_channels=1, classes=2, config=NetworkConfig(widths=(4, 8, 8))).eval()
+    array = image(1, *(network.nearest_sizes(24, axis)[1] for axis in range(dims)))
+    exact = TorchEngine(network=network, device=CPU)(array)
+    engine = TorchEngine(network=to_device(network, CPU, dims).to(torch.bfloat16), device=CPU)
+    assert engine.name == "torch-bf16"
+    rounded = engine(array)
+    assert rounded.dtype == np.float32
+    assert 0 < np.abs(rounded - exact).max() / np.abs(exact).max() < 0.2
+
+
+def test_what_stands_in_for_the_network_is_called_for_every_version(network: nn.Module) -> None:
+    seen = []
+
+    def forward(image_BCS: torch.Tensor) -> torch.Tensor:
+        seen.append(image_BCS.shape)
+        return network(image_BCS)
+
+    array = image(2, 16, 12)
+    engine = TorchEngine(network=network, device=CPU)
+    mirrored = engine.averaged("mirror", (0, 1), (1.0, 1.0))
+    np.testing.assert_array_equal(replace(mirrored, forward=forward)(array), mirrored(array))
+    assert seen == [(1, 2, 16, 12)] * 4
+    assert (engine.tta, mirrored.name) == ("none", "torch")
 
 
 def test_arithmetic_is_put_back_and_weights_stay_float32(network: nn.Module) -> None:

@@ -7,8 +7,10 @@ a version), write the file anew and say why in the change's fragment:
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -46,7 +48,9 @@ def losses() -> list[float]:
             found.append(event["loss"])
 
     hooks = Hooks(log=log, validate=lambda state: {"score": 0.0}, save=lambda state, is_best: None, seconds_left=lambda: None)
-    train_steps(fresh(plan), cases, plan, torch.device("cpu"), hooks)
+    # Not every machine has a compiler, and twenty steps make more of the compiled warp's rounding than the tolerance.
+    with mock.patch.dict(os.environ, MICROTOME_COMPILED="0"):
+        train_steps(fresh(plan), cases, plan, torch.device("cpu"), hooks)
     return found
 
 

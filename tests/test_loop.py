@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from microtome.config import NetworkConfig, OptimiserConfig, Plan
 from microtome.errors import RunError
-from microtome.training import loop
+from microtome.training import clock as clock_module
+from microtome.training import gradients, loop
 from microtome.training.checkpoint import Progress, TrainState, load_checkpoint, save_checkpoint
-from microtome.training.loop import Clock, Hooks, crop_border, learning_rate, reschedule, stop_requests, train_steps, update_average
+from microtome.training.clock import Clock, stop_requests
+from microtome.training.loop import Hooks, crop_border, learning_rate, reschedule, train_steps, update_average
 from tests.small import one_thread, small_plan, small_plan_3d, squares, stored_case
 from tests.test_checkpoint import assert_same, contents, fresh
 
@@ -81,8 +83,9 @@ def straight(plan: Plan, path: Path, cases: list[Any] | None = None) -> tuple[Tr
         small_plan(network=UNET),
         small_plan(batch=1, precision="bf16"),
         small_plan_3d(),
+        small_plan(network=UNET, batch=3, micro_batch=2, checkpointing=True),
     ],
-    ids=["adamw", "sgd", "dropout", "bf16", "3D"],
+    ids=["adamw", "sgd", "dropout", "bf16", "3D", "micro-batches, computed twice"],
 )
 def test_a_run_that_was_killed_and_resumed_ends_bit_for_bit_as_one_that_was_not(plan: Plan, tmp_path: Path) -> None:
     cases = CASES if plan.dims == 2 else [stored_case(squares(0, 24).label[None].repeat(18, 0))]
@@ -189,14 +192,14 @@ def test_a_checkpoint_is_written_between_validations_when_the_last_is_old(tmp_pa
 def tick(monkeypatch: pytest.MonkeyPatch, step: float = 1.0) -> SimpleNamespace:
     """A clock by which a step takes `step` seconds and nothing else takes any."""
     clock = SimpleNamespace(now=0.0)
-    loss = loop.segmentation_loss
+    loss = gradients.segmentation_loss
 
     def slow(*arguments: Any) -> Any:
         clock.now += step
         return loss(*arguments)
 
-    monkeypatch.setattr(loop, "segmentation_loss", slow)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(gradients, "segmentation_loss", slow)
+    monkeypatch.setattr(clock_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
 
 
@@ -361,6 +364,71 @@ def test_a_gradient_that_is_no_number_stops_the_run_although_the_loss_is_one(tmp
     assert torch.equal(contents(state)["network/heads.0.weight"], before)
 
 
+# ---- losses that are read together ----
+
+
+def test_reading_losses_together_changes_neither_weights_nor_log_but_its_speeds(tmp_path: Path) -> None:
+    plan = small_plan(steps=7, validations=2)
+    expected, each = straight(plan, tmp_path / "each.safetensors")
+    state, together = fresh(plan), Recorder(tmp_path / "together.safetensors")
+    train_steps(state, CASES, plan, CPU, together.hooks(), read_every=3)
+    assert_same(contents(expected), contents(state))
+    assert together.best == each.best
+    without_speed = [[{k: v for k, v in event.items() if k != "samples_per_second"} for event in r.events] for r in (each, together)]
+    assert without_speed[0] == without_speed[1]
+    speeds = [event["samples_per_second"] for event in together.events if event["event"] == "step"]
+    # Read after step 3, before the validation of step 4, and at the end: 7 is the sixth since the first reading.
+    assert speeds[0] == speeds[1] == speeds[2]
+    assert speeds[4] == speeds[5] == speeds[6]
+
+
+def poisoned(plan: Plan, path: Path, read_every: int) -> tuple[Recorder, str]:
+    """A run whose loss is no number from its third step on, and what it says in the end."""
+    recorder, case, loss, calls = Recorder(path), squares(5), gradients.segmentation_loss, [0]
+
+    def third(*arguments: Any) -> Any:
+        calls[0] += 1
+        return loss(*arguments) * (float("nan") if calls[0] >= 3 else 1.0)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gradients, "segmentation_loss", third)
+        with pytest.raises(RunError) as caught:
+            train_steps(fresh(plan), [case], plan, CPU, recorder.hooks(), read_every=read_every)
+    return recorder, str(caught.value)
+
+
+@pytest.mark.parametrize("read_every", [1, 2, 4, 100])
+def test_the_step_whose_loss_is_no_number_is_named_and_nothing_after_it_is_logged_or_saved(read_every: int, tmp_path: Path) -> None:
+    recorder, message = poisoned(small_plan(steps=12, validations=2), tmp_path / "a.safetensors", read_every)
+    assert message.startswith("step 3: expected a finite loss and gradient, got a loss of nan")
+    assert "no checkpoint yet" in message
+    assert recorder.steps_of("step") == [1, 2]
+    assert recorder.best == []
+    assert recorder.steps_of("validation") == []
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_weights_after_such_a_loss_are_not_saved_though_a_checkpoint_is_due_at_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    _, message = poisoned(small_plan(steps=12, validations=1), tmp_path / "a.safetensors", 100)
+    assert "the last checkpoint is of step 2" in message
+    state = fresh(small_plan())
+    load_checkpoint(tmp_path / "a.safetensors", state)
+    assert state.progress.step == 2
+    assert all(tensor.isfinite().all() for tensor in contents(state).values())
+
+
+def test_a_request_to_stop_reads_what_is_unread_before_it_saves(tmp_path: Path) -> None:
+    plan, recorder = small_plan(steps=9, validations=1), Recorder(tmp_path / "a.safetensors")
+    recorder.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None
+    with pytest.raises(RunError, match="step 4: expected 9 steps, got a request to stop"):
+        train_steps(fresh(plan), CASES, plan, CPU, recorder.hooks(), read_every=4)
+    assert recorder.steps_of("step") == [1, 2, 3, 4]
+    assert recorder.best == [False]
+
+
 # ---- the small rules ----
 
 
@@ -415,18 +483,22 @@ def test_a_border_is_cut_from_every_side(shape: tuple[int, ...]) -> None:
 
 def test_the_clock_counts_validations_to_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     now = SimpleNamespace(now=10.0)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now.now))
+    monkeypatch.setattr(clock_module, "time", SimpleNamespace(perf_counter=lambda: now.now))
     clock = Clock()
     with clock.network():
         now.now += 2
     now.now += 1
-    assert clock.step_done() == 3
+    assert clock.steps_done() == 3
     now.now += 7
     assert clock.since_step() == 7
     now.now += 5
-    assert clock.step_done() == 5
+    assert clock.steps_done() == 5
     assert clock.seconds_a_step() == 4
+    now.now += 8
+    # Four steps that were read together.
+    assert clock.steps_done(4) == 2
+    assert clock.step_seconds == [3, 5, 2, 2, 2, 2]
     assert clock.network_seconds == 2
-    assert clock.since_save() == 15
+    assert clock.since_save() == 23
     clock.saved()
     assert clock.since_save() == 0

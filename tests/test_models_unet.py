@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
+from microtome.models.blocks import TRANSPOSED
 from microtome.models.network import Network, NetworkSpec
 from microtome.models.unet import UNet
 from microtome.models.unet_same import UNetSame
@@ -29,7 +30,7 @@ def parameters(network: nn.Module) -> int:
 
 def shapes_in_order(network: Network, image_BCS: Tensor) -> list[tuple[str, Shape]]:
     """Kind and output (C, *S) of each convolution, pooling and up-convolution, as they run."""
-    kinds = {nn.Conv2d: "conv", nn.MaxPool2d: "pool", nn.ConvTranspose2d: "up"}
+    kinds = {nn.Conv2d: "conv", nn.MaxPool2d: "pool", TRANSPOSED[2]: "up"}
     seen: list[tuple[str, Shape]] = []
     for module in network.modules():
         if type(module) in kinds:

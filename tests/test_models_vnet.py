@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
-from microtome.models.blocks import CONVOLUTION
+from microtome.models.blocks import CONVOLUTION, TRANSPOSED
 from microtome.models.network import NetworkSpec
 from microtome.models.vnet import VNet, repeated
 
@@ -22,15 +22,15 @@ def size(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def convolutions(module: nn.Module) -> list[nn.Conv3d | nn.ConvTranspose3d]:
-    return [each for each in module.modules() if isinstance(each, nn.Conv3d | nn.ConvTranspose3d)]
+def convolutions(module: nn.Module) -> list[nn.Conv3d | TRANSPOSED[3]]:
+    return [each for each in module.modules() if isinstance(each, nn.Conv3d | TRANSPOSED[3])]
 
 
 def receptive_fields(network: VNet) -> list[int]:
     """Voxels that an output of each bar sees, as the paper counts: each kernel of k adds k - 1 steps of its finer grid."""
     seen, jump, fields = 1, 1, []
 
-    def count(module: nn.Conv3d | nn.ConvTranspose3d, *_: object) -> None:
+    def count(module: nn.Conv3d | TRANSPOSED[3], *_: object) -> None:
         nonlocal seen, jump
         (kernel,), (stride,) = set(module.kernel_size), set(module.stride)
         if module.transposed:
@@ -126,7 +126,7 @@ def test_every_activation_is_a_prelu_with_a_slope_a_channel_and_nothing_normalis
     with torch.device("meta"):
         network = vnet()
     leaves = [module for module in network.modules() if not list(module.children())]
-    assert {type(leaf) for leaf in leaves} == {CONVOLUTION[3], nn.ConvTranspose3d, nn.PReLU}
+    assert {type(leaf) for leaf in leaves} == {CONVOLUTION[3], TRANSPOSED[3], nn.PReLU}
     assert all(bar.activation.num_parameters == bar.convolutions[-1].out_channels for bar in [*network.left, *network.right])
 
 

@@ -18,6 +18,8 @@ from microtome.fingerprint import Fingerprint, take_fingerprint
 from microtome.geometry import Shape
 from microtome.models.registry import build
 from microtome.plan import (
+    FULL_SHARE,
+    SMALLEST_BATCH,
     Resources,
     choose_batch,
     choose_dims,
@@ -26,6 +28,9 @@ from microtome.plan import (
     choose_precision,
     choose_spacing,
     draft_plan,
+    patch_bytes,
+    save_memory,
+    step_bytes,
 )
 from microtome.training.run import read_plan
 from tests.small import one_thread
@@ -237,12 +242,14 @@ def test_batches_hold_about_as_many_voxels_whatever_the_patch() -> None:
 
 def test_less_memory_makes_smaller_batches_and_says_so() -> None:
     network = NetworkConfig(widths=(24, 48))
-    made = [choose_batch((256, 256), network, Resources(minutes=10, memory_bytes=int(gb * GB)), "fp32", 2) for gb in (8, 1, 0.5, 0.1)]
+    made = [choose_batch((256, 256), network, Resources(minutes=10, memory_bytes=int(gb * GB)), "fp32", 2) for gb in (8, 1.5, 0.8, 0.1)]
     batches = [batch for batch, _ in made]
     assert batches[0] == 8
-    assert batches == sorted(batches, reverse=True)
-    assert batches[2] < batches[1] < 8
-    assert "fits into 1.0 GB" in made[1][1]
+    assert SMALLEST_BATCH < batches[1] < 8
+    assert "fits into 1.5 GB" in made[1][1]
+    # Fewer would make unsteady statistics: they are seen in parts, or computed twice.
+    assert batches[2] == SMALLEST_BATCH
+    assert "unsteady" in made[2][1]
     assert batches[3] == 1
     assert "make patch_vox smaller" in made[3][1]
 
@@ -467,3 +474,85 @@ def test_pixels_stay_pixels_where_no_training_image_states_its_size() -> None:
 
 def test_networks_of_the_papers_learn_at_a_careful_rate() -> None:
     assert draft_plan(CELLS, LAPTOP, network="unet_same").optimiser.learning_rate < draft_plan(CELLS, LAPTOP).optimiser.learning_rate
+
+
+# ---- when memory is short ----
+
+PATCH = {
+    "dims": 2,
+    "patch_vox": (64, 64),
+    "batch": 8,
+    "classes": ("background", "cell"),
+    "spacing_mm": (1.0, 1.0),
+    "channels": 1,
+    "steps": 1,
+}
+NORMED = Plan(**PATCH, network=NetworkConfig(name="unet_same", widths=(8, 16, 32)))
+FREE = Plan(**PATCH, network=NetworkConfig(name="nnunet_plain", widths=(8, 16, 32)))
+
+
+def saved(plan: Plan, patches: float, *, twice: bool = False) -> Plan:
+    """The plan for a memory that so many of its patches fill, with activations kept or computed twice."""
+    each = patch_bytes(plan.patch_vox, plan.network, plan.precision, 2, checkpointing=twice)
+    return save_memory(plan, Resources(minutes=None, memory_bytes=int(patches * each / FULL_SHARE) + 1))
+
+
+@pytest.mark.parametrize("plan", [NORMED, FREE])
+def test_a_step_that_fits_is_left_as_it_is(plan: Plan) -> None:
+    assert saved(plan, 8) == plan
+    assert saved(plan, 1000) == plan
+    drafted = plan.model_copy(update={"micro_batch": 2, "checkpointing": True, "reasons": {"micro_batch": "a", "checkpointing": "b"}})
+    assert saved(drafted, 8) == plan
+
+
+@pytest.mark.parametrize(("patches", "micro"), [(7.9, 4), (4, 4), (3.9, 3), (2, 2), (1, 1)])
+def test_without_batch_norm_the_batch_is_seen_in_parts_as_even_as_can_be(patches: float, micro: int) -> None:
+    plan = saved(FREE, patches)
+    assert (plan.batch, plan.micro_batch, plan.checkpointing) == (8, micro, False)
+    assert f"{micro} of 8 patches" in plan.reasons["micro_batch"]
+
+
+def test_activations_are_computed_twice_only_where_one_patch_does_not_fit_otherwise() -> None:
+    plan = saved(FREE, 1, twice=True)
+    assert (plan.micro_batch, plan.checkpointing) == (1, True)
+    assert "1 instead of 0" in plan.reasons["checkpointing"]
+
+
+def test_batch_norm_sees_four_patches_if_computing_twice_makes_room_for_them() -> None:
+    assert (saved(NORMED, 4).micro_batch, saved(NORMED, 4).checkpointing) == (4, False)
+    assert (saved(NORMED, 3.9).micro_batch, saved(NORMED, 3.9).checkpointing) == (4, True)
+    assert (saved(NORMED, 4, twice=True).micro_batch, saved(NORMED, 4, twice=True).checkpointing) == (4, True)
+    # No more can be done for it: fewer at a time are better than none.
+    assert (saved(NORMED, 2, twice=True).micro_batch, saved(NORMED, 2, twice=True).checkpointing) == (2, True)
+    assert saved(NORMED, 0.1).micro_batch == 1
+
+
+@given(gb=st.floats(0.05, 16), name=st.sampled_from(["modern_unet", "unet_same", "unet3d", "vnet"]), minutes=st.sampled_from([1, 10, None]))
+@settings(max_examples=12, deadline=None)
+def test_a_step_of_a_drafted_plan_fits_or_is_of_one_patch(gb: float, name: str, minutes: float | None) -> None:
+    resources = Resources(minutes=minutes, memory_bytes=int(gb * GB))
+    plan = draft_plan(VOLUMES if name == "unet3d" else CELLS, resources, network=name)
+    fits = step_bytes(plan) <= FULL_SHARE * resources.memory_bytes
+    assert fits or min(plan.batch, plan.micro_batch or plan.batch) == 1
+    assert ("micro_batch" in plan.reasons) == (plan.micro_batch > 0)
+    assert ("checkpointing" in plan.reasons) == plan.checkpointing
+    assert plan.batch >= SMALLEST_BATCH or not fits
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_plan_needs_neither_where_memory_is_plenty(name: str) -> None:
+    plan = draft_plan(EVERY[name], replace(LAPTOP, memory_bytes=64 * GB))
+    assert (plan.micro_batch, plan.checkpointing) == (0, False)
+
+
+def test_activations_are_computed_twice_before_the_patch_is_made_smaller() -> None:
+    large = replace(VOLUMES, shape_vox=(300, 300, 300))
+    plenty = draft_plan(large, LAPTOP)
+    needed = 4 * patch_bytes(plenty.patch_vox, plenty.network, plenty.precision, 2) / FULL_SHARE
+    short = draft_plan(large, replace(LAPTOP, memory_bytes=int(0.9 * needed)))
+    assert short.checkpointing
+    assert (short.patch_vox, short.batch) == (plenty.patch_vox, 4)
+    shorter = draft_plan(large, replace(LAPTOP, memory_bytes=int(0.3 * needed)))
+    assert shorter.checkpointing
+    assert np.prod(shorter.patch_vox) < np.prod(plenty.patch_vox)
+    assert "computed twice" in shorter.reasons["patch_vox"]

@@ -1,5 +1,5 @@
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +73,7 @@ def tasks(draw: st.DrawFn) -> tuple[np.ndarray, tuple[float, ...], Plan, FakeNet
         batch=draw(st.integers(1, 3)),
         overlap=draw(st.sampled_from([0.0, 0.25, 0.5, 0.7])),
         spacing_mm=tuple(draw(sides) for _ in range(axes)),
+        interpolation=draw(st.sampled_from(["linear", "cubic"])),
     )
     seed = draw(st.integers(0, 999))
     image = np.random.default_rng(seed).integers(0, 255, (plan.channels, *shape)).astype(np.uint8)
@@ -115,7 +116,7 @@ def test_slabs_are_the_blended_logits_row_after_row_and_none_is_deeper_than_a_ti
         assert first == rows
         assert 0 < logits_KS.shape[1] <= tile[0]
         rows += logits_KS.shape[1]
-        parts.append(logits_KS)
+        parts.append(logits_KS.copy())
     wanted = logits_whole(prepared, tile, plan.overlap, network.context_vox, engine)
     np.testing.assert_allclose(np.concatenate(parts, axis=1), wanted, atol=1e-3)
 
@@ -139,7 +140,9 @@ def test_without_padding_tiles_leave_no_seams(context: int, overlap: float) -> N
     whole = plan_of(2, (60, 60), classes=3, overlap=overlap)
     assert choose_tile((40, 33), pieces, network) != (40, 33)
     assert choose_tile((40, 33), whole, network) == (40, 33)
-    tiled, untiled = (np.concatenate([s for _, s in logit_slabs(prepared, plan, network, engine)], axis=1) for plan in (pieces, whole))
+    tiled, untiled = (
+        np.concatenate([s.copy() for _, s in logit_slabs(prepared, plan, network, engine)], axis=1) for plan in (pieces, whole)
+    )
     np.testing.assert_allclose(tiled, untiled, atol=2e-5)
 
 
@@ -192,13 +195,55 @@ def test_memory_holds_a_slab_of_all_classes_and_never_the_whole(monkeypatch: pyt
 def test_slabs_brought_to_another_grid_are_the_whole_brought_there(grid: tuple[int, ...], depth: int, data: st.DataObject) -> None:
     shape = tuple(data.draw(st.integers(1, 16)) for _ in grid)
     logits = np.random.default_rng(0).normal(size=(2, *grid)).astype(np.float32)
-    slabs = iter([(first, logits[:, first : first + depth]) for first in range(0, grid[0], depth)])
+
+    def slabs() -> Iterator[tuple[int, np.ndarray]]:
+        for first in range(0, grid[0], depth):
+            slab = logits[:, first : first + depth].copy()
+            yield first, slab
+            # What was handed out belongs to the giver again, as in `logit_slabs`.
+            slab[...] = np.nan
+
     rows, parts = 0, []
-    for first, part in on_grid(slabs, grid, shape):
+    for first, part in on_grid(slabs(), grid, shape):
         assert first == rows
         rows += part.shape[1]
-        parts.append(part)
+        parts.append(part.copy())
     np.testing.assert_allclose(np.concatenate(parts, axis=1), resample_whole(logits, shape), atol=1e-5)
+
+
+def test_labels_of_14_classes_need_one_slab_and_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    classes, grid, shape = 14, (240, 48, 48), (300, 64, 64)
+    plan = plan_of(3, (16, 24, 24), overlap=0.5).model_copy(update={"classes": tuple(map(str, range(classes)))})
+    logits = np.random.default_rng(0).normal(size=(classes, 16, 24, 24)).astype(np.float32)
+    prepared = np.zeros((1, *grid), np.float32)
+    # So that what is held for speed alone is small beside what has to be held.
+    monkeypatch.setattr(predict, "CHUNK_VALUES", 1 << 16)
+    peaks = []
+    for target in (grid, shape):
+        tracemalloc.start()
+        labels = predict._labels(prepared, target, plan, FakeNetwork(), lambda image_CS: logits)
+        peaks.append(tracemalloc.get_traced_memory()[1] - labels.nbytes)
+        tracemalloc.stop()
+        assert len(np.unique(labels)) == classes
+    slab = 4 * classes * 16 * 48 * 48
+    # Half a MB for tiles and matrices, one for weights and three steps of a few rows; all logits would be 31 and 69 MB.
+    assert peaks[0] < slab + 0.5e6
+    assert peaks[1] < slab + 1.5e6
+
+
+def test_sums_undivided_have_the_same_best_class_and_one_tile_needs_no_sums() -> None:
+    network = FakeNetwork()
+    prepared = np.random.default_rng(0).normal(size=(1, 30, 23)).astype(np.float32)
+    engine = network.engine(1, 3, 2)
+    for patch, same in (((12, 10), False), ((30, 23), True)):
+        plan = plan_of(2, patch, classes=3)
+        both = [
+            np.concatenate([slab.copy() for _, slab in logit_slabs(prepared, plan, network, engine, divided=divided)], axis=1)
+            for divided in (True, False)
+        ]
+        np.testing.assert_array_equal(best_class(both[0]), best_class(both[1]))
+        assert np.array_equal(*both) == same
+    np.testing.assert_array_equal(both[0], engine(prepared))
 
 
 # tiles
@@ -244,10 +289,16 @@ def test_the_best_class_is_the_first_of_the_largest(classes: int, seed: int) -> 
     np.testing.assert_array_equal(logits, before)
 
 
+def test_more_classes_than_a_byte_counts_keep_their_numbers() -> None:
+    logits = np.zeros((300, 2, 300), np.float32)
+    logits[np.arange(300), :, np.arange(300)] = 1
+    np.testing.assert_array_equal(best_class(logits), [range(300)] * 2)
+
+
 def test_a_coarse_grid_of_one_tile_comes_back_in_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predict, "CHUNK_VALUES", 3 * 90 * 7)
     coarse = np.random.default_rng(0).normal(size=(3, 20, 30)).astype(np.float32)
-    parts = list(predict.on_grid(iter([(0, coarse)]), (20, 30), (60, 90)))
+    parts = [(first, rows.copy()) for first, rows in predict.on_grid(iter([(0, coarse)]), (20, 30), (60, 90))]
     assert max(rows.shape[1] for _, rows in parts) == 7
     assert [first for first, _ in parts] == list(range(0, 60, 7))
     np.testing.assert_allclose(np.concatenate([rows for _, rows in parts], axis=1), resample_whole(coarse, (60, 90)), atol=1e-5)

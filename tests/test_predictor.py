@@ -19,9 +19,13 @@ from microtome.data.listing import LISTING
 from microtome.errors import ConfigError, DataError, DataWarning, RunError
 from microtome.evaluation.evaluate import evaluate
 from microtome.images.files import read_image
-from microtome.inference.averaging import TTA
+from microtome.inference.mirroring import TTA
 from microtome.inference.predict import predict_labels
-from microtome.inference.predictor import Predictor, load, predict_files, safe_name
+from microtome.inference.predict_files import predict_files, safe_name
+from microtome.inference.predictor import Predictor, load
+from microtome.inference.restore import arrays_of
+from microtome.inference.torch_engine import TorchEngine
+from microtome.models.network import Network
 from microtome.models.registry import build
 from tests import folders
 
@@ -33,13 +37,19 @@ OBJECTS = Legend(names=("background", "object"), values=((0,), (255,)), kind="in
 def predictor_of(
     legend: Legend = VALUES, *, dims: int = 2, channels: int = 1, tta: TTA = "none", head: int | None = None, **changes: Any
 ) -> Predictor:
-    """A model that was trained for no step: its labels are arbitrary, but neither constant nor random."""
+    """A model that was trained for no step: its labels are arbitrary, but neither constant nor random. It has no samples: torch it is."""
     torch.manual_seed(5)
     config = NetworkConfig(widths=(4, 8))
     network = build("modern_unet", dims=dims, in_channels=channels, classes=len(legend.names), config=config)
     values: dict[str, Any] = {"dims": dims, "patch_vox": (16,) * dims, "spacing_mm": (1.0,) * dims, "classes": legend.names}
     plan = Plan(channels=channels, network=config, batch=1, steps=1, overlap=0.25, **values | changes)
-    return Predictor(Bundle(plan=plan, legend=legend, weights=network.state_dict()), device="cpu", tta=tta, head=head)
+    return Predictor(Bundle(plan=plan, legend=legend, weights=arrays_of(network.state_dict())), device="cpu", tta=tta, head=head)
+
+
+def network_of(predictor: Predictor) -> Network:
+    """The network of a predictor that torch computes for."""
+    assert isinstance(predictor.engine, TorchEngine)
+    return predictor.engine.network
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -149,7 +159,7 @@ def test_a_network_of_sections_labels_each_section_by_itself(tmp_path: Path) -> 
                 section[None, None].astype(float),
                 (5.0, 1.0, 1.0),
                 plan=predictor.bundle.plan,
-                network=predictor.network,
+                network=network_of(predictor),
                 engine=predictor.engine,
             )[0]  # type: ignore[arg-type]
             for section in volume.array[0]
@@ -208,9 +218,9 @@ def test_a_shallower_head_answers_with_fewer_weights(tmp_path: Path) -> None:
     config = NetworkConfig(name="unetpp", widths=(4, 8, 8), supervised_levels=2)
     network = build("unetpp", dims=2, in_channels=1, classes=len(VALUES.names), config=config).eval()
     plan = Plan(dims=2, channels=1, classes=VALUES.names, spacing_mm=(1.0, 1.0), network=config, patch_vox=(16, 16), batch=1, steps=1)
-    bundle = Bundle(plan=plan, legend=VALUES, weights=network.state_dict())
+    bundle = Bundle(plan=plan, legend=VALUES, weights=arrays_of(network.state_dict()))
     whole, shallow = (Predictor(bundle, device="cpu", head=head) for head in (None, 1))
-    assert sum(p.numel() for p in shallow.network.parameters()) < sum(p.numel() for p in whole.network.parameters())
+    assert sum(p.numel() for p in network_of(shallow).parameters()) < sum(p.numel() for p in network_of(whole).parameters())
     picture = folders.png(tmp_path / "a.png", noise(24, 24))
     assert shallow(picture).shape == whole(picture).shape == (24, 24)
 
@@ -351,7 +361,7 @@ def test_a_prediction_that_a_kill_left_out_is_made_again(tmp_path: Path, monkeyp
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"microtome.inference.predictor.{name}" if name == "write_labels" else f"microtome.data.listing.{name}", killed)
+        patch.setattr(f"microtome.inference.predict_files.{name}" if name == "write_labels" else f"microtome.data.listing.{name}", killed)
         with pytest.raises(KeyboardInterrupt):
             predict_files(predictor_of(), paths, tmp_path / "out")
     assert set(json.loads((tmp_path / "out" / LISTING).read_text())["writing"]) == {"a", "b"}

@@ -13,7 +13,7 @@ from microtome.data.dataset import open_dataset
 from microtome.errors import ConfigError
 from microtome.fingerprint import Fingerprint
 from microtome.models.registry import NETWORKS, build
-from microtome.plan import Resources, draft_plan, patch_bytes
+from microtome.plan import Resources, draft_plan, save_memory, step_bytes
 from microtome.training import rehearsal
 from microtome.training.loop import learning_rate
 from microtome.training.recipes import RECIPES, apply_recipe, check_dims, find_recipe
@@ -193,7 +193,7 @@ def test_a_recipe_for_volumes_leaves_room_in_the_memory_that_there_is(name: str,
     recipe, resources = RECIPES[name], Resources(minutes=10, memory_bytes=int(memory_gb * 2**30), bf16=bf16)
     draft = draft_plan(volume_facts(), resources, network=recipe.networks[0], dims=recipe.dims)
     plan = apply_recipe(recipe, draft, volume_facts(), resources)
-    assert plan.batch * patch_bytes(plan.patch_vox, plan.network, plan.precision, 2) < 0.65 * resources.memory_bytes
+    assert step_bytes(save_memory(plan, resources)) < 0.65 * resources.memory_bytes
 
 
 def test_nnunet_s_residual_encoder_can_be_asked_for() -> None:

@@ -37,7 +37,13 @@ from tests.test_checkpoint import fresh
 __all__ = ["one_thread"]
 
 FILES = ("plan.yaml", "dataset.json", "environment.json", "log.jsonl", "metrics.json", "report.html")
-MODEL = ("model/model.safetensors", "model/model.json", "checkpoints/last.safetensors")
+MODEL = (
+    "model/model.safetensors",
+    "model/model.json",
+    "model/engines/graph.onnx",
+    "model/engines/graph.json",
+    "checkpoints/last.safetensors",
+)
 
 
 class Killed(BaseException):
@@ -70,14 +76,14 @@ def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-def weights(folder: Path) -> dict[str, torch.Tensor]:
+def weights(folder: Path) -> dict[str, np.ndarray]:
     return dict(load_bundle(folder).weights)
 
 
 def assert_same_weights(a: Path, b: Path) -> None:
     first, second = weights(a), weights(b)
     assert first.keys() == second.keys()
-    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert [name for name in first if not np.array_equal(first[name], second[name])] == []
 
 
 def kill_at(step: int, event: str = "step") -> Any:
@@ -160,7 +166,7 @@ def test_the_model_is_the_best_validation_and_predicts_what_the_folder_shows(cel
     assert bundle.provenance["step"] == max(event["step"] for event in validations if event["score"] == best)
     case = split_dataset(cells, "1/5", 3).validation[0]
     shown = read_image(cells_run / "validation" / f"{case.name}.png").array[0]
-    assert np.array_equal(shown, cells.legend.encode(load(cells_run, device="cpu")(cells.read_image(case))))
+    assert np.array_equal(shown, cells.legend.encode(load(cells_run, device="cpu", engine="torch")(cells.read_image(case))))
 
 
 def test_the_logged_dice_is_that_of_the_scores(cells_run: Path) -> None:
@@ -173,8 +179,8 @@ def test_the_logged_dice_is_that_of_the_scores(cells_run: Path) -> None:
 def test_progress_is_told_as_it_happens(tubules: Dataset, tmp_path: Path) -> None:
     seen: list[Mapping[str, Any]] = []
     train(tubules, small_plan_3d(steps=2, validations=1), tmp_path / "run", on_event=seen.append)
-    assert [event["event"] for event in seen] == ["step", "step", "validation", "predicted", "end"]
-    assert (seen[3]["done"], seen[3]["of"]) == (1, 1)
+    assert [event["event"] for event in seen] == ["prepared", "step", "step", "validation", "predicted", "end"]
+    assert (seen[0]["done"], seen[0]["of"]) == (seen[4]["done"], seen[4]["of"]) == (1, 1)
 
 
 def test_everything_may_train_and_nothing_validate(cells: Dataset, tmp_path: Path) -> None:

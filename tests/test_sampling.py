@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from microtome.config import Plan
-from microtome.training.sampling import Batches, Pool, Sample, draw_sample, load_sample
+from microtome.training.sampling import Pool, Sample, draw_sample, load_sample
 from microtome.training.store import StoredCase
 from tests.small import NOTHING, small_plan, small_plan_3d, squares, stored_case
 
-CPU = torch.device("cpu")
 CASES = [squares(seed) for seed in range(3)]
 POOL = Pool.of(CASES)
 # Patches of one voxel: the label is then that of the drawn voxel.
@@ -74,47 +73,6 @@ def test_neither_order_nor_threads_change_a_sample() -> None:
         for a, b, c in zip(one, two, three, strict=True):
             assert torch.equal(a, b)
             assert torch.equal(a, c)
-
-
-@pytest.mark.parametrize("ahead", [0, 1, 3])
-def test_batches_are_the_same_however_many_are_made_ahead(ahead: int) -> None:
-    plan = small_plan(batch=3)
-    with Batches(CASES, plan, CPU) as batches:
-        assert batches.ahead == 0
-        batches.ahead = ahead
-        got = [batches.get(step) for step in range(5)]
-    with Batches(CASES, plan, CPU) as resumed:
-        assert torch.equal(resumed.get(3).image, got[3].image)
-    for step, (image, label, weight) in enumerate(got):
-        assert weight is None
-        samples = [load_sample(draw_sample(POOL, plan, step, position), CASES, plan.patch_vox) for position in range(3)]
-        assert torch.equal(image, torch.stack([sample.image for sample in samples]))
-        assert torch.equal(label, torch.stack([sample.label for sample in samples]))
-
-
-def test_a_batch_is_channels_last_and_of_the_right_types() -> None:
-    with Batches(CASES, small_plan(batch=4), CPU) as batches:
-        image, label, _ = batches.get(0)
-    assert (image.shape, label.shape) == ((4, 1, 32, 32), (4, 32, 32))
-    assert (image.dtype, label.dtype) == (torch.float32, torch.int16)
-    assert image.is_contiguous(memory_format=torch.channels_last)
-
-
-def test_the_pool_of_threads_leaves_torch_s_own_threads_as_they_were() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        with Batches(CASES, small_plan(batch=8), CPU) as batches:
-            batches.get(0)
-            assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_an_error_in_a_thread_reaches_the_caller() -> None:
-    unannotated = stored_case(np.full((40, 40), -1))
-    with Batches([unannotated], small_plan(foreground=1.0), CPU) as batches, pytest.raises(ValueError, match="high <= 0"):
-        batches.get(0)
 
 
 def test_loading_reads_the_crop_and_no_more() -> None:
@@ -265,23 +223,6 @@ def test_an_image_smaller_than_the_patch_lies_in_its_middle(shape: tuple[int, in
     assert abs(columns[0] + columns[-1] - 31) <= 1
     assert image.isfinite().all()
     assert image.shape == (1, 32, 32)
-
-
-@pytest.mark.parametrize("volume", [False, True])
-def test_weights_come_with_the_patch_and_its_batch(volume: bool) -> None:
-    label = np.random.default_rng(0).integers(0, 2, (6, 40, 44)).astype(np.int16)
-    weight = np.random.default_rng(1).uniform(1, 9, label.shape).astype(np.float16)
-    case = stored_case(label) if volume else stored_case(label[0])
-    case = replace(case, weight_map=weight if volume else weight[0])
-    plan = small_plan(augment=NOTHING, batch=3, spacing_mm=(4.0, 1.0, 1.0) if volume else (1.0, 1.0))
-    with Batches([case], plan, CPU) as batches:
-        batch = batches.get(4)
-    assert batch.weight is not None
-    assert (batch.weight.shape, batch.weight.dtype) == ((3, 32, 32), torch.float32)
-    for position, part in enumerate(batch.weight):
-        sample = draw_sample(Pool.of([case]), plan, 4, position)
-        y, x = (sample.centre - 15.5).astype(int)
-        assert np.abs(part.numpy() - weight[sample.section or 0, y : y + 32, x : x + 32]).max() < 1e-3
 
 
 def test_a_patch_takes_the_histogram_of_another_case() -> None:

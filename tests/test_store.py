@@ -1,11 +1,14 @@
-"""Stored cases: on the plan's grid, memory-mapped, taken up again after an interruption, never half of one."""
+"""Stored cases: parts are those of the normalised whole from either store, taken up again after an interruption, never half of one."""
 
+import errno
 import math
 import os
 import subprocess
 import sys
 import threading
 import time
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,16 +18,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.extra.numpy import array_shapes, arrays
 
-from microtome.config import LossConfig, NormalisationConfig
+from microtome import machine
+from microtome.config import LossConfig, NormalisationConfig, dump_yaml
 from microtome.data.case import Planes
 from microtome.data.dataset import Dataset, open_dataset
 from microtome.data.synthetic import DemoConfig, write_demo_data
-from microtome.errors import RunError
+from microtome.errors import DataWarning, RunError
+from microtome.machine import free_memory_bytes
 from microtome.preprocess import normalise, resample, resample_labels
-from microtome.training import store
-from microtome.training.store import VOXELS_A_CLASS, class_counts, nearest, prepare, quantiles, store_cases, stored_bytes, weigh_borders
+from microtome.training import arrays, store
+from microtome.training.arrays import MAPPED, SHARDED
+from microtome.training.preparing import VOXELS_A_CLASS, prepare, quantiles, stored_bytes
+from microtome.training.store import StoredCase, run_within, store_cases
 from tests.folders import nifti, png, text
 from tests.small import small_plan, small_plan_3d
 
@@ -57,16 +63,94 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+@pytest.fixture
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Cases are stored as this kind of array, whatever the disk has room for."""
+    monkeypatch.setattr(store, "_choose_kind", lambda *_: request.param)
+    return str(request.param)
+
+
+def both_kinds(test: Callable[..., None]) -> Callable[..., None]:
+    """The test once with either kind of array."""
+    return pytest.mark.parametrize("kind", [MAPPED, SHARDED], indirect=True)(test)
+
+
+def whole(case: StoredCase) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """All of a case, as its parts come."""
+    return case.crop((slice(None),) * len(case.shape_vox))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file in a folder and its folders."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_stored_case_is_the_normalised_image_and_the_label(cells: Dataset, tmp_path: Path) -> None:
     stored = store_cases(cells, cells.labelled, small_plan(), tmp_path)
     assert [case.name for case in stored] == [case.name for case in cells.labelled]
     for case, source in zip(stored, cells.labelled, strict=True):
         assert isinstance(case.image[:], np.memmap)
         assert isinstance(case.label[:], np.memmap)
-        assert (case.image[:].dtype, case.label[:].dtype) == (np.float32, np.int16)
-        assert np.array_equal(case.image[:], normalise(cells.read_image(source).array, small_plan().normalisation))
-        assert np.array_equal(case.label[:], cells.read_label(source))
+        # Pictures of 8 bits and labels of 2 classes, as they are in their files.
+        assert (case.image[:].dtype, case.label[:].dtype) == (np.uint8, np.int8)
+        assert np.array_equal(case.image[:], cells.read_image(source).array)
+        image, label, weight = whole(case)
+        assert (image.dtype, label.dtype, weight) == (np.float32, np.int16, None)
+        assert np.array_equal(image, normalise(cells.read_image(source).array, small_plan().normalisation))
+        assert np.array_equal(label, cells.read_label(source))
+        assert np.array_equal(case.quantiles, quantiles(image))
         assert (case.shape_vox, case.dense, case.weight) == ((48, 56), True, 1.0)
+
+
+@both_kinds
+@pytest.mark.parametrize("normalisation", ["image", "none", "dataset"])
+@pytest.mark.parametrize("spacing_mm", [(0.00204, 0.00176, 0.00176), (0.00408, 0.00176, 0.00264)], ids=["unchanged", "resampled"])
+def test_any_part_is_bit_for_bit_that_of_the_whole(
+    normalisation: Any, spacing_mm: tuple[float, ...], kind: str, tubules: Dataset, tmp_path: Path
+) -> None:
+    fixed = {"low": (30.3,), "high": (170.7,), "mean": (99.9,), "sd": (33.3,)} if normalisation == "dataset" else {}
+    config = NormalisationConfig(kind=normalisation, **fixed)
+    plan = small_plan_3d(spacing_mm=spacing_mm, normalisation=config, loss=BORDERS)
+    case = store_cases(tubules, tubules.labelled[:1], plan, tmp_path)[0]
+    assert case.image.path.suffix == kind
+    image = resample(normalise(tubules.read_image(tubules.labelled[0]).array, config), case.shape_vox, plan.interpolation)
+    prepared = prepare(tubules, tubules.labelled[0], plan)
+    assert prepared.weight is not None
+
+    @given(data=st.data())
+    @settings(max_examples=20, deadline=None)
+    def check(data: st.DataObject) -> None:
+        corners = [data.draw(st.integers(0, size - 1)) for size in case.shape_vox]
+        sides = [slice(a, data.draw(st.integers(a + 1, size))) for a, size in zip(corners, case.shape_vox, strict=True)]
+        for part in ((*sides,), (corners[0], *sides[1:])):
+            found = case.crop(part)
+            assert found[0].tobytes() == image[(slice(None), *part)].tobytes()
+            assert np.array_equal(found[1], prepared.label[part])
+            assert np.array_equal(found[2], prepared.weight[part].astype(np.float32))
+            assert [array.dtype for array in found] == [np.float32, np.int16, np.float32]
+
+    check()
+
+
+@both_kinds
+def test_parts_are_copies(kind: str, cells: Dataset, tmp_path: Path) -> None:
+    case = store_cases(cells, cells.labelled[:1], small_plan(normalisation=NormalisationConfig(kind="none"), loss=BORDERS), tmp_path)[0]
+    before = [array.copy() for array in whole(case)]
+    for array in whole(case):
+        array[...] = 99
+    assert all(np.array_equal(a, b) for a, b in zip(before, whole(case), strict=True))
+    assert case.image.path.suffix == kind
+
+
+def test_many_classes_take_two_bytes(tmp_path: Path) -> None:
+    label = np.arange(256).reshape(16, 16)
+    for name in ("images", "labels"):
+        png(tmp_path / name / "a.png", label)
+    text(tmp_path / "microtome.yaml", {"classes": {f"class {k}": k for k in range(256)}})
+    dataset = open_dataset(tmp_path)
+    case = store_cases(dataset, dataset.labelled, small_plan(classes=dataset.legend.names), tmp_path / "cache")[0]
+    assert case.label[:].dtype == np.int16
+    assert np.array_equal(whole(case)[1], label)
 
 
 def test_memory_maps_cannot_be_written(cells: Dataset, tmp_path: Path) -> None:
@@ -79,7 +163,7 @@ def test_cases_are_brought_to_the_plan_s_spacing(cells: Dataset, tmp_path: Path)
     plan = small_plan(spacing_mm=(2.0, 4.0))
     case, source = store_cases(cells, cells.labelled[:1], plan, tmp_path)[0], cells.labelled[0]
     assert case.shape_vox == (24, 14)
-    assert np.allclose(case.image[:], resample(normalise(cells.read_image(source).array, plan.normalisation), (24, 14)))
+    assert np.array_equal(whole(case)[0], resample(normalise(cells.read_image(source).array, plan.normalisation), (24, 14)))
     assert np.array_equal(case.label[:], resample_labels(cells.read_label(source), (24, 14)))
 
 
@@ -89,7 +173,7 @@ def test_pictures_are_resized_to_the_one_shape_that_the_plan_asks_for(cells: Dat
     assert case.weight_map is not None
     assert case.label.shape == case.weight_map.shape == (20, 30)
     assert np.array_equal(
-        case.image[:], resample(normalise(cells.read_image(cells.labelled[0]).array, small_plan().normalisation), (20, 30))
+        whole(case)[0], resample(normalise(cells.read_image(cells.labelled[0]).array, small_plan().normalisation), (20, 30))
     )
 
 
@@ -157,20 +241,13 @@ def test_where_the_classes_are_is_found_once(cells: Dataset, tmp_path: Path, mon
         assert all(np.array_equal(case.class_voxels[k], again.class_voxels[k]) for k in case.class_counts)
 
 
-@given(label=arrays(np.int16, array_shapes(min_dims=2, max_dims=3, max_side=6), elements=st.sampled_from([-1, 0, 1, 5, 32767])))
-@settings(max_examples=30, deadline=None)
-def test_voxels_are_counted_by_class(label: np.ndarray) -> None:
-    expected = {int(k): int(count) for k, count in zip(*np.unique(label[label >= 0], return_counts=True), strict=True)}
-    assert class_counts(label) == expected
-
-
 def test_no_more_files_are_open_than_are_allowed_and_all_can_be_read(
     cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "MOST_OPEN", 2)
+    monkeypatch.setattr(arrays.Arrays.__init__, "__defaults__", (2,))
     stored = store_cases(cells, cells.labelled, small_plan(), tmp_path)
     for case, source in [*zip(stored, cells.labelled, strict=True)] * 2:
-        assert np.array_equal(case.image[:], normalise(cells.read_image(source).array, small_plan().normalisation))
+        assert np.array_equal(whole(case)[0], normalise(cells.read_image(source).array, small_plan().normalisation))
         assert np.array_equal(case.label[:, 3:9], cells.read_label(source)[:, 3:9])
         open_files = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
         assert sum(str(tmp_path) in name for name in open_files) <= 2
@@ -194,84 +271,207 @@ def test_two_hundred_files_are_stored_and_read_where_a_process_may_open_fewer(tm
     assert done.stdout.split() == ["100", "800", "400"]
 
 
-def test_no_more_cases_are_prepared_at_once_than_fit_into_memory(cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    now, most, lock = 0, 0, threading.Lock()
+def at_once(sizes: list[int], memory: int, monkeypatch: pytest.MonkeyPatch, cores: int = 64) -> tuple[list[set[int]], list[int]]:
+    """The sets of numbers that were worked on at the same time, and the numbers in the order in which they were done."""
+    monkeypatch.setattr(store.os, "cpu_count", lambda: cores)
+    now: set[int] = set()
+    seen, order, lock = [], [], threading.Lock()
 
-    def slow(*arguments: Any) -> Any:
-        nonlocal now, most
+    def work(number: int) -> None:
         with lock:
-            now += 1
-            most = max(most, now)
-        time.sleep(0.02)
+            now.add(number)
+            seen.append(set(now))
+        time.sleep(0.005)
         with lock:
-            now -= 1
-        return prepare(*arguments)
+            now.discard(number)
 
-    monkeypatch.setattr(store, "prepare", slow)
-    monkeypatch.setattr(store.os, "cpu_count", lambda: 64)
-    store_cases(cells, cells.labelled * 4, small_plan(), tmp_path)
-    assert 1 < most <= 4
+    run_within(memory, dict(enumerate(sizes)), work, order.append)
+    return seen, order
 
 
-@pytest.mark.parametrize("spacing_mm", [(0.00204, 0.00176, 0.00176), (0.004, 0.00352, 0.00704)])
-@pytest.mark.parametrize("loss", [LossConfig(), BORDERS])
-def test_the_bytes_of_a_case_are_known_from_its_header(
-    spacing_mm: tuple[float, ...], loss: LossConfig, tubules: Dataset, tmp_path: Path
+@pytest.mark.parametrize("seed", range(4))
+def test_no_more_is_done_at_once_than_fits_into_memory_and_on_the_cores(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = np.random.default_rng(seed).integers(1, 60, 30).tolist()
+    seen, order = at_once(sizes, 100, monkeypatch, cores=4)
+    assert all(sum(sizes[n] for n in numbers) <= 100 and len(numbers) <= 4 for numbers in seen)
+    assert max(map(len, seen)) > 1
+    assert sorted(order) == list(range(30))
+
+
+def test_what_is_larger_than_the_memory_is_done_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, _ = at_once([10, 10, 500, 10, 10], 100, monkeypatch)
+    assert [numbers for numbers in seen if 2 in numbers] == [{2}]
+    assert max(map(len, seen)) == 2
+
+
+def test_without_memory_or_cores_one_is_done_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    for memory, cores in ((0, 64), (10**9, 1)):
+        seen, order = at_once([1, 2, 3], memory, monkeypatch, cores)
+        assert seen == [{0}, {1}, {2}]
+        assert order == [0, 1, 2]
+
+
+def test_after_an_error_nothing_more_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store.os, "cpu_count", lambda: 1)
+    begun: list[int] = []
+
+    def work(number: int) -> None:
+        begun.append(number)
+        if number == 1:
+            raise RunError("there", expected="this", got="that", do="nothing")
+
+    with pytest.raises(RunError, match="there"):
+        run_within(100, dict.fromkeys(range(9), 1), work, lambda number: None)
+    assert begun == [0, 1]
+
+
+def test_a_case_counts_as_what_its_header_says(cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(store, "run_within", lambda memory, sizes, work, done: found.append((memory, dict(sizes))) or [*map(work, sizes)])
+    monkeypatch.setattr(store, "free_memory_bytes", lambda: 1000)
+    store_cases(cells, cells.labelled, small_plan(), tmp_path)
+    assert found == [(600, {n: store.working_bytes(cells, case, small_plan()) for n, case in enumerate(cells.labelled)})]
+
+
+def test_how_far_it_is_is_told_of_the_cases_that_had_to_be_prepared(cells: Dataset, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    for count in (1, 4, 4):
+        store_cases(cells, cells.labelled[:count], small_plan(), tmp_path, lambda done, of: told.append((done, of)))
+    assert told == [(1, 1), (1, 3), (2, 3), (3, 3)]
+
+
+@both_kinds
+def test_the_files_are_the_same_however_many_are_prepared_at_once(
+    kind: str, cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = small_plan_3d(spacing_mm=spacing_mm, loss=loss)
-    whole = tubules.labelled[0]
-    cases = [whole, replace(whole, name=f"{whole.name}[2:11]", sections=(2, 11))]
-    for case in cases:
-        store_cases(tubules, [case], plan, tmp_path / case.name)
-        size = sum(path.stat().st_size for path in (tmp_path / case.name).iterdir())
-        # Headers, and classes of which fewer voxels are annotated than may be noted.
-        assert size - 2000 <= stored_bytes(tubules, case, plan) <= size + 2 * 2000 * 12
+    for cores in (1, 8):
+        monkeypatch.setattr(store.os, "cpu_count", lambda cores=cores: cores)
+        store_cases(cells, cells.labelled, small_plan(loss=BORDERS), tmp_path / str(cores))
+    assert contents(tmp_path / "1") == contents(tmp_path / "8")
+    assert any(kind in name for name in contents(tmp_path / "1"))
 
 
-def test_what_will_not_fit_on_the_disk_is_refused_before_any_work(
-    cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: list[str]
+@pytest.mark.parametrize(("kind", "writes"), [(MAPPED, 5), (SHARDED, 4)])
+def test_a_killed_preparation_taken_up_again_gives_the_same_bytes(
+    kind: str, writes: int, cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = small_plan(loss=BORDERS)
+    (tmp_path / "plan.yaml").write_text(dump_yaml(plan))
+    program = (
+        "import os, sys; from pathlib import Path; import numpy as np\n"
+        "from microtome.config import Plan, load_yaml; from microtome.data.dataset import open_dataset\n"
+        "from microtome.training import arrays, store\n"
+        "data, out, kind, left = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])\n"
+        "os.cpu_count = lambda: 1; store._choose_kind = lambda *_: kind\n"
+        "def killing(write):\n"
+        "    def part(*arguments):\n"
+        "        global left; left -= 1; found = write(*arguments)\n"
+        "        return os._exit(9) if left == 0 else found\n"
+        "    return part\n"
+        "arrays._write_chunks = killing(arrays._write_chunks)\n"
+        "np.save = (lambda write: lambda *a, **k: write(*a))(killing(np.save))\n"
+        "dataset = open_dataset(data)\n"
+        "store.store_cases(dataset, dataset.labelled, Plan(**load_yaml(Path(sys.argv[5]))), out)\n"
+    )
+    arguments = [str(cells.root), str(tmp_path / "killed"), kind, str(writes), str(tmp_path / "plan.yaml")]
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, *arguments], capture_output=True, timeout=120, check=False)
+    assert done.returncode == 9, done.stderr
+    # One case is whole, and of the next there is a part under a temporary name.
+    assert len([*(tmp_path / "killed").glob("*.voxels.npz")]) == 1
+    assert [*(tmp_path / "killed").glob(".part-*")]
+    monkeypatch.setattr(store, "_choose_kind", lambda *_: kind)
+    for name in ("killed", "at once"):
+        store_cases(cells, cells.labelled, plan, tmp_path / name)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "at once")
+
+
+def test_what_will_not_fit_on_the_disk_even_compressed_is_refused_before_any_work(
+    tubules: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=99))
+    monkeypatch.setattr(store, "run_within", lambda *_: pytest.fail("it was begun"))
+    with pytest.raises(RunError, match=r"expected (\d+) free bytes .* got 99 .*too few; free space and --resume") as caught:
+        store_cases(tubules, tubules.labelled, small_plan_3d(), tmp_path)
+    needed = int(caught.value.expected.split()[0])
+    assert f"{needed - 99} too few" in caught.value.got
+    # Noise compresses little, labels much.
+    whole = sum(stored_bytes(tubules, case, small_plan_3d()) for case in tubules.labelled)
+    assert 0.3 * whole < needed < 1.15 * whole
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cases_are_compressed_where_the_disk_has_no_room_for_them_as_they_are(
+    cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = sum(stored_bytes(cells, case, small_plan()) for case in cells.labelled)
-    free = SimpleNamespace(free=needed - 1)
+    free = SimpleNamespace(free=needed)
     monkeypatch.setattr(store.shutil, "disk_usage", lambda path: free)
-    with pytest.raises(RunError, match=rf"expected {needed} free bytes for 4 prepared cases.*got {needed - 1} .*--resume"):
-        store_cases(cells, cells.labelled, small_plan(), tmp_path)
-    assert prepared == []
-    free.free = needed
-    store_cases(cells, cells.labelled, small_plan(), tmp_path)
-    # What is there needs no room any more.
+    mapped = store_cases(cells, cells.labelled, small_plan(), tmp_path / "mapped")
+    free.free = needed - 1
+    monkeypatch.setattr(store, "packed_bytes", lambda array, dims: array.nbytes // 2)
+    with pytest.warns(DataWarning, match=r"4 prepared cases take 0\.0 GB, compressed about .* free: they are stored compressed"):
+        sharded = store_cases(cells, cells.labelled, small_plan(), tmp_path / "sharded")
+    for case, other in zip(mapped, sharded, strict=True):
+        assert (case.image.path.suffix, other.image.path.suffix) == (MAPPED, SHARDED)
+        assert all(np.array_equal(a, b) for a, b in zip(whole(case)[:2], whole(other)[:2], strict=True))
+        assert np.array_equal(case.quantiles, other.quantiles)
+    # What is there needs no room any more, and nothing is said.
     free.free = 0
-    assert len(store_cases(cells, cells.labelled, small_plan(), tmp_path)) == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(store_cases(cells, cells.labelled, small_plan(), tmp_path / "sharded")) == 4
+
+
+def test_a_run_taken_up_with_less_disk_keeps_what_is_there_and_compresses_the_rest(
+    cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store_cases(cells, cells.labelled[:2], small_plan(), tmp_path)
+    monkeypatch.setattr(store, "_choose_kind", lambda *_: SHARDED)
+    stored = store_cases(cells, cells.labelled, small_plan(), tmp_path)
+    assert [case.image.path.suffix for case in stored] == [MAPPED, MAPPED, SHARDED, SHARDED]
+    for case, source in zip(stored, cells.labelled, strict=True):
+        assert np.array_equal(whole(case)[0], normalise(cells.read_image(source).array, small_plan().normalisation))
 
 
 @pytest.mark.parametrize(
-    ("change", "kind"),
+    ("change", "place"),
     [
-        ({"spacing_mm": (2.0, 2.0)}, "image"),
-        ({"stated_spacing_mm": (2.0, 2.0)}, "image"),
-        ({"resize_vox": (24, 24)}, "image"),
-        ({"normalisation": NormalisationConfig(kind="dataset", low=(0,), high=(9,), mean=(5,), sd=(2,))}, "image"),
-        ({"loss": BORDERS}, "weight_map"),
-        ({"loss": LossConfig(border_weight=5.0)}, "weight_map"),
-        ({"loss": LossConfig(border_weight=10.0, border_sigma=2.0)}, "weight_map"),
-        ({"loss": LossConfig(border_weight=10.0, balance_classes=True)}, "weight_map"),
+        ({"spacing_mm": (2.0, 2.0)}, 0),
+        ({"stated_spacing_mm": (2.0, 2.0)}, 0),
+        ({"resize_vox": (24, 24)}, 0),
+        ({"normalisation": NormalisationConfig(kind="dataset", low=(0,), high=(9,), mean=(5,), sd=(2,))}, 0),
+        ({"loss": BORDERS}, 2),
+        ({"loss": LossConfig(border_weight=5.0)}, 2),
+        ({"loss": LossConfig(border_weight=10.0, border_sigma=2.0)}, 2),
+        ({"loss": LossConfig(border_weight=10.0, balance_classes=True)}, 2),
     ],
 )
 def test_what_was_stored_for_another_plan_is_not_taken(
-    cells: Dataset, tmp_path: Path, change: dict[str, Any], kind: str, prepared: list[str]
+    cells: Dataset, tmp_path: Path, change: dict[str, Any], place: int, prepared: list[str]
 ) -> None:
     plan = small_plan(loss=LossConfig() if change.get("loss") == BORDERS else BORDERS)
-    before = store_cases(cells, cells.labelled[:1], plan, tmp_path)[0]
-    after = store_cases(cells, cells.labelled[:1], plan.model_copy(update=change), tmp_path)[0]
+    old = whole(store_cases(cells, cells.labelled[:1], plan, tmp_path)[0])[place]
+    files = set(tmp_path.iterdir())
+    new = whole(store_cases(cells, cells.labelled[:1], plan.model_copy(update=change), tmp_path)[0])[place]
     assert len(prepared) == 2
-    old, new = ((array if array is None else array[:]) for array in (getattr(before, kind), getattr(after, kind)))
     assert not np.array_equal(old, new)
+    # They would only take room.
+    assert not files & set(tmp_path.iterdir())
 
 
 def test_what_the_arrays_do_not_depend_on_does_not_have_them_made_again(cells: Dataset, tmp_path: Path, prepared: list[str]) -> None:
     for change in ({}, {"steps": 9, "batch": 1}, {"loss": LossConfig(border_sigma=2.0, dice_squares=True)}):
         store_cases(cells, cells.labelled[:1], small_plan(**change), tmp_path)
     assert len(prepared) == 1
+
+
+def test_what_another_version_stored_is_not_taken(
+    cells: Dataset, tmp_path: Path, prepared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for version in (1, 2, 2):
+        monkeypatch.setattr(store, "FORMAT", version)
+        store_cases(cells, cells.labelled[:1], small_plan(), tmp_path)
+    assert len(prepared) == 2
 
 
 def test_what_was_stored_with_other_planes_or_sections_is_not_taken(tubules: Dataset, tmp_path: Path, prepared: list[str]) -> None:
@@ -282,17 +482,41 @@ def test_what_was_stored_with_other_planes_or_sections_is_not_taken(tubules: Dat
     assert len(prepared) == 4
 
 
-def test_a_full_disk_is_an_error_that_names_the_file_and_leaves_no_half(
-    cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@both_kinds
+def test_a_disk_that_fills_is_an_error_that_says_what_is_missing_and_the_run_goes_on_from_there(
+    kind: str, cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: list[str]
 ) -> None:
-    def full(file: Any, array: np.ndarray, **_: Any) -> None:
-        file.write(b"half")
-        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(store.os, "cpu_count", lambda: 1)
+    target, name = (arrays, "_write_chunks") if kind == SHARDED else (np, "save")
+    write, calls = getattr(target, name), []
 
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(RunError, match=r"image\.npy.*No space left on device"):
-        store_cases(cells, cells.labelled[:1], small_plan(), tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    def filling(where: Any, *arguments: Any, **options: Any) -> Any:
+        calls.append(where)
+        if len(calls) > 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(where, *arguments, **options)
+
+    monkeypatch.setattr(target, name, filling)
+    # Image and label of two cases fit.
+    left = sum(stored_bytes(cells, case, small_plan()) for case in cells.labelled[2:])
+    expected = rf"00002-\w+\.image\{kind}: expected room for 2 more prepared cases, at most {left} bytes .*No space left .*then --resume"
+    with pytest.raises(RunError, match=expected):
+        store_cases(cells, cells.labelled, small_plan(), tmp_path)
+    assert {path.name[:5] for path in tmp_path.iterdir()} == {"00000", "00001"}
+    monkeypatch.setattr(target, name, write)
+    assert len(store_cases(cells, cells.labelled, small_plan(), tmp_path)) == 4
+    assert prepared == [case.name for case in (*cells.labelled[:3], *cells.labelled[2:])]
+
+
+def test_what_is_not_of_this_run_is_left_alone(cells: Dataset, tmp_path: Path) -> None:
+    for name in ("notes.txt", "00001.nii.gz", "00000-0123456.image.npy"):
+        text(tmp_path / name, "mine")
+    text(tmp_path / ".part-0-00000-01234567.image.zarr" / "0.0", "half")
+    text(tmp_path / "00000-01234567.image.npy", "of another plan")
+    store_cases(cells, cells.labelled[:1], small_plan(), tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {"notes.txt", "00001.nii.gz", "00000-0123456.image.npy"} < names
+    assert not names & {".part-0-00000-01234567.image.zarr", "00000-01234567.image.npy"}
 
 
 def test_cases_without_annotation_are_dropped(tmp_path: Path) -> None:
@@ -334,125 +558,33 @@ def test_real_volumes_are_stored_at_their_spacing(data_folder: Any, tmp_path: Pa
     source = dataset.read_label(dataset.labelled[0])
     assert case.shape_vox == (round(source.shape[0] / 2), *source.shape[1:])
     assert set(case.class_voxels) == set(range(len(dataset.legend.names)))
-    assert abs(case.image[:].mean()) < 0.05
+    assert abs(whole(case)[0].mean()) < 0.05
 
 
-# ---- quantiles ----
+# ---- memory ----
 
 
-@given(image=arrays(np.float32, st.tuples(st.integers(1, 3), st.integers(1, 30), st.integers(1, 30)), elements=st.floats(-9, 9, width=32)))
-@settings(max_examples=40, deadline=None)
-def test_quantiles_are_numpy_s(image: np.ndarray) -> None:
-    table = quantiles(image)
-    assert (table.shape, table.dtype) == ((len(image), 257), np.float32)
-    assert np.allclose(table, np.quantile(image.reshape(len(image), -1).astype(np.float64), np.linspace(0, 1, 257), axis=1).T, atol=1e-5)
-    assert (np.diff(table) >= 0).all()
+def kernel_says(folder: Path, files: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """The free memory where these are the kernel's files."""
+    for name, content in files.items():
+        text(folder / name.lstrip("/"), content)
+    monkeypatch.setattr(machine, "Path", lambda path: folder / path.lstrip("/"))
+    return free_memory_bytes()
 
 
-def test_a_stored_case_knows_the_quantiles_of_its_whole_image(cells: Dataset, tmp_path: Path) -> None:
-    case = store_cases(cells, cells.labelled[:1], small_plan(), tmp_path)[0]
-    assert np.array_equal(case.quantiles, quantiles(case.image[:]))
-    assert (case.quantiles[:, 0], case.quantiles[:, -1]) == (case.image[:].min(), case.image[:].max())
+def test_free_memory_is_what_the_system_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/meminfo": "MemTotal: 9000 kB\nMemAvailable:    5000 kB\n"}
+    assert kernel_says(tmp_path, files, monkeypatch) == 5000 * 1024
+    assert kernel_says(tmp_path, {**files, "/sys/fs/cgroup/memory.max": "max\n"}, monkeypatch) == 5000 * 1024
 
 
-# ---- border weights ----
+def test_a_container_has_what_its_limit_leaves_and_its_files_give_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {"/proc/meminfo": "MemAvailable:    5000 kB\n", "/sys/fs/cgroup/memory.max": "2000000\n"}
+    assert kernel_says(tmp_path, files, monkeypatch) == 2_000_000
+    files |= {"/sys/fs/cgroup/memory.current": "1500000\n", "/sys/fs/cgroup/memory.stat": "anon 1\nfile 900000\nshmem 100000\n"}
+    assert kernel_says(tmp_path, files, monkeypatch) == 2_000_000 - (1_500_000 - 800_000)
+    assert kernel_says(tmp_path, {**files, "/sys/fs/cgroup/memory.max": "600000\n"}, monkeypatch) == 0
 
 
-def touching(folder: Path, description: str = "instances: true", values: tuple[int, int, int] = (0, 1, 2)) -> Dataset:
-    """A picture of 8 x 12 on which two objects touch, the left one a column larger; with the values of ground, left and right."""
-    label = np.array(values)[np.repeat(np.array([[0, 1, 1, 1, 1, 1, 2, 2, 2, 2, 0, 0]]), 8, axis=0)]
-    png(folder / "images" / "a.png", np.arange(96).reshape(8, 12))
-    png(folder / "labels" / "a.png", label)
-    text(folder / "microtome.yaml", description)
-    return open_dataset(folder)
-
-
-def test_without_border_weights_there_is_no_map(tmp_path: Path) -> None:
-    dataset = touching(tmp_path)
-    assert prepare(dataset, dataset.labelled[0], small_plan()).weight is None
-    assert store_cases(dataset, dataset.labelled, small_plan(), tmp_path / "cache")[0].weight_map is None
-    assert not [*(tmp_path / "cache").glob("*.weight.npy")]
-
-
-def test_a_gap_of_background_parts_objects_that_touch_and_weighs_most(tmp_path: Path) -> None:
-    dataset = touching(tmp_path)
-    case = store_cases(dataset, dataset.labelled, small_plan(loss=BORDERS), tmp_path / "cache")[0]
-    assert case.weight_map is not None
-    # The larger of the two gives its rim.
-    assert case.label[3].tolist() == [0, 1, 1, 1, 1, 0, 1, 1, 1, 1, 0, 0]
-    weight = case.weight_map[:]
-    assert (weight.dtype, weight.shape) == (np.float16, (8, 12))
-    # Both 1 voxel away: 1 + 10 exp(-2² / 50); from the left edge 1 and 6 voxels.
-    assert weight[3, 5] == pytest.approx(1 + 9.2312, abs=0.005)
-    assert weight[3, 0] == pytest.approx(1 + 10 * math.exp(-(7**2) / 50), abs=0.005)
-    assert (weight[:, 1:5] == 1).all()
-    assert case.class_counts == {0: 8 * 4, 1: 8 * 8}
-
-
-def test_objects_keep_their_numbers_on_another_grid(tmp_path: Path) -> None:
-    dataset = touching(tmp_path)
-    label, weight = prepare(dataset, dataset.labelled[0], small_plan(loss=BORDERS, stated_spacing_mm=(1.0, 1.0), spacing_mm=(0.5, 0.5)))[1:]
-    assert label[7].tolist() == [0, 0, *[1] * 9, 0, *[1] * 8, 0, 0, 0, 0]
-    assert weight is not None
-    assert weight[7, 11] == pytest.approx(1 + 9.2312, abs=0.005)
-
-
-def test_values_are_taken_from_under_the_middle_of_each_new_voxel() -> None:
-    values = np.arange(12).reshape(3, 4)
-    assert nearest(values, (3, 8))[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
-    assert nearest(values, (1, 2)).tolist() == [[5, 7]]
-    assert nearest(values, (3, 4)) is values
-
-
-def test_without_instances_the_connected_parts_of_classes_are_the_objects_and_the_label_stays_as_it_is(tmp_path: Path) -> None:
-    description = "classes: {left: 1, ground: 5, right: 6}\nbackground: ground\ninstances: false\n"
-    dataset = touching(tmp_path, description, (5, 1, 6))
-    assert dataset.legend.background == 1
-    _, label, weight = prepare(dataset, dataset.labelled[0], small_plan(loss=BORDERS, classes=("left", "ground", "right")))
-    # Two classes that touch are told apart by their names: a gap would be a false label.
-    assert label[3].tolist() == [1, 0, 0, 0, 0, 0, 2, 2, 2, 2, 1, 1]
-    assert weight is not None
-    # 1 voxel from the one and 6 from the other.
-    assert weight[3, 0] == pytest.approx(1 + 10 * math.exp(-(7**2) / 50), abs=0.005)
-    assert (weight[:, 1:10] == 1).all()
-
-
-def test_where_no_class_is_background_nothing_is_a_border() -> None:
-    label = np.repeat(np.array([[0, 0, 1, 1, 2, 2, -1]], np.int16), 4, axis=0)
-    kept, weight = weigh_borders(label, None, small_plan(loss=LossConfig(border_weight=10.0, balance_classes=True)), None)
-    assert np.array_equal(kept, label)
-    assert (weight == 1).all()
-
-
-def test_what_is_not_annotated_stays_so_and_weighs_as_much_as_any() -> None:
-    label = np.repeat(np.array([[-1, -1, 1, 1, 0, 1, 1, -1]], np.int16), 5, axis=0)
-    before = label.copy()
-    parted, weight = weigh_borders(label, None, small_plan(loss=BORDERS), 0)
-    assert np.array_equal(parted, before)
-    assert np.array_equal(label, before)
-    assert (weight[label == -1] == 1).all()
-    assert (weight[label == 0] > 10).all()
-    # Nor does a gap annotate what is not, where the objects do not say so.
-    objects = np.repeat(np.array([[0, 1, 1, 1, 2, 2, 2, 0]]), 5, axis=0)
-    assert np.array_equal(weigh_borders(np.full((5, 8), -1, np.int16), objects, small_plan(loss=BORDERS), 0)[0], np.full((5, 8), -1))
-
-
-def test_sections_of_a_stack_are_weighed_one_by_one_for_a_2d_network() -> None:
-    rng = np.random.default_rng(RNG_SEED)
-    objects = rng.integers(0, 2, (4, 5, 6)).repeat(4, 1).repeat(4, 2) * rng.integers(1, 4, (4, 5, 6)).repeat(4, 1).repeat(4, 2)
-    label = (objects > 0).astype(np.int16)
-    plan = small_plan(loss=LossConfig(border_weight=10.0, balance_classes=True), spacing_mm=(9.0, 1.0, 2.0))
-    parted, weight = weigh_borders(label, objects, plan, 0)
-    for section in range(4):
-        alone = weigh_borders(label[section], objects[section], plan, 0)
-        assert np.array_equal(parted[section], alone[0])
-        assert np.array_equal(weight[section], alone[1])
-    assert not np.array_equal(parted, weigh_borders(label, objects, small_plan_3d(loss=plan.loss, spacing_mm=plan.spacing_mm), 0)[0])
-
-
-def test_a_weight_too_large_for_its_type_is_the_largest_that_fits() -> None:
-    label = np.zeros((600, 600), np.int16)
-    label[0, 0] = 1
-    weight = weigh_borders(label, None, small_plan(loss=LossConfig(border_weight=1.0, balance_classes=True)), 0)[1]
-    assert weight[0, 0] == 65504 < 600**2 / 2
-    assert np.isfinite(weight).all()
+def test_where_the_kernel_does_not_say_half_of_what_is_built_in_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernel_says(tmp_path, {}, monkeypatch) == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -14,6 +14,7 @@ from microtome.data.dataset import Dataset, open_dataset
 from microtome.evaluation.scores import score_case
 from microtome.images.files import read_image
 from microtome.inference.predictor import Predictor
+from microtome.inference.restore import arrays_of
 from microtome.training import validation
 from microtome.training.checkpoint import TrainState
 from microtome.training.validation import MOST_VALIDATED, Validation
@@ -44,7 +45,7 @@ def validation_of(dataset: Dataset, folder: Path, **changes: Any) -> Validation:
 
 def predictor_of(dataset: Dataset, state: TrainState) -> Predictor:
     plan = small_plan(classes=dataset.legend.names)
-    bundle = Bundle(plan=plan, legend=dataset.legend, weights=state.average.state_dict(), provenance={})
+    bundle = Bundle(plan=plan, legend=dataset.legend, weights=arrays_of(state.average.state_dict()))
     return Predictor(bundle, device="cpu")
 
 

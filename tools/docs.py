@@ -33,7 +33,7 @@ def map_of_files() -> str:
         if parent and parent != folder:
             rows.append((f"  {parent}/", purpose(SOURCE / parent / "__init__.py")))
         folder = parent
-        rows.append((f"  {'  ' if parent else ''}{name}.py", purpose(path_of(module))))
+        rows.append((f"  {'  ' if parent else ''}{name}{path_of(module).suffix}", purpose(path_of(module))))
     width = max(len(name) for name, _ in rows) + 2
     lines = [f"{name:<{width}}{words}".rstrip() for name, words in rows]
     return "```text\n" + "\n".join(lines) + "\n```\n"

@@ -21,6 +21,7 @@ LAYERS = (
     "images.files",
     "models.network",
     "models.trace",
+    "models.segments",
     "models.describe",
     "models.figure",
     "models.layout",
@@ -53,6 +54,7 @@ LAYERS = (
     "data.listing",
     "data.documents",
     "data.layouts",
+    "data.inputs",
     "data.reading",
     "data.dataset",
     "data.split",
@@ -76,23 +78,51 @@ LAYERS = (
     "evaluation.comparison",
     "evaluation.comparison_page",
     "bundle",
+    "inference.processor",
+    "inference.mirroring",
+    "inference.telemetry",
+    "inference.graphs",
+    "inference.predict",
+    "inference.agreement",
+    "inference.openvino_engine",
     "inference.averaging",
     "inference.devices",
+    "inference.tf32",
+    "inference.cuda_graphs",
+    "inference.restore",
+    "inference.export",
+    "inference.quantise",
+    "inference.measurements",
+    "inference.search",
+    "inference.onnxruntime_engine",
     "inference.torch_engine",
-    "inference.predict",
+    "inference.engines",
     "inference.predictor",
+    "inference.predict_files",
     "training.borders",
+    "training.arrays",
+    "training.preparing",
     "training.store",
+    "training._warp",
     "training.warp",
+    "training.transfer",
     "training.intensity",
     "training.sampling",
+    "training.device_warp",
+    "training.feeding",
     "training.losses",
+    "training.compiled",
+    "training.gradients",
+    "training.recompute",
     "training.checkpoint",
+    "training.clock",
     "training.loop",
     "training.validation",
     "training.papers",
     "training.recipes",
     "training.rehearsal",
+    "training.golden",
+    "training.completion",
     "training.run",
     "terminal",
     "demo",
@@ -105,10 +135,12 @@ LAYERS = (
 
 def path_of(module: str) -> Path:
     """The file of a module named as in LAYERS."""
-    return SOURCE.joinpath(*module.split(".")).with_suffix(".py")
+    path = SOURCE.joinpath(*module.split(".")).with_suffix(".py")
+    # A module that is compiled has its words in a file of types.
+    return path if path.exists() else path.with_suffix(".pyi")
 
 
 def modules_on_disk() -> set[str]:
     """Every module of the package, named as in LAYERS; `__init__` files are not modules of their own."""
-    files = (file.relative_to(SOURCE).with_suffix("") for file in SOURCE.rglob("*.py"))
+    files = (file.relative_to(SOURCE).with_suffix("") for file in SOURCE.rglob("*.py*") if file.suffix in {".py", ".pyi"})
     return {".".join(file.parts) for file in files if file.name != "__init__"}

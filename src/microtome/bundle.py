@@ -1,29 +1,55 @@
 """A trained model on disk: `model.safetensors` (weights and all that describes them) and `model.json` (the same for people).
 
-No pickle anywhere. The safetensors file alone is complete, so that it can be replaced in one rename; `model.json` is a
-readable copy of its header. A hash of all of it is checked when it is loaded.
+No pickle anywhere, and no torch: what predicts with another engine does not load it. The safetensors file alone is complete,
+so that it can be replaced in one rename; `model.json` is a readable copy of its header.
+
+    header    plan, legend, provenance, sizes, a hash of each group of tensors; and a hash of all that, the bundle's identity
+    weights   the network's parameters and buffers, by their names            -- read, and held to their hash, when touched
+    sample:golden.*        an input, and what the float32 network answers     -- read at once: an engine is held to it
+    sample:calibration.*   inputs to choose an int8 network's scales by       -- read when touched
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
+from safetensors.numpy import save
 
 from microtome.config import Plan, parse_config
 from microtome.data.legend import Legend
 from microtome.errors import DataError
 from microtome.files import atomic_path, write_json
-from microtome.models.network import Network
-from microtome.models.registry import build
+from microtome.geometry import Sizes
 
-SCHEMA = 1
+SCHEMA = 2
+FILE = "model.safetensors"
+
+# No parameter's name holds a colon.
+SAMPLE = "sample:"
+GOLDEN_IMAGE, GOLDEN_LOGITS, CALIBRATION = f"{SAMPLE}golden.image", f"{SAMPLE}golden.logits", f"{SAMPLE}calibration."
+GROUPS = ("weights", "golden", "calibration")
+
+Arrays = Mapping[str, np.ndarray]
+
+
+class Samples(NamedTuple):
+    """What other engines are checked against, and fitted with.
+
+    Attributes:
+        golden_CS: (C, *S) float32, a network input whose values are exact in float16.
+        logits_KS: (K, *S') float32, what torch's float32 network answers to it; S' is S less the network's border.
+        calibration: network inputs, (C, *S) float16 each.
+    """
+
+    golden_CS: np.ndarray  # noqa: N815 - the suffix names the axes
+    logits_KS: np.ndarray  # noqa: N815
+    calibration: Sequence[np.ndarray] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,77 +59,179 @@ class Bundle:
     Attributes:
         plan: the plan that it was trained with.
         legend: what the classes are called and how they stand in files.
-        weights: name -> tensor.
+        weights: name -> array; one that was loaded is read from the file when it is first touched, all of it at once.
+        samples: inputs and answers of the trained network; None before the end of its training, and in bundles of schema 1.
+        sizes: the image sizes that the network takes; None in bundles of schema 1.
+        context_vox: border that its output lacks on each side of each axis; None in bundles of schema 1.
         provenance: where it comes from (versions, data, score), for people.
+        folder: where it lies; None until it is saved.
+        hash: of all of it but the folder; empty until it is saved.
     """
 
     plan: Plan
     legend: Legend
-    weights: Mapping[str, Tensor]
+    weights: Arrays = field(repr=False)
+    samples: Samples | None = field(default=None, repr=False)
+    sizes: Sizes | None = None
+    context_vox: int | None = None
     provenance: Mapping[str, Any] = field(default_factory=dict)
-
-    def network(self) -> Network:
-        """The network with its weights, in evaluation mode."""
-        network = build(
-            self.plan.network.name,
-            dims=self.plan.dims,
-            in_channels=self.plan.channels,
-            classes=len(self.plan.classes),
-            config=self.plan.network,
-        )
-        try:
-            network.load_state_dict(dict(self.weights))
-        except RuntimeError as error:
-            got = " ".join(str(error).split())[:200]
-            raise DataError(
-                self.plan.network.name, expected="weights of this network", got=got, do="use the microtome that trained it"
-            ) from None
-        return network.eval()
+    folder: Path | None = None
+    hash: str = ""
 
 
-def save_bundle(folder: Path, bundle: Bundle) -> None:
-    """Write a bundle into `folder`, replacing the one that is there in one step."""
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in bundle.weights.items()}
-    document = {
+def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
+    """Write a bundle into `folder`, replacing the one that is there in one step; returns it with its folder and its hash."""
+    # Not `ascontiguousarray`: it makes a vector of a number.
+    arrays = {name: np.asarray(array, order="C") for name, array in (*bundle.weights.items(), *_sample_arrays(bundle.samples).items())}
+    document: dict[str, Any] = {
         "schema": SCHEMA,
         "plan": bundle.plan.model_dump(mode="json"),
         "legend": bundle.legend.to_json(),
         "provenance": dict(bundle.provenance),
+        "sizes": asdict(bundle.sizes) if bundle.sizes else None,
+        "context_vox": bundle.context_vox,
+        "tensors": {group: _hash({name: arrays[name] for name in arrays if _group(name) == group}) for group in GROUPS},
     }
-    document["hash"] = _hash(document, weights)
-    with atomic_path(folder / "model.safetensors") as part:
+    document["hash"] = _hash({}, document)
+    with atomic_path(folder / FILE) as part:
         # Not `save_file`: it renames a private file of its own over `part`, and hides a full disk from `atomic_path`.
-        part.write_bytes(save(weights, metadata={"microtome": json.dumps(document)}))
+        part.write_bytes(save(arrays, metadata={"microtome": json.dumps(document)}))
     write_json(folder / "model.json", document)
+    return replace(bundle, folder=folder, hash=document["hash"])
 
 
 def load_bundle(folder: Path) -> Bundle:
     """The bundle in `folder`: a run folder, its `model/`, or the .safetensors file itself.
 
+    Its description is read and checked now, its weights and calibration samples when they are touched, from the file that
+    was there now. What touches them may raise the same DataError.
+
     Raises:
         DataError: no bundle there, not readable, changed since it was written, or written by a newer version.
     """
     path = _find(Path(folder))
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get("microtome")
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise DataError(path, expected="a model bundle", got=f"an unreadable file ({error})", do="train again or copy it again") from None
+    tensors = _Tensors(path)
+    header = tensors.read(lambda file: (file.metadata() or {}).get("microtome"))
     if header is None:
         raise DataError(
             path, expected="a bundle written by microtome", got="weights without a description", do="use a run folder of `microtome train`"
         )
     document = _document(path, header)
-    recorded, found = document.pop("hash", ""), _hash(document, weights)
-    if found != recorded:
-        raise DataError(path, expected=f"content with hash {recorded}", got=found, do="the file was damaged: copy it again")
+    recorded = document.pop("hash", "")
+    if document["schema"] == 1:
+        arrays = tensors.arrays(tensors.names)
+        _check(path, _hash(arrays, document), recorded)
+        return Bundle(**_described(path, document), weights=arrays, folder=path.parent, hash=recorded)
+    _check(path, _hash({}, document), recorded)
+    groups = {group: _Group(tensors, group, document["tensors"][group]) for group in GROUPS}
     return Bundle(
-        plan=parse_config(Plan, document["plan"], path),
-        legend=Legend.from_json(document["legend"]),
-        weights=weights,
-        provenance=document["provenance"],
+        **_described(path, document),
+        weights=groups["weights"],
+        samples=_samples(groups["golden"], groups["calibration"]),
+        sizes=Sizes(**{name: tuple(sides) for name, sides in document["sizes"].items()}) if document["sizes"] else None,
+        context_vox=document["context_vox"],
+        folder=path.parent,
+        hash=recorded,
     )
+
+
+class _Tensors:
+    """The tensors in a safetensors file; it stays the same file where another is put in its place."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.file = self._readable(lambda: safe_open(path, framework="np"))
+        self.names = tuple(self.read(lambda file: file.keys()))
+
+    def read(self, what: Callable[[Any], Any]) -> Any:
+        """What a function reads from the open file."""
+        return self._readable(lambda: what(self.file))
+
+    def arrays(self, names: Sequence[str]) -> dict[str, np.ndarray]:
+        """The tensors of these names, read."""
+        found: dict[str, np.ndarray] = self.read(lambda file: {name: file.get_tensor(name) for name in names})
+        return found
+
+    def _readable(self, read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except (SafetensorError, OSError, TypeError) as error:
+            # TypeError: damage made a type of numbers of it that NumPy does not have.
+            got = f"an unreadable file ({error})"
+            raise DataError(self.path, expected="a model bundle", got=got, do="train again or copy it again") from None
+
+
+class _Group(Mapping[str, np.ndarray]):
+    """The tensors of one group, read and held to their hash when the first of them is touched."""
+
+    def __init__(self, tensors: _Tensors, group: str, recorded: str) -> None:
+        self.tensors, self.recorded = tensors, recorded
+        self.names = tuple(sorted(name for name in tensors.names if _group(name) == group))
+
+    @cached_property
+    def arrays(self) -> Arrays:
+        """All of them."""
+        arrays = self.tensors.arrays(self.names)
+        _check(self.tensors.path, _hash(arrays), self.recorded)
+        return arrays
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.arrays[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+class _Patches(Sequence[np.ndarray]):
+    """The calibration patches in their order."""
+
+    def __init__(self, group: _Group) -> None:
+        self.group = group
+
+    def __getitem__(self, index: Any) -> Any:
+        names = self.group.names[index]
+        return tuple(self.group[name] for name in names) if isinstance(index, slice) else self.group[names]
+
+    def __len__(self) -> int:
+        return len(self.group)
+
+
+def _samples(golden: _Group, calibration: _Group) -> Samples | None:
+    """The samples of a bundle, if it has any."""
+    if not golden:
+        # Nothing is there, and nothing may be: an empty group has a hash too.
+        _check(golden.tensors.path, _hash(golden.arrays), golden.recorded)
+        return None
+    return Samples(golden[GOLDEN_IMAGE].astype(np.float32), golden[GOLDEN_LOGITS], _Patches(calibration))
+
+
+def _sample_arrays(samples: Samples | None) -> dict[str, np.ndarray]:
+    """The tensors that hold samples, by name."""
+    if samples is None:
+        return {}
+    image = samples.golden_CS.astype(np.float16)
+    assert np.array_equal(image.astype(np.float32), samples.golden_CS), "a golden input is exact in float16"
+    patches = {f"{CALIBRATION}{number:02d}": patch.astype(np.float16) for number, patch in enumerate(samples.calibration)}
+    return {GOLDEN_IMAGE: image, GOLDEN_LOGITS: samples.logits_KS.astype(np.float32), **patches}
+
+
+def _group(name: str) -> str:
+    """The group that a tensor belongs to."""
+    if name.startswith(CALIBRATION):
+        return "calibration"
+    return "golden" if name.startswith(SAMPLE) else "weights"
+
+
+def _described(path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
+    """What describes a model in all schemas."""
+    return {
+        "plan": parse_config(Plan, document["plan"], path),
+        "legend": Legend.from_json(document["legend"]),
+        "provenance": document["provenance"],
+    }
 
 
 def _document(path: Path, header: str) -> dict[str, Any]:
@@ -121,7 +249,7 @@ def _document(path: Path, header: str) -> dict[str, Any]:
 
 def _find(folder: Path) -> Path:
     """The weights file that a path means."""
-    candidates = [folder, folder / "model.safetensors", folder / "model" / "model.safetensors"]
+    candidates = [folder, folder / FILE, folder / "model" / FILE]
     for candidate in candidates:
         if candidate.is_file():
             return candidate
@@ -129,11 +257,18 @@ def _find(folder: Path) -> Path:
     raise DataError(folder, expected="a run folder with model/model.safetensors", got=what, do="give the --out folder of `microtome train`")
 
 
-def _hash(document: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str:
-    """A hash of the description, and of names, types, shapes and bytes of all tensors."""
-    digest = hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=16)
-    for name in sorted(weights):
-        tensor = weights[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+def _check(path: Path, found: str, recorded: object) -> None:
+    """Refuse content that is not what was written."""
+    if found != recorded:
+        raise DataError(path, expected=f"content with hash {str(recorded)[:64]}", got=found, do="the file was damaged: copy it again")
+
+
+def _hash(arrays: Arrays, document: Mapping[str, Any] | None = None) -> str:
+    """A hash of a description, if there is one, and of names, types, shapes and bytes of arrays."""
+    digest = hashlib.blake2b(b"" if document is None else json.dumps(document, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(arrays):
+        array = np.asarray(arrays[name], order="C")
+        # Types in torch's words, by which schema 1 was written.
+        digest.update(f"{name} torch.{array.dtype} {array.shape};".encode())
+        digest.update(array.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()

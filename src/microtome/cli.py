@@ -9,13 +9,16 @@ import typer
 from microtome.errors import ConfigError, MicrotomeError
 from microtome.options import (
     MOST_SEED,
+    AnyRecipe,
     AsJson,
     Averaged,
     Data,
     Debug,
     Device,
     Dims,
+    Engine,
     Fold,
+    Head,
     Holdout,
     Memory,
     Minutes,
@@ -70,7 +73,7 @@ def inspect(
     seed: Seed = 0,
 ) -> None:
     """What was found, how files were paired, and what is wrong, before anyone trains. Exit code 2 if there are errors."""
-    from microtome.data.quality import case_thumbnails, inspect_fold, inspection_html
+    from microtome.data.quality import case_table, case_thumbnails, inspect_fold, inspection_html
     from microtome.files import write_text
     from microtome.terminal import print_inspection, print_json
 
@@ -82,7 +85,7 @@ def inspect(
     if as_json:
         print_json(inspection.to_json())
     else:
-        print_inspection(inspection, html)
+        print_inspection(inspection, case_table(inspection), html)
     if not inspection.ok:
         raise typer.Exit(2)
 
@@ -136,9 +139,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Exactly so many steps, instead of minutes.", min=1)] = None,
     memory: Memory = None,
     network: Network = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="default, unet2015, unet3d2016, vnet2016, pets2022 or nnunet: as that paper trained.")
-    ] = None,
+    recipe: AnyRecipe = None,
     dims: Dims = None,
     holdout: Annotated[
         str | None, typer.Option(help="cases (if not given): whole images validate; slices: annotated slices of volumes.")
@@ -246,20 +247,20 @@ def predict(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images, folders of images, datasets.")],
     out: Annotated[Path, typer.Option(help="Folder for the label files.")],
     tta: Averaged = "none",
-    head: Annotated[
-        int | None, typer.Option(help="Answer from a shallower nested U-Net (unetpp), 1 the shallowest: faster.", min=1)
-    ] = None,
+    head: Head = None,
     device: Device = "auto",
+    engine: Engine = "auto",
 ) -> None:
     """Label images in their own format and geometry, with the values of the training labels."""
-    from microtome.inference.predictor import load, predict_files
+    from microtome.inference.predict_files import predict_files
+    from microtome.inference.predictor import load
     from microtome.terminal import Terminal
 
-    terminal = Terminal()
-    averaged = one_of("--tta", tta, ("none", "mirror", "rotations"))
+    terminal, averaged = Terminal(), one_of("--tta", tta, ("none", "mirror", "rotations"))
+    predictor = load(run, device=device, engine=engine, tta=averaged, head=head, on_choice=terminal.say)
     with terminal.counting("predicting") as on_done:
-        written = predict_files(load(run, device=device, tta=averaged, head=head), inputs, out, on_done=on_done)
-    terminal.say(f"{len(written)} {'file' if len(written) == 1 else 'files'} written to {out}")
+        count = len(predict_files(predictor, inputs, out, on_done=on_done))
+    terminal.say(f"{count} file{'' if count == 1 else 's'} written to {out}")
 
 
 @app.command()
@@ -312,6 +313,7 @@ def compare(
     """Train several networks on the same split for the same time, and show them side by side. Exit code 1 if one failed."""
     from microtome.compare import Request, parse_names
     from microtome.compare import compare as compare_networks
+    from microtome.evaluation.comparison_page import table
     from microtome.terminal import Terminal, print_comparison
 
     if steps is not None:
@@ -319,7 +321,7 @@ def compare(
     minutes = 10.0 if minutes is None and steps is None else minutes
     request = Request(networks=parse_names(networks), minutes=minutes, steps=steps, fold=fold, seed=seed, device=device)
     comparison = compare_networks(data, out, request, resume=resume, say=Terminal().say)
-    print_comparison(comparison, out / "compare.html")
+    print_comparison(table(comparison), out / "compare.html")
     if comparison.failed:
         raise typer.Exit(1)
 

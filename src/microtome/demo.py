@@ -10,7 +10,8 @@ from microtome.errors import ConfigError
 from microtome.evaluation.evaluate import evaluate
 from microtome.evaluation.pages import environment, scores_html
 from microtome.files import write_json, write_text
-from microtome.inference.predictor import load, predict_files
+from microtome.inference.predict_files import predict_files
+from microtome.inference.predictor import load
 from microtome.terminal import Terminal
 from microtome.training.rehearsal import make_plan
 from microtome.training.run import train

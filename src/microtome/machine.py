@@ -33,3 +33,31 @@ def processor_has_bf16() -> bool:
         return False
     text = flags.read_text(encoding="ascii", errors="ignore")
     return "avx512_bf16" in text or "amx_bf16" in text
+
+
+def free_memory_bytes() -> int:
+    """Bytes of memory that this process may still take: what the system has left, or its container.
+
+    Where neither says (macOS), half of what is built in.
+    """
+    meminfo, group = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+    if not meminfo.exists():
+        known = hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2 if known else 4 * 2**30
+    lines = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit = _number(group / "memory.max")
+    if limit is None:
+        return free
+    # The group counts the files that are kept in memory too; they give way, but for those that are nowhere else.
+    stat = group / "memory.stat"
+    counts = dict(line.split() for line in stat.read_text(encoding="ascii").splitlines()) if stat.exists() else {}
+    files = int(counts.get("file", 0)) - int(counts.get("shmem", 0))
+    used = (_number(group / "memory.current") or 0) - files
+    return max(0, min(free, limit - max(0, used)))
+
+
+def _number(path: Path) -> int | None:
+    """The number that a file of the kernel holds; None where there is none ("max")."""
+    words = path.read_text(encoding="ascii").strip() if path.exists() else ""
+    return int(words) if words.isdigit() else None

@@ -22,10 +22,18 @@ Memory = Annotated[float | None, typer.Option(help="GB that training may use; by
 Network = Annotated[str | None, typer.Option(help="One of `microtome networks`; modern_unet, or the recipe's, if not given.")]
 Seed = Annotated[int, typer.Option(help="Of everything random.", min=0, max=MOST_SEED)]
 Dims = Annotated[int | None, typer.Option(help="2 or 3, whatever the images look like.", min=2, max=3)]
+AnyRecipe = Annotated[str | None, typer.Option(help="default, unet2015, unet3d2016, vnet2016, pets2022 or nnunet: as that paper trained.")]
 Recipe = Annotated[str, typer.Option(help="default, unet2015, unet3d2016, vnet2016, pets2022 or nnunet: as that paper trained.")]
 Holdout = Annotated[str, typer.Option(help="cases: whole images validate; slices: annotated slices of sparsely annotated volumes.")]
 Fold = Annotated[str, typer.Option(help="K/N: part K of N validates; all: everything trains, nothing validates.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="What computes: torch (the reference), torch-bf16, openvino, openvino-bf16, openvino-int8, onnxruntime; auto: the one that "
+        "ends this job soonest. All are held to torch's answers."
+    ),
+]
 Averaged = Annotated[
     str,
     typer.Option(
@@ -33,6 +41,7 @@ Averaged = Annotated[
         "180 degrees. Slower, a little better."
     ),
 ]
+Head = Annotated[int | None, typer.Option(help="Answer from a shallower nested U-Net (unetpp), 1 the shallowest: faster.", min=1)]
 AsJson = Annotated[bool, typer.Option("--json", help="For programs: JSON on standard output.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 

@@ -10,12 +10,15 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from microtome.appearance import choose_augment, choose_normalisation
 from microtome.config import NetworkConfig, OptimiserConfig, Plan
 from microtome.fingerprint import Fingerprint
 from microtome.geometry import Shape, Spacing, format_shape, resampled_shape
+from microtome.models.network import Network
 from microtome.models.registry import build, find
+from microtome.models.segments import recomputed_values
 from microtome.models.trace import trace
 
 T = TypeVar("T")
@@ -95,7 +98,7 @@ def draft_plan(
     patch = noted("patch_vox", choose_patch(shape, spacing[-axes:], resources))
     topology = noted("network", choose_network(network, patch, spacing[-axes:], resources))
     patch = noted("patch_vox", fit_patch(patch, topology, data, resources, precision=precision, reason=reasons["patch_vox"]))
-    return Plan(
+    plan = Plan(
         dims=axes,
         channels=data.channels,
         classes=data.classes,
@@ -103,6 +106,7 @@ def draft_plan(
         stated_spacing_mm=noted("stated_spacing_mm", choose_stated(data)),
         assumed_spacing_mm=data.spacing_mm,
         normalisation=noted("normalisation", choose_normalisation(data)),
+        interpolation=noted("interpolation", choose_interpolation(data, spacing)),
         network=topology,
         patch_vox=patch,
         optimiser=noted("optimiser", choose_optimiser(topology)),
@@ -116,6 +120,7 @@ def draft_plan(
         fold=fold,
         reasons=reasons,
     )
+    return save_memory(plan, resources)
 
 
 def choose_dims(data: Fingerprint, possible: tuple[int, ...] = (2, 3)) -> tuple[Dims, str]:
@@ -183,6 +188,13 @@ def _own_spacing(data: Fingerprint, dims: int) -> tuple[Spacing, str]:
     return tuple(spacing), "median voxel size of the images" + ("; others are resampled to it" if data.spacing_varies else "")
 
 
+def choose_interpolation(data: Fingerprint, spacing_mm: Spacing) -> tuple[Literal["cubic"], str]:
+    """Cubic for images; which images it will touch."""
+    if spacing_mm == data.spacing_mm and not data.spacing_varies:
+        return "cubic", "the images have one voxel size; one of another is brought to it by B-splines, which blur less than lines"
+    return "cubic", "B-splines keep fine detail that linear interpolation blurs; labels and logits stay linear"
+
+
 def choose_patch(shape_vox: Shape, spacing_mm: Spacing, resources: Resources) -> tuple[Shape, str]:
     """What the network sees at once: the whole image if it is small, else a block of the largest affordable volume."""
     dims = len(shape_vox)
@@ -221,24 +233,25 @@ def choose_network(name: str, patch_vox: Shape, spacing_mm: Spacing, resources: 
 def fit_patch(
     patch_vox: Shape, network: NetworkConfig, data: Fingerprint, resources: Resources, *, precision: str, reason: str
 ) -> tuple[Shape, str]:
-    """The nearest size that the network takes, or the largest that fits into memory."""
-    with torch.device("meta"):
-        built = build(network.name, dims=len(patch_vox), in_channels=data.channels, classes=len(data.classes), config=network)
+    """The nearest size that the network takes, or the largest that fits into memory with all that `save_memory` can do."""
+    built = _built(network, len(patch_vox), data.channels, len(data.classes))
     border = 2 * built.context_vox
     fitted = tuple(_fitting(built.nearest_sizes(n + border, axis), n + border) for axis, n in enumerate(patch_vox))
     if border:
         reason += f", and the border of {built.context_vox} that this network needs on every side"
     wanted = fitted
     # A network of one of the papers has no widths to be planned: there one patch has to do.
-    patches = SMALLEST_BATCH if network.widths else 1
-    while patches * patch_bytes(fitted, network, precision, len(data.classes)) > FULL_SHARE * resources.memory_bytes:
+    patches = SMALLEST_BATCH if network.widths and _batch_normed(built) else 1
+    room = FULL_SHARE * resources.memory_bytes
+    while patches * patch_bytes(fitted, network, precision, len(data.classes), checkpointing=True) > room:
         smaller = [built.nearest_sizes(n - 1, axis)[0] for axis, n in enumerate(fitted)]
         axis = max((i for i, n in enumerate(fitted) if smaller[i] < n), key=lambda i: fitted[i], default=None)
         if axis is None:
             break
         fitted = tuple(smaller[i] if i == axis else n for i, n in enumerate(fitted))
     if fitted != wanted:
-        reason = f"made smaller than {format_shape(wanted)}, so that {patches} fit into {resources.memory_bytes / 2**30:.1f} GB"
+        words = f"made smaller than {format_shape(wanted)}, so that {patches} fit into {resources.memory_bytes / 2**30:.1f} GB"
+        reason = f"{words} with activations computed twice"
     return fitted, f"{format_shape(fitted)}: {reason}; a size that the network can halve" if fitted != patch_vox else reason
 
 
@@ -252,12 +265,52 @@ def _fitting(sizes: tuple[int, int], wanted: int) -> int:
     return smaller if wanted * (1 - ROUNDED_DOWN) <= smaller <= wanted else larger
 
 
-def patch_bytes(patch_vox: Shape, network: NetworkConfig, precision: str, classes: int) -> float:
+def patch_bytes(patch_vox: Shape, network: NetworkConfig, precision: str, classes: int, *, checkpointing: bool = False) -> float:
     """Memory of one patch in a training step, about: what each layer of the network puts out, and probabilities of the loss."""
-    with torch.device("meta"):
-        built = build(network.name, dims=len(patch_vox), in_channels=1, classes=classes, config=network)
+    built = _built(network, len(patch_vox), 1, classes)
     sizes = tuple(built.nearest_sizes(n, axis)[1] for axis, n in enumerate(patch_vox))
-    return trace(built, (1, *sizes)).values * BYTES_A_VALUE[precision] + float(np.prod(sizes)) * classes * BYTES_A_CLASS
+    graph = trace(built, (1, *sizes))
+    values = recomputed_values(built, graph) if checkpointing else graph.values
+    return values * BYTES_A_VALUE[precision] + float(np.prod(sizes)) * classes * BYTES_A_CLASS
+
+
+def step_bytes(plan: Plan) -> float:
+    """Memory of a training step of a plan, about, but for weights and optimiser."""
+    together = min(plan.micro_batch or plan.batch, plan.batch)
+    return together * patch_bytes(plan.patch_vox, plan.network, plan.precision, len(plan.classes), checkpointing=plan.checkpointing)
+
+
+def save_memory(plan: Plan, resources: Resources) -> Plan:
+    """The plan as it is if a step of it fits; else in micro-batches, and where those do not do with activations computed twice.
+
+    Micro-batches only cost a little speed, but batch norm takes its statistics from each: with it they hold SMALLEST_BATCH
+    patches or more, but for even parts, where computing twice makes room for that.
+    """
+    reasons = {field: reason for field, reason in plan.reasons.items() if field not in ("micro_batch", "checkpointing")}
+    plan = plan.model_copy(update={"micro_batch": 0, "checkpointing": False, "reasons": reasons})
+    room, free, needed = FULL_SHARE * resources.memory_bytes, f"{resources.memory_bytes / 2**30:.1f} GB", step_bytes(plan)
+    if needed <= room:
+        return plan
+    once, twice = int(room * plan.batch / needed), int(room / step_bytes(plan.model_copy(update={"batch": 1, "checkpointing": True})))
+    least = min(SMALLEST_BATCH, plan.batch) if _batch_normed(_built(plan.network, plan.dims, 1, len(plan.classes))) else 1
+    checkpointing = once < least and twice > once
+    parts = -(-plan.batch // max(1, twice if checkpointing else once))
+    micro_batch = -(-plan.batch // parts) if parts > 1 else 0
+    if micro_batch:
+        reasons["micro_batch"] = f"{micro_batch} of {plan.batch} patches at a time, as all take about {needed / 2**30:.1f} of {free}"
+    if checkpointing:
+        reasons["checkpointing"] = f"slower by about a quarter, but patches that fit into {free} at a time are {twice} instead of {once}"
+    return plan.model_copy(update={"micro_batch": micro_batch, "checkpointing": checkpointing, "reasons": reasons})
+
+
+def _built(network: NetworkConfig, dims: int, channels: int, classes: int) -> Network:
+    """A network of shapes alone."""
+    with torch.device("meta"):
+        return build(network.name, dims=dims, in_channels=channels, classes=classes, config=network)
+
+
+def _batch_normed(network: Network) -> bool:
+    return any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d) for module in network.modules())
 
 
 def choose_stated(data: Fingerprint) -> tuple[Spacing, str]:
@@ -277,17 +330,20 @@ def choose_optimiser(network: NetworkConfig) -> tuple[OptimiserConfig, str]:
 
 
 def choose_batch(patch_vox: Shape, network: NetworkConfig, resources: Resources, precision: str, classes: int) -> tuple[int, str]:
-    """Enough patches to fill two cores, no fewer than steady batch statistics need, as far as memory allows."""
+    """Enough patches to fill two cores, as far as memory allows, but no fewer than steady statistics need: see `save_memory`."""
     voxels = int(np.prod(patch_vox))
     wanted = int(np.clip(BATCH_VOXELS[len(patch_vox)] // voxels, SMALLEST_BATCH, 16))
     bytes_each = patch_bytes(patch_vox, network, precision, classes)
-    most = max(1, int(FULL_SHARE * resources.memory_bytes / bytes_each))
-    if bytes_each > FULL_SHARE * resources.memory_bytes:
-        needed, free = bytes_each / 2**30, resources.memory_bytes / 2**30
-        return 1, f"one patch takes about {needed:.1f} GB of the {free:.1f} GB there are: make patch_vox smaller if memory runs out"
-    if most < wanted:
-        return most, f"what fits into {resources.memory_bytes / 2**30:.1f} GB at about {bytes_each / 2**20:.0f} MB a patch"
-    return wanted, f"enough patches for steady statistics; about {wanted * bytes_each / 2**30:.1f} GB"
+    room, free = FULL_SHARE * resources.memory_bytes, resources.memory_bytes / 2**30
+    most = int(room / bytes_each)
+    if most >= wanted:
+        return wanted, f"enough patches for steady statistics; about {wanted * bytes_each / 2**30:.1f} GB"
+    if most >= SMALLEST_BATCH:
+        return most, f"what fits into {free:.1f} GB at about {bytes_each / 2**20:.0f} MB a patch"
+    least = patch_bytes(patch_vox, network, precision, classes, checkpointing=True)
+    if least > room:
+        return 1, f"one patch takes about {least / 2**30:.1f} GB of the {free:.1f} GB there are: make patch_vox smaller if memory runs out"
+    return SMALLEST_BATCH, f"fewer make unsteady statistics, though only {most} fit into {free:.1f} GB at once"
 
 
 def _largest_patch(resources: Resources, dims: int) -> int:

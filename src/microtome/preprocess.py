@@ -1,9 +1,11 @@
 """An image -> network input, and labels to the network's grid; the same for training and prediction."""
 
+import math
 from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy import sparse
 
 from microtome.config import NormalisationConfig, Plan
 from microtome.errors import DataError
@@ -12,6 +14,42 @@ from microtome.images.image import Image
 
 # Images of one kind hardly differ more than this in voxel size; a unit mistaken for another does.
 MOST_RESAMPLED = 16.0
+# Rows of a resampling matrix that are one dense product: fewer would make calls, more would multiply zeros.
+BAND_ROWS = 16
+MOST_ROWS = 32
+# Values of an array between two axes: what stays in a processor's own cache.
+CHUNK_VALUES = 1 << 19
+# Multiplications up to which OpenBLAS stays in one thread. Waking its other threads costs more than these small products,
+# several times as much where another program keeps the cores busy.
+SERIAL_PRODUCTS = 1 << 18
+# Weights below are no more than float32 rounding.
+NEGLIGIBLE = 1e-8
+ROUNDING = 1e-6
+# Values that are summed at a time, in float64.
+BLOCK_VALUES = 1 << 16
+
+Interpolation = Literal["linear", "cubic"]
+
+
+class Band(NamedTuple):
+    """Some rows of a resampling matrix, and the only samples that they need.
+
+    Attributes:
+        first: index of the first row.
+        low: index of the first sample.
+        high: past the last sample.
+        weights: (rows, high - low) float32.
+    """
+
+    first: int
+    low: int
+    high: int
+    weights: np.ndarray
+
+    @property
+    def last(self) -> int:
+        """Past the last row."""
+        return self.first + len(self.weights)
 
 
 def normalise(array: np.ndarray, config: NormalisationConfig) -> np.ndarray:
@@ -32,12 +70,23 @@ def normalise(array: np.ndarray, config: NormalisationConfig) -> np.ndarray:
             np.clip(target, config.low[channel], config.high[channel], out=target)
             mean, sd = config.mean[channel], config.sd[channel]
         else:
-            # float64 sums: float32 loses digits over 10^8 voxels of a 16-bit image.
-            mean, sd = float(target.mean(dtype=np.float64)), float(target.std(dtype=np.float64))
+            mean, sd = mean_and_sd(target)
         target -= np.float32(mean)
         if np.float32(sd) > 0:
             target /= np.float32(sd)
     return result
+
+
+def mean_and_sd(values: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation with float64 sums: float32 loses digits over 10^8 voxels of a 16-bit image.
+
+    A block at a time, as a float64 copy of a whole volume takes twice its memory and three times as long.
+    """
+    flat = values.reshape(-1)
+    blocks = [flat[start : start + BLOCK_VALUES] for start in range(0, flat.size, BLOCK_VALUES)]
+    mean = sum(float(block.sum(dtype=np.float64)) for block in blocks) / flat.size
+    squares = sum(float(np.square(block - np.float64(mean)).sum()) for block in blocks)
+    return mean, math.sqrt(squares / flat.size)
 
 
 def voxel_size(image: Image, plan: Plan) -> Spacing:
@@ -81,54 +130,176 @@ def _fill_non_finite(channel: np.ndarray) -> None:
         channel[~finite] = channel[finite].mean(dtype=np.float64) if finite.any() else 0.0
 
 
-def resampling_matrix(size: int, new_size: int) -> sparse.csr_array:
-    """Linear interpolation of `size` samples at `new_size` places over the same extent, as a matrix (new_size, size).
+def resampling_bands(size: int, new_size: int, interpolation: Interpolation = "linear", *, rows: int = BAND_ROWS) -> list[Band]:
+    """The matrix (new_size, size) that brings `size` samples to `new_size` places over the same extent, in dense bands of rows.
 
-    Voxel edges stay where they are. When it shrinks, the triangle widens with the factor, so that what cannot be
-    shown is averaged instead of aliased. Rows sum to 1; samples beyond the border repeat the border.
+    Voxel edges stay where they are, samples beyond the border repeat the border, and rows sum to 1. "linear" is the triangle;
+    "cubic" the cardinal cubic B-spline, which is the spline's evaluation times the inverse of its prefilter, exact to
+    float32 because it falls as 0.27^n. When the image shrinks the kernel widens (`_stretch`), so that what cannot be shown
+    is averaged instead of aliased.
+
+    References:
+        Unser 1999, "Splines: a perfect fit for signal and image processing", doi:10.1109/79.799930.
     """
+    kernel, support = KERNELS[interpolation]
     factor = size / new_size
-    width = max(factor, 1.0)
+    stretch = _stretch(factor, interpolation)
     centre = (np.arange(new_size) + 0.5) * factor - 0.5
-    reach = int(np.ceil(width))
-    index = np.floor(centre).astype(int)[:, None] + np.arange(-reach, reach + 2)[None, :]
-    weight = np.maximum(0.0, 1.0 - np.abs(index - centre[:, None]) / width)
-    weight /= weight.sum(axis=1, keepdims=True)
-    rows = np.repeat(np.arange(new_size), index.shape[1])
-    entries = sparse.coo_array((weight.ravel(), (rows, index.clip(0, size - 1).ravel())), shape=(new_size, size))
-    matrix = sparse.csr_array(entries.astype(np.float32))
-    # Zeros would cost half of all multiplications, and let prediction wait for rows that it does not need.
-    matrix.eliminate_zeros()
-    return matrix
+    reach = int(np.ceil(support * stretch))
+    bands = []
+    for first in range(0, new_size, rows):
+        middle = centre[first : first + rows, None]
+        index = np.floor(middle).astype(int) + np.arange(-reach, reach + 2)
+        weight = kernel((index - middle) / stretch)
+        # Zeros would let prediction wait for rows that it does not need, and widen the band.
+        row, tap = np.nonzero(np.abs(weight) > NEGLIGIBLE)
+        places = index[row, tap].clip(0, size - 1)
+        low, high = int(places.min()), int(places.max()) + 1
+        dense = np.zeros((len(middle), high - low))
+        np.add.at(dense, (row, places - low), weight[row, tap])
+        dense /= dense.sum(axis=1, keepdims=True)
+        bands.append(Band(first, low, high, dense.astype(np.float32)))
+    return bands
 
 
-def resample(array: np.ndarray, new_shape_vox: Shape) -> np.ndarray:
-    """`(C, *S)` -> float32 (C, *new S) by linear interpolation along one axis after the other."""
+def _triangle(offset: np.ndarray) -> np.ndarray:
+    """Weight of a sample at that many voxels from the place: linear interpolation."""
+    weight: np.ndarray = np.maximum(0.0, 1.0 - np.abs(offset))
+    return weight
+
+
+def _cardinal(offset: np.ndarray) -> np.ndarray:
+    """Weight of a sample at that many voxels from the place in cubic B-spline interpolation: 1 at 0, 0 at other whole numbers."""
+    nearest = np.floor(offset)
+    total = np.zeros_like(offset)
+    for knot in (nearest - 1, nearest, nearest + 1, nearest + 2):
+        distance = np.abs(offset - knot)
+        spline = np.where(distance < 1, 2 / 3 - distance**2 + distance**3 / 2, np.maximum(0.0, 2 - distance) ** 3 / 6)
+        # Impulse response of the prefilter: all samples' part in the coefficient of this knot.
+        total += math.sqrt(3) * (math.sqrt(3) - 2) ** np.abs(knot) * spline
+    return total
+
+
+def _stretch(factor: float, interpolation: Interpolation) -> float:
+    """Width of the kernel in voxels of the image that is shrunk by `factor`; 1 when enlarging.
+
+    The cubic kernel stays the exact spline up to 4/3, as so little is lost that averaging would only blur, and is as wide
+    as a new voxel from 3/2 on (docs/decisions/0015).
+    """
+    return max(1.0, factor if interpolation == "linear" else min(factor, 3 * factor - 3))
+
+
+# Kernels, and how many voxels far they reach.
+KERNELS = MappingProxyType({"linear": (_triangle, 1), "cubic": (_cardinal, 14)})
+
+
+def apply_band(band: Band, source: np.ndarray, target: np.ndarray, axis: int) -> None:
+    """Write a band's matrix times `source` (its samples low..high along `axis`) into `target` (its rows along `axis`)."""
+    source, target = np.moveaxis(source, axis, -2), np.moveaxis(target, axis, -2)
+    step = max(1, SERIAL_PRODUCTS // band.weights.size)
+    for start in range(0, source.shape[-1], step):
+        part = slice(start, start + step)
+        np.matmul(band.weights, source[..., part], out=target[..., part])
+
+
+def apply_bands(bands: Sequence[Band], array: np.ndarray, axis: int, out: np.ndarray) -> np.ndarray:
+    """The whole matrix of all bands applied to one axis of an array; written into `out`, and that returned."""
+    whole = (slice(None),) * (axis % array.ndim)
+    for band in bands:
+        apply_band(band, array[(*whole, slice(band.low, band.high))], out[(*whole, slice(band.first, band.last))], axis)
+    return out
+
+
+class Resampler:
+    """Brings arrays `(layers, *S)` to another grid, some rows of the first axis of S at a time.
+
+    Two buffers serve all rows: fresh memory for each would be cleared by the kernel, page by page, for longer than the work takes.
+
+    Args:
+        shape_vox: S.
+        new_shape_vox: of the other grid.
+        layers: channels or classes.
+        interpolation: as `resampling_bands` has it.
+        values: about as many lie between two axes.
+
+    Attributes:
+        rows: bands of the first axis; what each call needs, and what comes of it.
+    """
+
+    def __init__(
+        self, shape_vox: Shape, new_shape_vox: Shape, layers: int, interpolation: Interpolation = "linear", *, values: int = CHUNK_VALUES
+    ) -> None:
+        plane = layers * max(math.prod(shape_vox[1:]), math.prod(new_shape_vox[1:]))
+        # A cubic row needs 28 others: one row at a time would read the whole image 28 times.
+        fewest = 1 if interpolation == "linear" else BAND_ROWS // 2
+        rows = min(max(fewest, values // max(1, plane)), MOST_ROWS)
+        self.rows = resampling_bands(shape_vox[0], new_shape_vox[0], interpolation, rows=rows)
+        self._still = shape_vox[0] == new_shape_vox[0]
+        changed = [(m / n, axis) for axis, (n, m) in enumerate(zip(shape_vox, new_shape_vox, strict=True)) if axis > 0 and n != m]
+        # The axis that shrinks most comes first and leaves the others the least work.
+        self._planes = [(axis + 1, resampling_bands(shape_vox[axis], new_shape_vox[axis], interpolation)) for _, axis in sorted(changed)]
+        self._buffers = [np.empty(0, np.float32), np.empty(0, np.float32)]
+
+    def __call__(self, band: Band, source: np.ndarray) -> np.ndarray:
+        """The rows of a band, (layers, rows, *new S[1:]) float32, of its samples, (layers, high - low, *S[1:]).
+
+        The next call overwrites them.
+        """
+        array = source
+        if not self._still:
+            array = self._buffer((len(source), len(band.weights), *source.shape[2:]), 0)
+            apply_band(band, source, array, 1)
+        for number, (axis, bands) in enumerate(self._planes, start=1):
+            shape = (*array.shape[:axis], bands[-1].last, *array.shape[axis + 1 :])
+            array = apply_bands(bands, array, axis, self._buffer(shape, number % 2))
+        return array
+
+    def _buffer(self, shape: Shape, which: int) -> np.ndarray:
+        """An array in the first or second buffer."""
+        size = math.prod(shape)
+        if self._buffers[which].size < size:
+            self._buffers[which] = np.empty(size, np.float32)
+        return self._buffers[which][:size].reshape(shape)
+
+
+def resample(array: np.ndarray, new_shape_vox: Shape, interpolation: Interpolation = "linear") -> np.ndarray:
+    """`(C, *S)` -> float32 (C, *new S); the image itself where the shape stays.
+
+    Beside input and output, memory holds some rows. A cubic spline overshoots at steps; like scikit-image's, it is kept
+    within each channel's own lowest and highest value.
+    """
     array = np.asarray(array, np.float32)
-    for axis, (size, new_size) in enumerate(zip(array.shape[1:], new_shape_vox, strict=True), start=1):
-        if size != new_size:
-            array = apply_along(resampling_matrix(size, new_size), array, axis)
-    return array
-
-
-def apply_along(matrix: sparse.csr_array, array: np.ndarray, axis: int) -> np.ndarray:
-    """The matrix (n, m) applied to axis `axis`, of length m, of an array."""
-    moved = np.moveaxis(array, axis, 0)
-    product = matrix @ np.ascontiguousarray(moved).reshape(moved.shape[0], -1)
-    return np.ascontiguousarray(np.moveaxis(product.reshape(-1, *moved.shape[1:]), 0, axis))
+    if array.shape[1:] == tuple(new_shape_vox):
+        return array
+    result = np.empty((len(array), *new_shape_vox), np.float32)
+    resampler = Resampler(array.shape[1:], new_shape_vox, len(array), interpolation)
+    for band in resampler.rows:
+        result[:, band.first : band.last] = resampler(band, array[:, band.low : band.high])
+    if interpolation == "cubic":
+        for source, target in zip(array, result, strict=True):
+            np.clip(target, source.min(), source.max(), out=target)
+    return result
 
 
 def resample_labels(labels: np.ndarray, new_shape_vox: Shape) -> np.ndarray:
-    """Labels (*S) int16 on a new grid: at each voxel the value that covers most of it; -1 counts as a value."""
+    """Labels (*S) int16 on a new grid: at each voxel the value that covers most of it, the lowest of equals; -1 counts as a value."""
     if labels.shape == tuple(new_shape_vox):
         return labels
-    values = np.unique(labels)
-    best = np.full(new_shape_vox, -1.0, np.float32)
     result = np.empty(new_shape_vox, np.int16)
-    for value in values:
-        share = resample((labels == value)[None], new_shape_vox)[0]
-        np.copyto(result, value, where=share > best)
-        np.maximum(best, share, out=best)
+    resampler = Resampler(labels.shape, new_shape_vox, 1)
+    for band in resampler.rows:
+        source, target = labels[band.low : band.high], result[band.first : band.last]
+        values = np.unique(source)
+        target[...] = values[0]
+        if len(values) == 1:
+            continue
+        best = np.full(target.shape, -1.0, np.float32)
+        for value in values:
+            share = resampler(band, (source == value).astype(np.float32)[None])[0]
+            # Equal shares differ by rounding, which depends on the machine.
+            better = share > best + ROUNDING
+            np.copyto(target, value, where=better)
+            np.copyto(best, share, where=better)
     return result
 
 

@@ -14,13 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from microtome.config import Config, NetworkConfig, Plan
-from microtome.data.dataset import Dataset
-from microtome.data.quality import Inspection, case_table
-from microtome.evaluation.comparison_page import table
 
 if TYPE_CHECKING:
-    # Evaluating and inspecting need no torch, so they do not wait for it.
-    from microtome.evaluation.comparison import Comparison
+    # What is shown is made elsewhere: a prediction does not wait for what only reports need.
+    from microtome.data.dataset import Dataset
+    from microtome.data.quality import Inspection
+    from microtome.data.quality import Table as CaseTable
     from microtome.models.describe import LayerTable
     from microtome.models.registry import Entry
 
@@ -43,7 +42,7 @@ class Terminal:
         """One line, without markup: names of files may hold brackets."""
         self.console.print(line, markup=False)
 
-    def say_dataset(self, dataset: Dataset) -> None:
+    def say_dataset(self, dataset: "Dataset") -> None:
         """What was found in one line, and what is worth a warning."""
         count = len(dataset.labelled)
         images = f"{count} labelled {'image' if count == 1 else 'images'}"
@@ -136,8 +135,20 @@ class _TrainingView:
             )
         elif kind == "end":
             self._end(event)
+        elif kind == "prepared":
+            self._prepared(event["done"], event["of"])
         elif kind == "predicted":
             self.bar.update(self.task, description="validating", completed=event["done"], total=event["of"], status=event["case"])
+
+    def _prepared(self, done: int, of: int) -> None:
+        """A case that was prepared moves the bar; without a terminal every few seconds one is a line."""
+        last = done == of
+        words, total = ("training", self.steps) if last else ("preparing", of)
+        self.bar.update(self.task, description=words, completed=0 if last else done, total=total, status="")
+        now = time.monotonic()
+        if not (last or self.terminal.console.is_terminal) and now - self.shown > SECONDS_BETWEEN_LINES:
+            self.shown = now
+            self.terminal.say(f"preparing {done}/{of} cases")
 
     def _end(self, event: Mapping[str, Any]) -> None:
         """A warning where the run was too short for its plan, or for any network."""
@@ -171,15 +182,14 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def print_inspection(inspection: Inspection, html: Path | None) -> None:
-    """Layout, legend, cases, findings."""
+def print_inspection(inspection: "Inspection", cases: "CaseTable", html: Path | None) -> None:
+    """Layout, legend, cases as `case_table` has them, findings."""
     console = _page()
     console.print(f"{inspection.root}: {inspection.layout}", markup=False, soft_wrap=True)
     console.print(f"classes: {', '.join(inspection.legend.names)} – {inspection.legend.reason}", markup=False, soft_wrap=True)
-    text = case_table(inspection)
-    _print_table(console, text.titles, text.rows[:MOST_ROWS])
-    if len(text.rows) > MOST_ROWS:
-        console.print(f"... and {len(text.rows) - MOST_ROWS} more cases (--json and --html have all)", markup=False)
+    _print_table(console, cases.titles, cases.rows[:MOST_ROWS])
+    if len(cases.rows) > MOST_ROWS:
+        console.print(f"... and {len(cases.rows) - MOST_ROWS} more cases (--json and --html have all)", markup=False)
     for severity, colour in MARKS:
         for finding in inspection.findings:
             if finding.severity == severity:
@@ -238,10 +248,10 @@ def print_layers(table: "LayerTable", svg: Path | None) -> None:
         console.print(f"drawing: {svg}", markup=False, soft_wrap=True)
 
 
-def print_comparison(comparison: "Comparison", page: Path) -> None:
-    """A row for each network, the best first."""
+def print_comparison(table: tuple[Sequence[str], Iterable[Iterable[str]]], page: Path) -> None:
+    """A row for each network, the best first: titles and rows as `evaluation.comparison_page.table` has them."""
     console = _page()
-    _print_table(console, *table(comparison))
+    _print_table(console, *table)
     console.print(f"page: {page}", markup=False, soft_wrap=True)
 
 

@@ -14,11 +14,11 @@ import numpy as np
 from microtome.data.case import NOT_ANNOTATED, Case, Declared, Finding, LabelValue, Layout
 from microtome.data.classes import LegendRules, choose_background, doubts, make_legend
 from microtome.data.description import DatasetConfig, load_description, unknown_name
-from microtome.data.documents import channel_groups
+from microtome.data.inputs import list_images
 from microtome.data.labels import LabelScan, class_counts, label_findings, read_label_image, scan_labels
-from microtome.data.layouts import find_layout, image_side
+from microtome.data.layouts import find_layout
 from microtome.data.legend import Legend, label_codes
-from microtome.data.names import natural, relative_words, some, unique_names
+from microtome.data.names import relative_words, some
 from microtome.data.planes import keep_planes
 from microtome.data.reading import checked_label, cut, fit_channels, read_case_image, stack_channels, with_spacing
 from microtome.errors import DataError, DataWarning
@@ -212,45 +212,6 @@ def _opened(root: Path, layout: Layout, config: DatasetConfig, named_by: str) ->
         per_instance=layout.per_instance,
         unreadable=frozenset(faults.keys() | image_faults.keys()),
     )
-
-
-def list_images(path: Path, channels: int = 1) -> tuple[Case, ...]:
-    """The images of a file, a folder or a dataset as unlabelled cases, to predict them; labels are left out.
-
-    Args:
-        path: an image file, or a folder that is searched with its subfolders.
-        channels: files `x_0000`, `x_0001`, ... are one case where there are as many of them as channels.
-
-    Raises:
-        DataError: nothing there, or no image.
-    """
-    path = Path(path)
-    if path.is_file():
-        return (Case(name=stem_of(path), images=(path,), group=stem_of(path)),)
-    files = image_side(path) if path.is_dir() else []
-    if not files:
-        got = "no image in it" if path.is_dir() else "nothing there"
-        raise DataError(path, expected="an image file or a folder of images", got=got, do="give PNG, JPEG, TIFF or NIfTI files")
-    members = _channel_files(files, channels)
-    named = [group[0].with_name(name) for group, name in members]
-    cases = (Case(name=n, images=f, group=n) for n, (f, _) in zip(unique_names(path, named), members, strict=True))
-    return tuple(sorted(cases, key=lambda case: natural(case.name)))
-
-
-def _channel_files(files: Sequence[Path], channels: int) -> list[tuple[tuple[Path, ...], str]]:
-    """The files of each case, and a file name for it without the number of a channel."""
-    folders: dict[Path, list[Path]] = {}
-    for path in files:
-        folders.setdefault(path.parent, []).append(path)
-    found: list[tuple[tuple[Path, ...], str]] = []
-    for members in folders.values():
-        for name, group in channel_groups(members).items():
-            expected = [f"{name}_{number:04d}" for number in range(channels)]
-            if [stem_of(path) for path in group] == expected:
-                found.append((tuple(group), name + group[0].name.removeprefix(expected[0])))
-            else:
-                found.extend(((path,), path.name) for path in group)
-    return found
 
 
 def _grouped(cases: Sequence[Case], config: DatasetConfig, named_by: str) -> tuple[Case, ...]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
 from microtome.errors import DataError, DataWarning
@@ -29,8 +28,6 @@ _MAX_OFFSET = 2**27  # header extensions of more than 128 MiB are damage, or a w
 _CHUNK_BYTES = 2**24
 _SAME_PLACE_VOX = 0.01  # a header holds single precision
 _Unpacked = gzip.GzipFile | io.BufferedReader
-_NIFTI1: Any = nib.Nifti1Header
-_NIFTI2: Any = nib.Nifti2Header
 
 
 def is_nifti(head: bytes) -> bool:
@@ -138,8 +135,17 @@ def _read_header(path: Path, file: _Unpacked) -> Any:
 def _parse_header(block: bytes) -> Any:
     """NIfTI-1 or NIfTI-2 by the magic words."""
     if block[4:8] == b"n+2\0":
-        return _NIFTI2(block[:NIFTI2_BYTES], check=False)
-    return _NIFTI1(block[:NIFTI1_BYTES], check=False)
+        return _new_header(2, block[:NIFTI2_BYTES])
+    return _new_header(1, block[:NIFTI1_BYTES])
+
+
+def _new_header(version: int, block: bytes | None = None) -> Any:
+    """The header of a NIfTI version as nibabel's object, made from its bytes, or empty."""
+    # Late, because a picture needs none of it and it takes a tenth of a second.
+    import nibabel
+
+    kind: Any = nibabel.Nifti2Header if version == 2 else nibabel.Nifti1Header
+    return kind(block, check=False)
 
 
 def _describe(path: Path, nifti: Any) -> _Found:
@@ -281,8 +287,8 @@ def _header_for(image: Image, array: np.ndarray) -> Any:
     """The header of the image's file, or a new one, made to describe `array` (C, Z, Y, X) at `image.affine`."""
     original = image.extra.get("header")
     # NIfTI-1 counts voxels along an axis in 16 bits.
-    fresh = _NIFTI1 if max(array.shape) < 2**15 else _NIFTI2
-    header = (_parse_header(original) if original else fresh()).as_byteswapped("<")
+    fresh = 1 if max(array.shape) < 2**15 else 2
+    header = (_parse_header(original) if original else _new_header(fresh)).as_byteswapped("<")
     pixdim = header["pixdim"].copy()
     if not original:
         header.set_xyzt_units("mm")

@@ -12,7 +12,6 @@ from typing import IO, Any
 from xml.etree import ElementTree
 
 import numpy as np
-import tifffile
 
 from microtome.errors import DataError, DataWarning
 from microtome.files import atomic_path
@@ -84,6 +83,8 @@ def write_tiff(path: Path, image: Image) -> None:
     Raises:
         DataError: a type that neither knows (64-bit integers).
     """
+    import tifffile
+
     array = _storable(path, image.array)
     ome = image.extra.get("tiff_kind") == "ome" or array.dtype.name not in _IMAGEJ_TYPES or array.nbytes > _IMAGEJ_MAX_BYTES
     pixels, axes = _writing_order(array)
@@ -131,6 +132,9 @@ class _Plan:
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """The file with its chain of pages walked, so that a file cut between pages is not read as a shorter stack."""
+    # Late, here and for writing: other formats need none of it, and it takes a twentieth of a second.
+    import tifffile
+
     with decoding(path, "TIFF"):
         with path.open("rb") as file:
             _check_pages(path, file)

@@ -3,21 +3,15 @@
 B batch, C channels, K classes, S spatial axes.
 """
 
-import itertools
 import math
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from microtome.geometry import Spacing
-
-TTA = Literal["none", "mirror", "rotations"]
-# U-Net's result on the EM data is the mean over 7 rotated versions (Ronneberger 2015, section 4). Which 7 is not said; even
-# steps of the full turn are ours.
-ROTATIONS = 7
+from microtome.inference.mirroring import ROTATIONS, versions
 
 Pass = Callable[[Tensor], Tensor]
 NearestSizes = Callable[[int, int], tuple[int, int]]
@@ -25,7 +19,7 @@ NearestSizes = Callable[[int, int], tuple[int, int]]
 
 def mirrored_mean(network: Pass, image_BCS: Tensor, axes: tuple[int, ...]) -> Tensor:
     """Mean logits (B, K, *S') over all mirrored versions along these axes of S: 2^len(axes) passes."""
-    passes = [chosen for n in range(len(axes) + 1) for chosen in itertools.combinations(axes, n)]
+    passes = versions(axes)
     total_BKS: Tensor | None = None
     for chosen in passes:
         flip = [axis + 2 for axis in chosen]

@@ -1,29 +1,44 @@
-"""A trained model and image files -> label files in the images' own format and geometry."""
+"""A trained model, ready to label images with the engine that suits the job."""
 
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from microtome.bundle import Bundle, load_bundle
 from microtome.config import Plan
-from microtome.data.case import Case
-from microtome.data.dataset import fit_channels, list_images, read_case_image
-from microtome.data.listing import LISTING, Listing, continued_listing, recording
+from microtome.data.reading import fit_channels
 from microtome.errors import ConfigError, DataError, DataWarning
-from microtome.images.files import label_suffix, read_image, write_labels
+from microtome.geometry import Shape, Sizes, Spacing
+from microtome.images.files import read_image
 from microtome.images.image import Image
-from microtome.inference.averaging import TTA
-from microtome.inference.devices import has_bf16, pick_device, to_device
-from microtome.inference.predict import predict_labels
-from microtome.inference.torch_engine import TorchEngine
+from microtome.inference.engines import Engines
+from microtome.inference.mirroring import TTA, Engine, passes
+from microtome.inference.predict import Sized, choose_tile, predict_labels
+from microtome.inference.search import Choice, Job
 from microtome.machine import recycle_memory
-from microtome.preprocess import voxel_size
+from microtome.preprocess import grid_shape, voxel_size
+from microtome.tiling import cover
 
-# What `label_suffix` may give.
-LABEL_SUFFIXES = (".png", ".tif", ".nii", ".nii.gz")
+
+@dataclass
+class KnownSizes:
+    """What a bundle says of its network's sizes, so that tiles are planned without the network.
+
+    Attributes:
+        sizes: that it takes.
+        context_vox: border that its output lacks.
+    """
+
+    sizes: Sizes
+    context_vox: int
+
+    def nearest_sizes(self, n: int, axis: int) -> tuple[int, int]:
+        """The nearest sizes that fit, below or equal and above or equal."""
+        return self.sizes.nearest(n, axis)
 
 
 class Predictor:
@@ -32,30 +47,45 @@ class Predictor:
     Args:
         bundle: as `load_bundle` gives it.
         device: "auto", "cpu", "cuda".
+        engine: "torch", the reference; "torch-bf16", "openvino", "openvino-bf16", "openvino-int8", "onnxruntime", all of which have
+            to agree with it first; "auto": what ends the job soonest, chosen at the first image. Or one that is open already, of this
+            bundle, which is taken as it is.
         tta: "none"; "mirror": average over the mirrored versions of each tile, along the axes that training mirrored;
             "rotations": over 7 versions turned in the plane, if training turned by any angle.
         head: answer from a shallower nested U-Net, 1 the shallowest (UNet++ trained with a loss at that level): faster.
+        on_choice: is told the engine and why, in a line, when it is known.
+
+    Raises:
+        ConfigError: words that do not fit the model, the machine or each other; a named engine that does not agree.
     """
 
-    def __init__(self, bundle: Bundle, *, device: str = "auto", tta: TTA = "none", head: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "auto",
+        engine: str | Engine = "auto",
+        tta: TTA = "none",
+        head: int | None = None,
+        on_choice: Callable[[str], None] = lambda reason: None,
+    ) -> None:
         recycle_memory()
-        self.bundle, self.device = bundle, pick_device(device)
-        network = bundle.network()
-        self.network = to_device(network if head is None else network.pruned(head), self.device, bundle.plan.dims)
-        # A model from a newer machine: its bf16 would be emulated here.
-        precision = bundle.plan.precision if has_bf16(self.device) else "fp32"
         check_turned(bundle.plan, tta)
-        self.engine = TorchEngine(
-            network=self.network,
-            device=self.device,
-            precision=precision,
-            tta=tta,
-            mirror_axes=mirror_axes(bundle.plan, tta),
-            spacing_mm=bundle.plan.spacing_mm,
-        )
+        self.bundle, self.tta, self.mirror_axes, self._on_choice = bundle, tta, mirror_axes(bundle.plan, tta), on_choice
+        self._engine: Engine | None
+        if isinstance(engine, str):
+            self._engines = Engines(bundle, engine=engine, device=device, tta=tta, head=head)
+            self._engine = self._take(self._engines.named()) if self._engines.only else None
+        else:
+            self._engine = engine.averaged(tta, self.mirror_axes, bundle.plan.spacing_mm)
+        self._sizes = self._known_sizes(head)
 
-    def __call__(self, image: Image | Path | str) -> np.ndarray:
+    def __call__(self, image: Image | Path | str, *, images: int = 1) -> np.ndarray:
         """The class of each voxel, (*S) int16, counted as in `bundle.legend.names`.
+
+        Args:
+            image: as read, or its file.
+            images: how many are to come, this one and others about like it: what choosing an engine may cost.
 
         Raises:
             DataError: other channels or axes than the model was trained on.
@@ -68,7 +98,36 @@ class Predictor:
         if plan.assumed_spacing_mm and not (image.spacing_known or plan.stated_spacing_mm or plan.resize_vox):
             sizes = " × ".join(f"{value:g}" for value in plan.assumed_spacing_mm)
             warnings.warn(f"{image.path}: no voxel size in the file; {sizes} mm is assumed, as in training", DataWarning, stacklevel=2)
-        return predict_labels(image.array, voxel_size(image, plan), plan=plan, network=self.network, engine=self.engine)
+        spacing_mm = voxel_size(image, plan)
+        engine = self._engine_for(image.shape_vox, spacing_mm, images)
+        return predict_labels(image.array, spacing_mm, plan=plan, network=self._sizes, engine=engine)
+
+    @property
+    def engine(self) -> Engine | None:
+        """What computes; None where `auto` has not seen an image yet."""
+        return self._engine
+
+    def _engine_for(self, shape_vox: Shape, spacing_mm: Spacing, images: int) -> Engine:
+        """The engine, chosen now if it is not yet."""
+        if self._engine is None:
+            job = job_of(shape_vox, spacing_mm, self.bundle.plan, self._sizes)
+            tiles = job.tiles * images * passes(self.tta, self.mirror_axes)
+            self._engine = self._take(self._engines.best(Job(tile_vox=job.tile_vox, tiles=tiles)))
+        return self._engine
+
+    def _take(self, choice: Choice) -> Engine:
+        """The chosen engine, averaged as asked, and its reason told."""
+        self._on_choice(choice.reason)
+        return choice.engine.averaged(self.tta, self.mirror_axes, self.bundle.plan.spacing_mm)
+
+    def _known_sizes(self, head: int | None) -> Sized:
+        """The sizes by the bundle, or by the network where the bundle is silent or speaks of another head."""
+        bundle = self.bundle
+        if bundle.sizes is not None and bundle.context_vox is not None and head is None:
+            return KnownSizes(bundle.sizes, bundle.context_vox)
+        network: Sized | None = getattr(self._engine, "network", None)
+        assert network is not None, "such bundles are for torch alone"
+        return network
 
     def _check(self, image: Image) -> None:
         """Refuse an image of another kind than the training images."""
@@ -109,98 +168,25 @@ def check_turned(plan: Plan, tta: TTA) -> None:
         raise ConfigError("--tta rotations", expected="a model trained on images turned by any angle, up to 180", got=got, do=do)
 
 
-def load(run: Path | str, *, device: str = "auto", tta: TTA = "none", head: int | None = None) -> Predictor:
+def job_of(shape_vox: Shape, spacing_mm: Spacing, plan: Plan, network: Sized) -> Job:
+    """The tiles of one image, by its shape and voxel size as in its file."""
+    grid = grid_shape(shape_vox, spacing_mm, plan)
+    plane = grid[-plan.dims :]
+    tile = choose_tile(plane, plan, network)
+    context = (network.context_vox,) * plan.dims
+    tiles = sum(1 for _ in cover(plane, tile, overlap=plan.overlap, context_vox=context))
+    tile_vox = tuple(size + 2 * network.context_vox for size in tile)
+    return Job(tile_vox=tile_vox, tiles=tiles * math.prod(grid[: -plan.dims]))
+
+
+def load(
+    run: Path | str,
+    *,
+    device: str = "auto",
+    engine: str = "auto",
+    tta: TTA = "none",
+    head: int | None = None,
+    on_choice: Callable[[str], None] = lambda reason: None,
+) -> Predictor:
     """The trained model of a run folder; the words are those of `Predictor`."""
-    return Predictor(load_bundle(Path(run)), device=device, tta=tta, head=head)
-
-
-def predict_files(
-    predictor: Predictor, inputs: Sequence[Path], out: Path, *, on_done: Callable[[str, int, int], None] = lambda name, done, of: None
-) -> list[Path]:
-    """Label every image among `inputs` (files, folders, datasets) into `out`; returns the files written.
-
-    Each file appears when it is complete. A file that cannot be labelled stops nothing: the others are written first.
-
-    Raises:
-        DataError: no images, two that would have the same name in `out`, `out` among the images or with files that
-            `predict` did not write and would overwrite or with predictions of another legend, or (after all others)
-            images that failed.
-    """
-    legend = predictor.bundle.legend
-    _check_out(inputs, out)
-    listed = continued_listing(out, legend)
-    cases = list(_cases(inputs, predictor.bundle.plan.channels))
-    _check_names(cases, out, listed)
-    written, failed = [], []
-    with recording(out, legend, (safe_name(case.name) for case in cases)) as record:
-        for number, case in enumerate(cases, start=1):
-            try:
-                written.append(write_prediction(predictor, case, out))
-                record.add(written[-1], case)
-            except DataError as error:
-                failed.append(error)
-            on_done(case.name, number, len(cases))
-    if not written and not listed.entries:
-        (out / LISTING).unlink(missing_ok=True)
-        with suppress(OSError):
-            # Only if it is empty: nothing is left of a call that could do nothing.
-            out.rmdir()
-    if failed and len(failed) < len(cases):
-        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise DataError(failed[0].where, expected=failed[0].expected, got=failed[0].got + more, do=f"the other {len(written)} are in {out}")
-    if failed:
-        raise failed[0]
-    return written
-
-
-def write_prediction(predictor: Predictor, case: Case, out: Path) -> Path:
-    """Predict one case and write it, with the values that its training labels had, under the case's name."""
-    image = read_case_image(case)
-    labels = predictor.bundle.legend.encode(predictor(image))
-    path = out / (safe_name(case.name) + label_suffix(image))
-    write_labels(path, labels, like=image)
-    return path
-
-
-def safe_name(name: str) -> str:
-    """A case's name as a file name: `stack[20:25]` becomes `stack_20-25`; folders stay folders."""
-    return name.replace("[", "_").replace(":", "-").replace("]", "")
-
-
-def _cases(inputs: Sequence[Path], channels: int) -> Iterator[Case]:
-    """The images that paths mean."""
-    for path in inputs:
-        if not path.exists():
-            raise DataError(path, expected="an image or a folder", got="nothing there", do="check the path")
-        yield from list_images(path, channels=channels)
-
-
-def _check_out(inputs: Sequence[Path], out: Path) -> None:
-    """Refuse to write into a folder of images, where the next call would take predictions for images."""
-    for path in inputs:
-        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
-            raise DataError(out, expected=f"a folder outside of the images' {path}", got="one inside", do="give another --out")
-
-
-def _check_names(cases: Sequence[Case], out: Path, listed: Listing) -> None:
-    """Refuse inputs whose results would overwrite each other, themselves, or what `predict` did not write."""
-    seen: dict[str, Path] = {}
-    for case in cases:
-        name = safe_name(case.name)
-        if name in seen:
-            raise DataError(
-                case.images[0],
-                expected="images with different names",
-                got=f"the name of {seen[name]}",
-                do="predict them in two calls with two --out folders",
-            )
-        if case.images[0].resolve().parent == (out / name).resolve().parent:
-            raise DataError(
-                out, expected="another folder than the images'", got="theirs", do="give another --out, or images would be overwritten"
-            )
-        for file in (name + suffix for suffix in LABEL_SUFFIXES):
-            if (out / file).exists() and file not in listed.entries and name not in listed.writing:
-                raise DataError(
-                    out / file, expected="no file of that name", got="one that `predict` did not write", do="give another --out"
-                )
-        seen[name] = case.images[0]
+    return Predictor(load_bundle(Path(run)), device=device, engine=engine, tta=tta, head=head, on_choice=on_choice)

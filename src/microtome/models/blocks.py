@@ -29,10 +29,59 @@ class Convolution3d(nn.Conv3d):
         return conv3d(padded_BCS, self.weight, self.bias, self.stride, (0, *self.padding[1:]), self.dilation, self.groups)
 
 
+class UpConvolution2d(nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d`; where its kernel is its stride a CPU trains it as the matrix product that it then is."""
+
+    def forward(self, features_BCS: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, C, Y, X) -> (B, C', Y', X')."""
+        if _is_product(self, features_BCS):
+            return up_product(features_BCS, self.weight, self.bias)
+        return super().forward(features_BCS, output_size)
+
+
+class UpConvolution3d(nn.ConvTranspose3d):
+    """The same for volumes."""
+
+    def forward(self, features_BCS: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, C, Z, Y, X) -> (B, C', Z', Y', X')."""
+        if _is_product(self, features_BCS):
+            return up_product(features_BCS, self.weight, self.bias)
+        return super().forward(features_BCS, output_size)
+
+
+def _is_product(layer: nn.ConvTranspose2d | nn.ConvTranspose3d, features_BCS: Tensor) -> bool:
+    """Whether a step on a CPU is to be trained, and no two outputs of the layer overlap, nor is one cut off or added."""
+    plain = layer.groups == 1 and not any((*layer.padding, *layer.output_padding)) and set(layer.dilation) == {1}
+    learns = layer.training and torch.is_grad_enabled() and features_BCS.is_cpu
+    return learns and plain and layer.kernel_size == layer.stride
+
+
+def up_product(features_BCS: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A transposed convolution whose stride is its kernel: each voxel gives a block of outputs, by one matrix product.
+
+    The forward pass is slower than torch's by half and its gradient 3 to 4 times as fast in bfloat16 (torch 2.13, oneDNN).
+
+    Args:
+        features_BCS: (B, C, *S).
+        weight: (C, C', *kernel), torch's.
+        bias: (C',) or None.
+
+    Returns:
+        (B, C', *S x kernel), channels last.
+    """
+    kernel, sides, out = weight.shape[2:], features_BCS.shape[2:], weight.shape[1]
+    product = features_BCS.movedim(1, -1).flatten(0, -2) @ weight.movedim(1, -1).flatten(1)
+    blocks = product.view(-1, *sides, *kernel, out)
+    # B, then each axis of S followed by that of its block.
+    order = [axis for pair in zip(range(1, 1 + len(sides)), range(1 + len(sides), 1 + 2 * len(sides)), strict=True) for axis in pair]
+    spread_BSC = blocks.permute(0, *order, -1).reshape(-1, *(n * k for n, k in zip(sides, kernel, strict=True)), out)
+    return (spread_BSC if bias is None else spread_BSC.add_(bias)).movedim(-1, 1)
+
+
 # For each number of spatial axes.
 Layers = Mapping[int, Callable[..., nn.Module]]
 CONVOLUTION: Layers = MappingProxyType({2: nn.Conv2d, 3: Convolution3d})
-TRANSPOSED: Layers = MappingProxyType({2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d})
+TRANSPOSED: Layers = MappingProxyType({2: UpConvolution2d, 3: UpConvolution3d})
 MAX_POOL: Layers = MappingProxyType({2: nn.MaxPool2d, 3: nn.MaxPool3d})
 AVERAGE_POOL: Layers = MappingProxyType({2: nn.AvgPool2d, 3: nn.AvgPool3d})
 BATCH_NORM: Layers = MappingProxyType({2: nn.BatchNorm2d, 3: nn.BatchNorm3d})
@@ -71,8 +120,16 @@ class InstanceNorm(nn.Module):
 
 
 def centre_crop(features_BCS: Tensor, shape_vox: torch.Size) -> Tensor:
-    """The middle of a feature map, as large as `shape_vox`, a view: unpadded U-Nets lose a border that the skip still has."""
+    """The middle of a feature map, as large as `shape_vox`: unpadded U-Nets lose a border that the skip still has.
+
+    A view, but for training: there a copy of the small middle, whose gradient comes back in the memory layout of the map. That of
+    a view comes back contiguous, and adding it to the channels-last gradient of the pooled path took over a third of a step.
+    """
     starts = [(have - want) // 2 for have, want in zip(features_BCS.shape[2:], shape_vox, strict=True)]
+    if torch.is_grad_enabled() and features_BCS.requires_grad:
+        ends = [have - want - start for have, want, start in zip(features_BCS.shape[2:], shape_vox, starts, strict=True)]
+        # `pad` takes the sides of the last axis first.
+        return pad(features_BCS, [-n for start, end in zip(reversed(starts), reversed(ends), strict=True) for n in (start, end)])
     for axis, (start, want) in enumerate(zip(starts, shape_vox, strict=True), start=2):
         features_BCS = features_BCS.narrow(axis, start, want)
     return features_BCS

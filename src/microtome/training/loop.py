@@ -1,11 +1,8 @@
 """The training loop."""
 
 import math
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +11,18 @@ from torch import Tensor
 
 from microtome.config import Plan
 from microtome.errors import RunError
-from microtome.inference.devices import arithmetic
 from microtome.training.checkpoint import Progress, TrainState
-from microtome.training.losses import segmentation_loss
-from microtome.training.sampling import Batches
+from microtome.training.clock import Clock, stop_requests
+from microtome.training.compiled import fast_kernels, training_call
+from microtome.training.feeding import Batch, Batches
+from microtome.training.gradients import add_gradients
+from microtome.training.recompute import recomputing
 from microtome.training.store import StoredCase
 
 Event = Mapping[str, Any]
 SECONDS_BETWEEN_CHECKPOINTS = 120.0
+# Steps on a GPU between two readings of losses: each reading waits for it, and leaves it idle until the next step is queued.
+STEPS_BETWEEN_READINGS = 10
 # Share of the time left that validations may take, but for the last one.
 MOST_VALIDATING = 0.2
 
@@ -43,60 +44,70 @@ class Hooks:
     seconds_left: Callable[[], float | None]
 
 
-def train_steps(state: TrainState, cases: Sequence[StoredCase], plan: Plan, device: torch.device, hooks: Hooks) -> "Clock":
+def train_steps(
+    state: TrainState, cases: Sequence[StoredCase], plan: Plan, device: torch.device, hooks: Hooks, *, read_every: int | None = None
+) -> Clock:
     """Train from where `state` is to the end of its schedule; returns where the time went.
+
+    Losses are read from the device every `read_every` steps, and before anything is validated, saved or fitted to the time left:
+    a loss or gradient that is not finite ends the run there. On a CPU (each step is read) that is before it reaches the weights;
+    on a GPU steps that were queued before the reading may follow it, but their weights are never scored, saved or returned.
+
+    Args:
+        state: moved in place.
+        cases: to draw patches from.
+        plan: of the run; its number of steps is that of `state`.
+        device: where the network of `state` is.
+        hooks: what to call.
+        read_every: None: 1 on a CPU, where reading costs nothing, else STEPS_BETWEEN_READINGS.
 
     Raises:
         RunError: the loss is not finite, or somebody stopped the run; the last checkpoint, if there is one, is good.
     """
     progress, clock, saved = state.progress, Clock(), state.progress.step
+    losses = Losses(plan.batch, clock, hooks, read_every or (1 if device.type == "cpu" else STEPS_BETWEEN_READINGS))
     parameters = list(state.network.parameters())
-    border = getattr(state.network, "context_vox", 0)
+    border = state.network.context_vox
+    twice = recomputing(state.network, plan.patch_vox) if plan.checkpointing else nullcontext()
     state.network.train()
-    with Batches(cases, plan, device, border) as batches, stop_requests() as stopped:
+    with fast_kernels(device), Batches(cases, plan, device, border) as batches, twice, stop_requests() as stopped:
+        network = training_call(state.network, plan, device, hooks.seconds_left())
         while progress.step < progress.steps:
             rate = learning_rate(progress.step, progress.steps, plan)
             for group in state.optimiser.param_groups:
                 group["lr"] = rate
             # Dropout too is a function of the step alone.
             torch.manual_seed(plan.seed * 1_000_003 + progress.step)
-            batch = batches.get(progress.step)
+            batch = answered(batches.get(progress.step), border)
 
             with clock.network():
-                with arithmetic(device, plan.precision):
-                    outputs = state.network(batch.image)
-                outputs = outputs if isinstance(outputs, list) else [outputs]
-                weight_BS = None if batch.weight is None else crop_border(batch.weight, border)
-                loss = segmentation_loss(outputs, crop_border(batch.label, border), plan.loss, weight_BS)
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss = add_gradients(network, batch, plan)
                 length = torch.nn.utils.clip_grad_norm_(parameters, plan.optimiser.clip_norm or math.inf)
-                # On a GPU this is the one point of a step at which the processor waits for it.
-                value, slope = torch.stack([loss.detach(), length]).tolist()
-                check_finite(value, slope, progress.step, saved)
+                losses.add(loss, length, progress.step, rate)
+                if losses.are_due():
+                    losses.read(saved)
                 state.optimiser.step()
                 state.optimiser.zero_grad(set_to_none=True)
                 update_average(state, plan)
 
             progress.step += 1
-            seconds = clock.step_done()
-            hooks.log(
-                {"event": "step", "step": progress.step, "loss": value, "learning_rate": rate, "samples_per_second": plan.batch / seconds}
-            )
+            losses.log()
 
             left = hooks.seconds_left()
             if left is not None and left <= 0:
                 progress.steps = progress.step
             # The last step is validated even if somebody stops the run there: nothing would do it after --resume.
-            if progress.step == progress.steps or (progress.step >= progress.next_validation and not stopped()):
-                is_best = validate_now(state, hooks)
-                reschedule(progress, plan, clock, hooks, clock.since_step())
+            validating = progress.step == progress.steps or (progress.step >= progress.next_validation and not stopped())
+            fitting = not validating and left is not None and is_early_fit(progress.step) and not stopped()
+            saving = not (validating or fitting) and (stopped() or clock.since_save() > SECONDS_BETWEEN_CHECKPOINTS)
+            if validating or fitting or saving:
+                losses.read(saved)
+                losses.log()
+            is_best = validating and validate_now(state, hooks)
+            if validating or fitting:
+                reschedule(progress, plan, clock, hooks, clock.since_step() if validating else 0.0)
+            if validating or saving:
                 hooks.save(state, is_best)
-                clock.saved()
-                saved = progress.step
-            elif left is not None and is_early_fit(progress.step) and not stopped():
-                reschedule(progress, plan, clock, hooks, 0.0)
-            elif stopped() or clock.since_save() > SECONDS_BETWEEN_CHECKPOINTS:
-                hooks.save(state, False)
                 clock.saved()
                 saved = progress.step
             if stopped():
@@ -104,6 +115,52 @@ def train_steps(state: TrainState, cases: Sequence[StoredCase], plan: Plan, devi
                     f"step {progress.step}", expected=f"{progress.steps} steps", got="a request to stop", do="continue with --resume"
                 )
     return clock
+
+
+class Losses:
+    """The losses and the lengths of gradients of the last steps, which the device may not have computed yet.
+
+    Args:
+        batch: patches a step.
+        clock: tells what the steps took.
+        hooks: take the events.
+        every: steps after which they are due to be read.
+    """
+
+    def __init__(self, batch: int, clock: Clock, hooks: Hooks, every: int) -> None:
+        self.batch, self.clock, self.hooks, self.every = batch, clock, hooks, every
+        self.unread: list[tuple[Tensor, dict[str, Any]]] = []
+        self.known: list[dict[str, Any]] = []
+
+    def add(self, loss: Tensor, length: Tensor, step: int, rate: float) -> None:
+        """Take the loss and the length of the gradient of the step after `step` others."""
+        self.unread.append((torch.stack([loss, length]), {"event": "step", "step": step + 1, "loss": math.nan, "learning_rate": rate}))
+
+    def are_due(self) -> bool:
+        """Whether as many steps as may be are unread."""
+        return len(self.unread) >= self.every
+
+    def read(self, saved: int) -> None:
+        """Wait for the device and take over all numbers; `saved` is the step of the last checkpoint.
+
+        Raises:
+            RunError: one is not finite: the first such step is named, and the steps before it are logged.
+        """
+        values = torch.stack([pair for pair, _ in self.unread]).tolist() if self.unread else []
+        events, self.unread = [event for _, event in self.unread], []
+        for event, (loss, slope) in zip(events, values, strict=True):
+            if not (math.isfinite(loss) and math.isfinite(slope)):
+                self.log()
+                raise not_finite(loss, slope, event["step"], saved)
+            self.known.append({**event, "loss": loss})
+
+    def log(self) -> None:
+        """Log the steps that were read, in order, each with the mean speed of those that were read together."""
+        if self.known:
+            speed = self.batch / self.clock.steps_done(len(self.known))
+            events, self.known = self.known, []
+            for event in events:
+                self.hooks.log({**event, "samples_per_second": speed})
 
 
 def validate_now(state: TrainState, hooks: Hooks) -> bool:
@@ -143,11 +200,13 @@ def update_average(state: TrainState, plan: Plan) -> None:
     A span that grows with the run forgets the first, bad weights without a constant to be tuned to its length.
     """
     span = max(1.0, plan.optimiser.averaging * state.progress.step)
+    averages, currents = list(state.average.state_dict().values()), list(state.network.state_dict().values())
     with torch.no_grad():
-        for average, current in zip(state.average.state_dict().values(), state.network.state_dict().values(), strict=True):
-            if average.is_floating_point():
-                average.lerp_(current, 1 / span)
-            else:
+        # All tensors in one call: on a GPU each would be a kernel of its own.
+        means, values = ([t for t in tensors if t.is_floating_point()] for tensors in (averages, currents))
+        torch._foreach_lerp_(means, values, 1 / span)
+        for average, current in zip(averages, currents, strict=True):
+            if not average.is_floating_point():
                 average.copy_(current)
 
 
@@ -156,7 +215,7 @@ def is_early_fit(step: int) -> bool:
     return step in (20, 60)
 
 
-def reschedule(progress: Progress, plan: Plan, clock: "Clock", hooks: Hooks, validation_seconds: float) -> None:
+def reschedule(progress: Progress, plan: Plan, clock: Clock, hooks: Hooks, validation_seconds: float) -> None:
     """Fit the steps to the time left, if time is limited, and spread the validations to come over them."""
     to_come = max(1, plan.validations - progress.validations)
     left = hooks.seconds_left()
@@ -170,6 +229,12 @@ def reschedule(progress: Progress, plan: Plan, clock: "Clock", hooks: Hooks, val
     progress.next_validation = progress.step + -(-(progress.steps - progress.step) // to_come)
 
 
+def answered(batch: Batch, border: int) -> Batch:
+    """The batch with labels and weights only of the middle that a network without padding answers for."""
+    weight_BS = None if batch.weight is None else crop_border(batch.weight, border)
+    return batch._replace(label=crop_border(batch.label, border), weight=weight_BS)
+
+
 def crop_border(label_BS: Tensor, border: int) -> Tensor:
     """Labels of the middle that a network without padding answers for."""
     if border == 0:
@@ -177,88 +242,20 @@ def crop_border(label_BS: Tensor, border: int) -> Tensor:
     return label_BS[(slice(None), *[slice(border, -border)] * (label_BS.dim() - 1))]
 
 
-def check_finite(loss: float, slope: float, step: int, saved: int) -> None:
-    """Stop before a loss that is no number, or a gradient of such a length, reaches the weights.
+def not_finite(loss: float, slope: float, step: int, saved: int) -> RunError:
+    """What to say of a loss that is no number, or of a gradient of such a length.
 
     Args:
         loss: of the step.
         slope: length of its gradient.
-        step: steps done before it.
+        step: its number, from 1.
         saved: the step of the last checkpoint; 0: there is none.
     """
-    if not (math.isfinite(loss) and math.isfinite(slope)):
-        kept = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
-        raise RunError(
-            f"step {step + 1}",
-            expected="a finite loss and gradient",
-            got=f"a loss of {loss} with a gradient of length {slope}",
-            do=f"{kept}: change plan.yaml first, as an unchanged plan ends here again "
-            "(lower optimiser.learning_rate, or set precision: fp32), then --resume",
-        )
-
-
-class Clock:
-    """Where wall time goes."""
-
-    def __init__(self) -> None:
-        self.start = self.last = self.last_save = time.perf_counter()
-        self.network_seconds = 0.0
-        self.step_seconds: list[float] = []
-
-    @contextmanager
-    def network(self) -> Iterator[None]:
-        """Counts its body as forward + backward + optimiser step."""
-        begin = time.perf_counter()
-        yield
-        self.network_seconds += time.perf_counter() - begin
-
-    def step_done(self) -> float:
-        """Seconds since the last step ended, or since `since_step` was asked."""
-        now = time.perf_counter()
-        self.step_seconds.append(now - self.last)
-        self.last = now
-        return self.step_seconds[-1]
-
-    def since_step(self) -> float:
-        """Seconds of what came after a step, which are then not counted to the next one."""
-        now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        return seconds
-
-    def seconds_a_step(self) -> float:
-        """Mean of the latest steps: what the next ones will take if the machine stays as busy as it is."""
-        latest = self.step_seconds[-50:]
-        return sum(latest) / len(latest)
-
-    def saved(self) -> None:
-        """A checkpoint was written now."""
-        self.last_save = time.perf_counter()
-
-    def since_save(self) -> float:
-        """Seconds since the last checkpoint."""
-        return time.perf_counter() - self.last_save
-
-
-@contextmanager
-def stop_requests() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether Ctrl-C or SIGTERM came; the step then ends and the state is saved.
-
-    A second Ctrl-C leaves at once, as Python does by itself. Only the main thread can listen to signals; one that is
-    handled by a program around this one, outside of Python, is left to it: its handler could not be put back.
-    """
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def on_signal(number: int, _: object) -> None:
-        asked.set()
-        signal.signal(number, signal.default_int_handler)
-
-    ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
-    before = {number: signal.signal(number, on_signal) for number in ours}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    kept = f"the last checkpoint is of step {saved}" if saved else "there is no checkpoint yet"
+    return RunError(
+        f"step {step}",
+        expected="a finite loss and gradient",
+        got=f"a loss of {loss} with a gradient of length {slope}",
+        do=f"{kept}: change plan.yaml first, as an unchanged plan ends here again "
+        "(lower optimiser.learning_rate, or set precision: fp32), then --resume",
+    )

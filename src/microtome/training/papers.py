@@ -177,7 +177,7 @@ def pets2022(draft: Plan, data: Fingerprint, resources: Resources) -> Lines:
     return {
         "network": (NetworkConfig(name="unet_same"), "article: its U-Net, padded and with batch norm"),
         "spacing_mm": (data.spacing_mm, "ours: the pictures' own pixels, of which only the proportions matter, as all are resized"),
-        "resize_vox": ((160, 160), "article: pictures are resized to 160 × 160; ours: linear interpolation"),
+        "resize_vox": ((160, 160), "article: pictures are resized to 160 × 160; ours: as `interpolation` says"),
         "normalisation": (NormalisationConfig(kind="none"), "article: grey values as they are, 0 to 255"),
         "patch_vox": ((160, 160), "article: whole pictures"),
         "batch": (8, "article: 8 pictures"),

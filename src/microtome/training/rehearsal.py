@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypedDict, Unpack
 
@@ -13,13 +14,16 @@ from microtome.data.dataset import Dataset
 from microtome.data.split import split_dataset
 from microtome.errors import ConfigError
 from microtome.fingerprint import take_fingerprint
-from microtome.inference.devices import arithmetic, has_bf16, pick_device, to_device
+from microtome.inference.devices import has_bf16, pick_device, to_device
 from microtome.machine import recycle_memory
 from microtome.models.registry import build, find
-from microtome.plan import SMALLEST_BATCH, Resources, draft_plan
+from microtome.plan import SMALLEST_BATCH, Resources, draft_plan, save_memory
+from microtome.training.compiled import fast_kernels
+from microtome.training.feeding import Batch
+from microtome.training.gradients import add_gradients
 from microtome.training.loop import crop_border
-from microtome.training.losses import segmentation_loss
 from microtome.training.recipes import apply_recipe, check_dims, find_recipe
+from microtome.training.recompute import recomputing
 
 # Share of a run's minutes for steps; the rest is reading, validation, the final prediction and the report.
 SHARE_OF_STEPS = 0.92
@@ -89,7 +93,7 @@ def make_plan(
     plan = draft_plan(facts, resources, network=name, dims=chosen.dims if dims is None else (dims,), seed=seed, fold=fold)
     if dims not in (None, plan.dims):
         raise ConfigError("dims", expected=f"{plan.dims} for these images", got=str(dims), do="leave it out")
-    plan = apply_recipe(chosen, plan, facts, resources).model_copy(update={"holdout": holdout})
+    plan = save_memory(apply_recipe(chosen, plan, facts, resources), resources).model_copy(update={"holdout": holdout})
     if steps is not None:
         return _with(plan, "steps", steps, "as asked")
     return fit_to_minutes(plan, minutes, where)
@@ -132,10 +136,11 @@ def step_seconds(plan: Plan, device: torch.device, precisions: Sequence[str], re
     """
     step = _Rehearsal(plan, device)
     times: dict[str, list[float]] = {name: [] for name in precisions}
-    step.seconds(precisions[0])
-    for name in list(precisions) * repeats:
-        if not times[name] or sum(map(sum, times.values())) < MOST_SECONDS:
-            times[name].append(step.seconds(name))
+    with fast_kernels(device), recomputing(step.network, plan.patch_vox) if plan.checkpointing else nullcontext():
+        step.seconds(precisions[0])
+        for name in list(precisions) * repeats:
+            if not times[name] or sum(map(sum, times.values())) < MOST_SECONDS:
+                times[name].append(step.seconds(name))
     return {name: min(values) for name, values in times.items()}
 
 
@@ -149,18 +154,14 @@ class _Rehearsal:
         layout = torch.channels_last if plan.dims == 2 else torch.channels_last_3d
         generator = torch.Generator().manual_seed(0)
         image = torch.randn(plan.batch, plan.channels, *plan.patch_vox, generator=generator)
-        self.image = image.to(device, memory_format=layout)
         label = torch.randint(len(plan.classes), (plan.batch, *plan.patch_vox), generator=generator).to(torch.int16)
-        self.label = crop_border(label.to(device), getattr(network, "context_vox", 0))
+        label = crop_border(label.to(device), network.context_vox)
+        self.batch = Batch(image.to(device, memory_format=layout), label, None)
 
     def seconds(self, precision: str) -> float:
-        """Wall time of one forward and backward pass."""
+        """Wall time of one forward and backward pass of the whole batch, as the plan takes it."""
         started = time.perf_counter()
-        with arithmetic(self.device, precision):
-            outputs = self.network(self.image)
-        outputs = outputs if isinstance(outputs, list) else [outputs]
-        loss = segmentation_loss(outputs, self.label, self.plan.loss)
-        loss.backward()  # type: ignore[no-untyped-call]
+        add_gradients(self.network, self.batch, self.plan.model_copy(update={"precision": precision}))
         # Reading a gradient waits for the device.
         next(self.network.parameters()).grad.sum().item()  # type: ignore[union-attr]
         self.network.zero_grad(set_to_none=True)

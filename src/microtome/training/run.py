@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from microtome.bundle import Bundle, save_bundle
+from microtome.bundle import Bundle, load_bundle, save_bundle
 from microtome.config import Plan, dump_yaml, load_yaml, parse_config
 from microtome.data.dataset import Dataset
 from microtome.data.planes import plane_name
@@ -24,16 +24,21 @@ from microtome.evaluation.report import build_report
 from microtome.files import write_json, write_text
 from microtome.geometry import format_shape
 from microtome.inference.devices import pick_device, to_device
-from microtome.inference.predictor import load
+from microtome.inference.predictor import Predictor
+from microtome.inference.restore import arrays_of
+from microtome.inference.torch_engine import trained_engine
 from microtome.machine import recycle_memory
 from microtome.models.network import Network
 from microtome.models.registry import build
-from microtome.plan import patch_bytes
+from microtome.plan import step_bytes
 from microtome.training.checkpoint import TrainState, load_checkpoint, new_state, save_checkpoint
-from microtome.training.loop import Clock, Event, Hooks, train_steps, validate_now
+from microtome.training.clock import Clock
+from microtome.training.completion import complete_model
+from microtome.training.loop import Event, Hooks, train_steps, validate_now
 from microtome.training.rehearsal import free_memory
 from microtome.training.store import store_cases
 from microtome.training.validation import Validation
+from microtome.training.warp import compiled
 
 # Share of the minutes kept for the end before the first validation has shown what one case takes.
 FIRST_RESERVE = 0.06
@@ -125,12 +130,11 @@ def _check_patch(network: Network, plan: Plan) -> None:
 def _check_memory(plan: Plan, device: torch.device) -> None:
     """Refuse a plan that would fill the memory and be ended by the system, without a word, in its first step."""
     free = free_memory(device)
-    needed = plan.batch * patch_bytes(plan.patch_vox, plan.network, plan.precision, len(plan.classes))
+    needed = step_bytes(plan)
     if needed > free:
         got = f"about {needed / 2**30:.1f} GB for {plan.batch} patches of {format_shape(plan.patch_vox)}"
-        raise ConfigError(
-            "plan", expected=f"at most the {free / 2**30:.1f} GB that are free", got=got, do="make batch or patch_vox smaller"
-        )
+        do = "make micro_batch, batch or patch_vox smaller, or set checkpointing: true"
+        raise ConfigError("plan", expected=f"at most the {free / 2**30:.1f} GB that are free", got=got, do=do)
 
 
 class _Session:
@@ -245,7 +249,11 @@ class _Session:
         if self.state.progress.step >= self.state.progress.steps:
             return
         before = self.seconds_left()
-        cases = store_cases(self.dataset, self.split.train, self.plan, self.folder / "cache")
+
+        def on_case(done: int, of: int) -> None:
+            self.on_event({"event": "prepared", "step": 0, "done": done, "of": of})
+
+        cases = store_cases(self.dataset, self.split.train, self.plan, self.folder / "cache", on_case)
         if not cases:
             raise DataError(
                 self.dataset.root, expected="annotated voxels to learn from", got="none", do="run `microtome inspect` on the folder"
@@ -273,8 +281,13 @@ class _Session:
         if progress.best is None:
             # The minutes were over before the first validation, and the process was gone.
             self.save(self.state, validate_now(self.state, self.hooks))
+        if problem := complete_model(self.folder, self.dataset, self.split.train):
+            self.on_event({"event": "finding", "step": progress.step, "severity": "warning", "message": problem})
         if self.split.validation:
-            metrics = self.validation.score_all(load(self.folder, device=self.device.type), self._seconds_for_end(), self.on_event)
+            # Not whatever engine is fastest here: a score is of the trained network in the arithmetic that it was trained in.
+            bundle = load_bundle(self.folder)
+            predictor = Predictor(bundle, device=self.device.type, engine=trained_engine(bundle, self.device))
+            metrics = self.validation.score_all(predictor, self._seconds_for_end(), self.on_event)
             if metrics:
                 write_json(self.folder / "metrics.json", metrics)
                 subset = metrics["conventions"].get("validation_subset")
@@ -304,8 +317,16 @@ class _Session:
         """The model first, if it is the best: a checkpoint never names a best that is not there."""
         if is_best:
             provenance = {"step": state.progress.step, "score": state.progress.best, "data": str(self.dataset.root), **versions()}
-            weights = state.average.state_dict()
-            save_bundle(self.folder / "model", Bundle(plan=self.plan, legend=self.dataset.legend, weights=weights, provenance=provenance))
+            network = state.average
+            bundle = Bundle(
+                plan=self.plan,
+                legend=self.dataset.legend,
+                weights=arrays_of(network.state_dict()),
+                sizes=network.sizes,
+                context_vox=network.context_vox,
+                provenance=provenance,
+            )
+            save_bundle(self.folder / "model", bundle)
         state.progress.seconds = self.seconds()
         save_checkpoint(self.checkpoint, state)
 
@@ -332,13 +353,14 @@ class _Session:
         return min(REPORT_SECONDS, FIRST_RESERVE * total)
 
 
-def environment(device: torch.device) -> dict[str, str | int]:
+def environment(device: torch.device) -> dict[str, str | int | bool]:
     """What a person needs to know to run this again."""
     return {
         **versions(),
         "platform": platform.platform(),
         "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "compiled_warp": compiled(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -3,9 +3,7 @@
 A run therefore resumes at any step bit for bit, and who computes a sample, or when, changes nothing.
 """
 
-import os
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -15,10 +13,9 @@ from torch import Tensor
 
 from microtome.config import Plan
 from microtome.geometry import Shape
-from microtome.preprocess import crop_box
 from microtome.training.intensity import Intensity, draw_intensity, draw_other, match_histogram
 from microtome.training.store import StoredCase
-from microtome.training.warp import Patch, Warp, draw_warp, resample_patch
+from microtome.training.warp import Patch, Warp, draw_warp, warp_patch
 
 
 @dataclass(frozen=True)
@@ -104,81 +101,39 @@ def draw_sample(pool: Pool, plan: Plan, step: int, position: int, border: int = 
     return Sample(number, section, centre, draw_warp(rng, plan.augment, plan.patch_vox, plan.spacing_mm), intensity, other)
 
 
-def load_sample(sample: Sample, cases: Sequence[StoredCase], patch_vox: Shape) -> Patch:
-    """Image (C, *patch), label (*patch) and, where cases have a weight map, weight of a sample; reads only the part that it needs."""
-    case = cases[sample.case]
-    source = sample.warp.coordinates(sample.centre, patch_vox)
-    flat = source.reshape(len(patch_vox), -1)
-    box = crop_box(case.shape_vox[-len(patch_vox) :], flat.min(1).tolist(), flat.max(1).tolist())
-    corner = np.array([side.start for side in box], np.float32).reshape(-1, *[1] * len(patch_vox))
-    part: tuple[slice | int, ...] = box if sample.section is None else (sample.section, *box)
-    image, label, weight = case.crop(part)
-    crop = Patch(torch.from_numpy(image), torch.from_numpy(label), None if weight is None else torch.from_numpy(weight))
-    patch = resample_patch(crop, source - corner)
-    image_CS = patch.image
-    if sample.other is not None:
-        image_CS = match_histogram(image_CS, case.quantiles, cases[sample.other].quantiles)
-    return patch._replace(image=sample.intensity.apply(image_CS))
-
-
-class Batch(NamedTuple):
-    """The patches of a step.
+class Crop(NamedTuple):
+    """The part of a case that a sample is made of.
 
     Attributes:
-        image: (B, C, *patch) float32, channels last.
-        label: (B, *patch) int16, -1 where not annotated.
-        weight: (B, *patch) float32, how much each voxel counts in the loss; None: all alike.
+        patch: image, label and weight of that part, before any change.
+        centre: (D,) where the middle of the sample lies in it, in voxels from its first.
     """
 
-    image: Tensor
-    label: Tensor
-    weight: Tensor | None
+    patch: Patch
+    centre: np.ndarray
 
 
-class Batches:
-    """Batches by step number, their samples made by a pool of threads.
-
-    On a GPU the next steps' samples are made while it computes. On a CPU a step's samples are made when it begins: the
-    cores are busy with the network otherwise, and a thread beside it would only take its share of them.
-    """
-
-    def __init__(self, cases: Sequence[StoredCase], plan: Plan, device: torch.device, border: int = 0) -> None:
-        self.drawn_from, self.plan, self.device, self.border = Pool.of(cases), plan, device, border
-        self.ahead = 0 if device.type == "cpu" else 3
-        self.waiting: dict[int, list[Future[Patch]]] = {}
-        threads = torch.get_num_threads()
-        self.pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2), initializer=_one_thread_each)
-        list(self.pool.map(lambda _: None, range(2)))
-        # The call in the workers also limits the library behind large products, for all threads: give it back.
-        torch.set_num_threads(threads)
-
-    def get(self, step: int) -> Batch:
-        """The batch of a step, on the device."""
-        for number in range(step, step + self.ahead + 1):
-            if number not in self.waiting:
-                self.waiting[number] = [self.pool.submit(self._load, number, position) for position in range(self.plan.batch)]
-        patches = [future.result() for future in self.waiting.pop(step)]
-        layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
-        image = torch.stack([patch.image for patch in patches]).to(self.device, memory_format=layout)
-        label = torch.stack([patch.label for patch in patches]).to(self.device)
-        weights = [patch.weight for patch in patches if patch.weight is not None]
-        return Batch(image, label, torch.stack(weights).to(self.device) if weights else None)
-
-    def _load(self, step: int, position: int) -> Patch:
-        """One sample of one step."""
-        sample = draw_sample(self.drawn_from, self.plan, step, position, self.border)
-        return load_sample(sample, self.drawn_from.cases, self.plan.patch_vox)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
+def read_crop(sample: Sample, cases: Sequence[StoredCase], patch_vox: Shape) -> Crop:
+    """What the sample needs of its case, and no more; nothing is computed."""
+    case = cases[sample.case]
+    box = sample.warp.box(sample.centre, patch_vox, case.shape_vox[-len(patch_vox) :])
+    image, label, weight = case.crop(box if sample.section is None else (sample.section, *box))
+    part = Patch(torch.from_numpy(image), torch.from_numpy(label), None if weight is None else torch.from_numpy(weight))
+    return Crop(part, sample.centre - [side.start for side in box])
 
 
-def _one_thread_each() -> None:
-    """A sample's operations are too small to be shared out: two threads would mostly wait for each other."""
-    torch.set_num_threads(1)
+def load_sample(sample: Sample, cases: Sequence[StoredCase], patch_vox: Shape) -> Patch:
+    """Image (C, *patch), label (*patch) and, where cases have a weight map, weight of a sample; reads only the part that it needs."""
+    crop = read_crop(sample, cases, patch_vox)
+    patch = warp_patch(crop.patch, sample.warp, crop.centre, patch_vox)
+    return patch._replace(image=change_values(sample, patch.image, cases))
+
+
+def change_values(sample: Sample, image_CS: Tensor, cases: Sequence[StoredCase]) -> Tensor:
+    """The grey values of a sample's patch, on whatever device it lies: another case's histogram, then the intensity."""
+    if sample.other is not None:
+        image_CS = match_histogram(image_CS, cases[sample.case].quantiles, cases[sample.other].quantiles)
+    return sample.intensity.apply(image_CS)
 
 
 def _place(rng: np.random.Generator, voxel: np.ndarray, shape_vox: Shape, patch_vox: Shape, *, free: bool) -> np.ndarray:

@@ -1,53 +1,38 @@
-"""Cases brought to the plan's grid and grey values once, kept as memory-mapped arrays on disk."""
+"""Cases brought to the plan's grid once and kept on disk, from which training reads parts as the network's grey values."""
 
 import hashlib
 import math
 import os
+import re
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from microtome.config import Plan
-from microtome.data.dataset import NOT_ANNOTATED, Case, Dataset
-from microtome.errors import RunError
+from microtome.data.dataset import Case, Dataset
+from microtome.errors import DataWarning, RunError
 from microtome.files import atomic_path
 from microtome.geometry import Shape
-from microtome.preprocess import grid_shape, normalise, resample, resample_labels, voxel_size
-from microtome.training.borders import border_weights, objects_of, separated
+from microtome.machine import free_memory_bytes
+from microtome.training.arrays import MAPPED, SHARDED, Arrays, Scale, StoredArray, packed_bytes, smallest, write_array
+from microtome.training.preparing import class_counts, draw_voxels, prepare, quantiles, stored_bytes, working_bytes
 
-# Enough to draw from for thousands of steps; more only costs memory.
-VOXELS_A_CLASS = 2000
-# A file that is mapped is one that is open, and many systems let a process open 1024 (macOS: 256).
-MOST_OPEN = 128
-# Cases that are prepared, and held in memory, at once.
-MOST_THREADS = 4
-# Points of the table of a channel's quantiles, the smallest and the largest value among them.
-QUANTILES = 257
-
-
-@dataclass(frozen=True)
-class MappedArray:
-    """An array in a .npy file that is mapped into memory when a part of it is read, and closed when it was long not read.
-
-    Attributes:
-        path: the file.
-        shape: of the array.
-        opened: maps a file, or gives the mapping that was made of it before.
-    """
-
-    path: Path
-    shape: Shape
-    opened: Callable[[Path], np.ndarray]
-
-    def __getitem__(self, part: Any) -> np.ndarray:
-        found: np.ndarray = self.opened(self.path)[part]
-        return found
+# Part of the key of stored files: what an earlier version of this program wrote is not taken for this one's.
+FORMAT = 2
+# More would wait for the disk and for each other.
+MOST_THREADS = 16
+# Of the memory that is free when preparing begins; the rest is for what the estimate does not know, and for other programs.
+MEMORY_SHARE = 0.6
+# Other cases may compress worse than the first.
+PACKED_MARGIN = 1.15
+# What the name of a stored file begins with: the number of the case, and its key.
+_STORED = re.compile(r"\d{5,}-[0-9a-f]{8}(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -56,23 +41,25 @@ class StoredCase:
 
     Attributes:
         name: the case's name.
-        image: (C, *S) float32.
-        label: (*S) int16, -1 where not annotated.
+        image: (C, *S) as stored; `crop` gives grey values.
+        label: (*S) as stored, -1 where not annotated.
         class_voxels: for each class that it holds, up to 2000 voxel indices (N, D) drawn from all of them.
         class_counts: how many voxels of each of these classes it really holds.
         weight: how often it is drawn, relative to others.
-        quantiles: (C, 257) float32 of the image, from its smallest to its largest value.
+        quantiles: (C, 257) float32 of the image's grey values, from the smallest to the largest.
         weight_map: (*S) float16, how much each voxel counts in the loss; None: all alike.
+        scale: what makes the image's values the network's grey values; None: they are.
     """
 
     name: str
-    image: MappedArray | np.ndarray
-    label: MappedArray | np.ndarray
+    image: StoredArray | np.ndarray
+    label: StoredArray | np.ndarray
     class_voxels: Mapping[int, np.ndarray]
     class_counts: Mapping[int, int]
     weight: float
     quantiles: np.ndarray
-    weight_map: MappedArray | np.ndarray | None = None
+    weight_map: StoredArray | np.ndarray | None = None
+    scale: Scale | None = None
 
     @property
     def shape_vox(self) -> Shape:
@@ -80,8 +67,13 @@ class StoredCase:
         return tuple(self.label.shape)
 
     def crop(self, part: tuple[slice | int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
-        """Image (C, *part) float32 in the network's grey values, label (*part) int16 and weight (*part) float32 of a part, all copies."""
+        """Image (C, *part) float32 in the network's grey values, label (*part) int16 and weight (*part) float32 of a part, all copies.
+
+        Bit for bit what the normalised whole has there.
+        """
         image_CS = np.array(self.image[(slice(None), *part)], np.float32)
+        if self.scale is not None:
+            self.scale.apply(image_CS)
         weight_S = None if self.weight_map is None else np.array(self.weight_map[part], np.float32)
         return image_CS, np.array(self.label[part], np.int16), weight_S
 
@@ -104,131 +96,126 @@ class StoredCase:
         return voxel
 
 
-def store_cases(dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Path) -> list[StoredCase]:
+def store_cases(
+    dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Path, on_case: Callable[[int, int], None] = lambda done, of: None
+) -> list[StoredCase]:
     """Preprocess cases into `folder` (or take what lies there from an interrupted run); those that hold annotations.
 
-    A few cases at once, each in a thread of its own; each file appears only when complete.
+    As many at once as there are cores, and as fit into memory, each in a thread of its own. Compressed where the disk is too
+    small for them as they are. Each file appears only when complete, and is the same whatever else was prepared beside it.
+
+    Args:
+        dataset: holds the cases.
+        cases: labelled ones.
+        plan: says grid, grey values, weights and seed.
+        folder: of this run alone; what lies there of an interrupted write or of another plan is removed.
+        on_case: is told how many of the cases to prepare are done, and how many there are.
 
     Raises:
-        RunError: they will not fit on the disk; nothing was begun.
+        RunError: they do not fit on the disk, even compressed; or the disk became full, and what was prepared is good.
+
+    Warns:
+        DataWarning: they are compressed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stems = [folder / f"{number:05d}-{_key(case, plan)}" for number, case in enumerate(cases)]
-    _check_space(dataset, [case for case, stem in zip(cases, stems, strict=True) if not _is_stored(stem)], plan, folder)
-    opened = lru_cache(MOST_OPEN)(_map)
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+    missing = [number for number, stem in enumerate(stems) if not _is_stored(stem)]
+    _sweep(folder, {stem.name for number, stem in enumerate(stems) if number not in missing})
+    kind = _choose_kind(dataset, [cases[number] for number in missing], plan, folder)
 
-        def store(number: int) -> StoredCase:
-            if not _is_stored(stems[number]):
-                _store(dataset, cases[number], plan, stems[number], np.random.default_rng([plan.seed, number]))
-            return _open(cases[number], stems[number], opened)
+    def store(number: int) -> None:
+        _store(dataset, cases[number], plan, stems[number].with_suffix(kind), np.random.default_rng([plan.seed, number]))
 
-        stored = list(pool.map(store, range(len(cases))))
+    sizes = {number: working_bytes(dataset, cases[number], plan) for number in missing}
+    left = set(missing)
+
+    def done(number: int) -> None:
+        left.discard(number)
+        on_case(len(missing) - len(left), len(missing))
+
+    try:
+        run_within(int(MEMORY_SHARE * free_memory_bytes()), sizes, store, done)
+    except RunError as error:
+        raise _stopped(dataset, [cases[number] for number in sorted(left)], plan, error) from error
+    arrays = Arrays()
+    stored = [_open(case, stem, arrays) for case, stem in zip(cases, stems, strict=True)]
     return [case for case in stored if case.class_voxels]
 
 
-class Prepared(NamedTuple):
-    """A case on the plan's grid.
+def run_within(memory_bytes: int, sizes: Mapping[int, int], work: Callable[[int], None], done: Callable[[int], None]) -> None:
+    """Do work by number in threads, in order, as many at once as there are cores and as their sizes together allow.
 
-    Attributes:
-        image: (C, *S) float32.
-        label: (*S) int16, -1 where not annotated.
-        weight: (*S) float16, how much each voxel counts in the loss; None where the plan has no border weights.
-    """
-
-    image: np.ndarray
-    label: np.ndarray
-    weight: np.ndarray | None = None
-
-
-def prepare(dataset: Dataset, case: Case, plan: Plan) -> Prepared:
-    """A case on the plan's grid, in the network's grey values."""
-    image = dataset.read_image(case)
-    shape = grid_shape(image.shape_vox, voxel_size(image, plan), plan)
-    array = resample(normalise(image.array, plan.normalisation), shape)
-    label = resample_labels(dataset.read_label(case), shape)
-    if not plan.loss.border_weight:
-        return Prepared(array, label)
-    found = dataset.read_instances(case)
-    objects = None if found is None else nearest(found, shape)
-    return Prepared(array, *weigh_borders(label, objects, plan, dataset.legend.background))
-
-
-def nearest(values_S: np.ndarray, new_shape_vox: Shape) -> np.ndarray:
-    """Values on a new grid of the same extent, each voxel that of the old one under its centre: object numbers have no mean."""
-    for axis, (size, new_size) in enumerate(zip(values_S.shape, new_shape_vox, strict=True)):
-        if size != new_size:
-            values_S = values_S.take(((np.arange(new_size) + 0.5) * size / new_size).astype(int), axis)
-    return values_S
-
-
-def weigh_borders(label_S: np.ndarray, objects_S: np.ndarray | None, plan: Plan, background: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The label with gaps of background between touching objects, and the weight of each voxel, float16, most in the gaps.
-
-    Without objects the label stays as it is: what touches there are pieces of different classes, which need no gap to be told
-    apart, and a gap would be a false label.
-
-    A 2D network's stack is weighed a section at a time, as it sees nothing else.
+    What is larger than the memory by itself is done alone. `done` is called in the caller's thread. After an error what runs
+    is finished, nothing more begun, and the error raised.
 
     Args:
-        label_S: on the plan's grid.
-        objects_S: the objects on the same grid; None: the connected parts of all classes but the background.
-        plan: with the settings of its loss.
-        background: the class that a gap becomes; None: every class is one of objects.
+        memory_bytes: what all that runs at once may take.
+        sizes: bytes that each number takes while it is worked on.
+        work: is called with a number.
+        done: is called with a number whose work is done.
     """
-    loss, spacing_mm = plan.loss, plan.spacing_mm[-plan.dims :]
-    labels = np.array(label_S).reshape(-1, *label_S.shape[-plan.dims :])
-    weights = np.empty(labels.shape, np.float16)
-    for number, label in enumerate(labels):
-        objects = _pieces(label, background) if objects_S is None else objects_S.reshape(labels.shape)[number]
-        apart = objects if objects_S is None else separated(objects)
-        label[(objects > 0) & (apart == 0) & (label != NOT_ANNOTATED)] = background or 0
-        found = border_weights(apart, spacing_mm, w0=loss.border_weight, sigma_vox=loss.border_sigma, balance=loss.balance_classes)
-        # Nothing is learned where nothing is annotated, but a sample between there and here would take half of its weight.
-        found[label == NOT_ANNOTATED] = 1
-        weights[number] = np.minimum(found, np.finfo(np.float16).max)
-    return labels.reshape(label_S.shape), weights.reshape(label_S.shape)
+    threads = max(1, min(MOST_THREADS, os.cpu_count() or 1))
+    running: dict[Future[None], int] = {}
+
+    def collect() -> None:
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            number = running.pop(future)
+            future.result()
+            done(number)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for number, size in sizes.items():
+            while running and (len(running) == threads or sum(sizes[n] for n in running.values()) + size > memory_bytes):
+                collect()
+            running[pool.submit(work, number)] = number
+        while running:
+            collect()
 
 
-def _pieces(label_S: np.ndarray, background: int | None) -> np.ndarray:
-    """The connected parts of all classes but the background, which `objects_of` takes to be 0."""
-    shifted_S = np.where(label_S == NOT_ANNOTATED, NOT_ANNOTATED, label_S + 1)
-    if background is not None:
-        shifted_S[label_S == background] = 0
-    return objects_of(shifted_S)
+def _choose_kind(dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Path) -> str:
+    """How cases are to be stored: as they are where the disk has room for all of them, else compressed.
+
+    Raises:
+        RunError: no room for them even compressed; found before hours of work, and nothing was begun.
+
+    Warns:
+        DataWarning: they are compressed.
+    """
+    needed, free = sum(stored_bytes(dataset, case, plan) for case in cases), shutil.disk_usage(folder).free
+    if needed <= free:
+        return MAPPED
+    first = prepare(dataset, cases[0], plan)
+    arrays = [array for array in (first.image, smallest(first.label, (np.int8,)), first.weight) if array is not None]
+    share = sum(packed_bytes(array, plan.dims) for array in arrays) / sum(array.nbytes for array in arrays)
+    packed = math.ceil(PACKED_MARGIN * share * needed)
+    sizes = f"{len(cases)} prepared cases take {_gb(needed)}, compressed about {_gb(packed)}"
+    if packed > free:
+        expected = f"{packed} free bytes ({sizes})"
+        do = "free space and --resume, or give another --out"
+        raise RunError(folder, expected=expected, got=f"{free} ({_gb(free)}), {packed - free} too few", do=do)
+    message = f"{folder}: {sizes}, and {_gb(free)} are free: they are stored compressed, from where patches are read several times slower"
+    warnings.warn(DataWarning(message), stacklevel=3)
+    return SHARDED
 
 
-def stored_bytes(dataset: Dataset, case: Case, plan: Plan) -> int:
-    """How many bytes a case will take on disk, from its header."""
-    # Parts of one stack carry its name with their sections behind it.
-    header = dataset.headers[case.name if case.name in dataset.headers else case.name.rpartition("[")[0]]
-    shape = header.shape_vox
-    if case.sections:
-        shape = (case.sections[1] - case.sections[0], *shape[1:])
-    assumed = header.spacing_mm if header.spacing_known else plan.assumed_spacing_mm or header.spacing_mm
-    spacing = plan.stated_spacing_mm or dataset.config.spacing_mm or assumed
-    voxels = math.prod(grid_shape(shape, spacing, plan))
-    noted = min(voxels, VOXELS_A_CLASS * len(plan.classes))
-    each = 4 * plan.channels + (4 if plan.loss.border_weight else 2)
-    return voxels * each + noted * 4 * len(shape) + 4 * QUANTILES * plan.channels
-
-
-def _check_space(dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Path) -> None:
-    """Refuse before hours of work what would fill the disk at their end."""
+def _stopped(dataset: Dataset, cases: Sequence[Case], plan: Plan, error: RunError) -> RunError:
+    """The error of a write that failed, with the room that the cases still to be prepared take."""
     needed = sum(stored_bytes(dataset, case, plan) for case in cases)
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        expected = f"{needed} free bytes for {len(cases)} prepared cases ({needed / 1e9:.1f} GB)"
-        got = f"{free} ({free / 1e9:.1f} GB)"
-        raise RunError(folder, expected=expected, got=got, do="free space and --resume, or give another --out")
+    expected = f"room for {len(cases)} more prepared cases, at most {needed} bytes ({_gb(needed)})"
+    return RunError(error.where, expected=expected, got=error.got, do="free space, then --resume: what was prepared is kept")
+
+
+def _gb(count: int) -> str:
+    """`12.3 GB`."""
+    return f"{count / 1e9:.1f} GB"
 
 
 def _key(case: Case, plan: Plan) -> str:
     """What the stored arrays depend on, in a file's name: after a change of the plan they are not taken for the new ones."""
-    grid = (plan.dims, plan.spacing_mm, plan.stated_spacing_mm, plan.assumed_spacing_mm, plan.resize_vox)
+    grid = (plan.dims, plan.spacing_mm, plan.stated_spacing_mm, plan.assumed_spacing_mm, plan.resize_vox, plan.interpolation)
     loss = plan.loss
     borders = (loss.border_weight, loss.border_sigma, loss.balance_classes) if loss.border_weight else ()
-    settings = repr((case.name, case.sections, case.planes, grid, plan.normalisation, borders, plan.seed))
+    settings = repr((FORMAT, case.name, case.sections, case.planes, grid, plan.normalisation, borders, plan.seed))
     return hashlib.blake2b(settings.encode(), digest_size=4).hexdigest()
 
 
@@ -237,69 +224,44 @@ def _is_stored(stem: Path) -> bool:
     return stem.with_suffix(".voxels.npz").exists()
 
 
+def _sweep(folder: Path, kept: Collection[str]) -> None:
+    """Remove what is of no use to this run: temporary files of a killed process, half of a case, cases of another plan."""
+    for path in folder.iterdir():
+        named = _STORED.match(path.name)
+        if path.name.startswith(".part-") or (named and named[0] not in kept):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
 def _store(dataset: Dataset, case: Case, plan: Plan, stem: Path, rng: np.random.Generator) -> None:
-    """Write one case: image, label, and last where its classes are."""
-    image, label, weight = prepare(dataset, case, plan)
-    arrays = [(".image.npy", image), (".label.npy", label)]
-    for suffix, array in [*arrays, (".weight.npy", weight)] if weight is not None else arrays:
-        with atomic_path(stem.with_suffix(suffix)) as part, part.open("wb") as file:
-            np.save(file, array, allow_pickle=False)
+    """Write one case: its arrays, as the kind that the stem ends with, and last where its classes are and what the image's values mean."""
+    image, label, weight, scale = prepare(dataset, case, plan)
+    for name, array in (("image", image), ("label", smallest(label, (np.int8,))), ("weight", weight)):
+        if array is not None:
+            write_array(stem.with_suffix(f".{name}{stem.suffix}"), array, plan.dims)
     counts = class_counts(label)
-    voxels = {f"{k}": draw_voxels(rng, label, k) for k in counts}
-    table = np.array(list(counts.items()), np.int64).reshape(-1, 2)
+    found = {f"{k}": draw_voxels(rng, label, k) for k in counts}
+    found["counts"] = np.array(list(counts.items()), np.int64).reshape(-1, 2)
+    found["quantiles"], found["shape"] = quantiles(image, scale), np.array(image.shape)
+    if scale is not None:
+        found["scale"] = np.stack(scale)
     with atomic_path(stem.with_suffix(".voxels.npz")) as part, part.open("wb") as file:
-        np.savez(file, counts=table, quantiles=quantiles(image), allow_pickle=False, **voxels)
+        np.savez(file, allow_pickle=False, **found)
 
 
-def _map(path: Path) -> np.ndarray:
-    """The array in a .npy file, mapped into memory."""
-    array: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    return array
-
-
-def _open(case: Case, stem: Path, opened: Callable[[Path], np.ndarray]) -> StoredCase:
-    """A case that was stored."""
-
-    def mapped(name: str) -> MappedArray:
-        path = stem.with_suffix(f".{name}.npy")
-        return MappedArray(path, opened(path).shape, opened)
-
+def _open(case: Case, stem: Path, arrays: Arrays) -> StoredCase:
+    """A case that was stored; its arrays are opened when they are first read."""
     with np.load(stem.with_suffix(".voxels.npz"), allow_pickle=False) as file:
         counts = {int(k): int(count) for k, count in file["counts"]}
         voxels = {k: file[str(k)] for k in counts}
-        table = file["quantiles"]
+        table, shape = file["quantiles"], tuple(int(size) for size in file["shape"])
+        scale = Scale.of(file["scale"]) if "scale" in file else None
+    image, label = arrays.find(stem, "image", shape), arrays.find(stem, "label", shape[1:])
+    weight_map = (
+        arrays.find(stem, "weight", shape[1:]) if any(stem.with_suffix(f".weight{kind}").exists() for kind in (MAPPED, SHARDED)) else None
+    )
     # Parts of one stack are drawn by their size; separate images equally often, whatever their size.
     weight = float(sum(counts.values())) if case.sections else 1.0
-    weight_map = mapped("weight") if stem.with_suffix(".weight.npy").exists() else None
-    return StoredCase(case.name, mapped("image"), mapped("label"), voxels, counts, weight, table, weight_map)
-
-
-def quantiles(image_CS: np.ndarray) -> np.ndarray:
-    """257 evenly spaced quantiles of each channel of an image, (C, 257) float32, linear between its sorted values."""
-    table = np.empty((len(image_CS), QUANTILES), np.float32)
-    for row, channel in zip(table, image_CS, strict=True):
-        # A sort of the whole is several times faster than NumPy's search for so many quantiles.
-        values = np.sort(channel, axis=None)
-        place = np.linspace(0, len(values) - 1, QUANTILES)
-        below = place.astype(int)
-        above, share = np.minimum(below + 1, len(values) - 1), place - below
-        row[:] = values[below] * (1 - share) + values[above] * share
-    return table
-
-
-def class_counts(label: np.ndarray) -> dict[int, int]:
-    """How many voxels of each class a label map (*S) int16 holds; -1 is none."""
-    total = np.zeros(2**15 + 1, np.int64)
-    for part in label.reshape(len(label), -1):
-        # A section at a time, shifted by one: the count is of 64-bit numbers, of which a volume's would fill the memory.
-        found = np.bincount(part.astype(np.int32) + 1)
-        total[: len(found)] += found
-    return {int(k): int(total[k + 1]) for k in np.flatnonzero(total[1:])}
-
-
-def draw_voxels(rng: np.random.Generator, label: np.ndarray, k: int) -> np.ndarray:
-    """Indices (N, D) int32 of some voxels of a class of a label map (*S)."""
-    places = np.flatnonzero(label == k)
-    if len(places) > VOXELS_A_CLASS:
-        places = rng.choice(places, VOXELS_A_CLASS, replace=False)
-    return np.stack(np.unravel_index(places, label.shape), axis=1).astype(np.int32)
+    return StoredCase(case.name, image, label, voxels, counts, weight, table, weight_map, scale)

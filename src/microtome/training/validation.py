@@ -21,7 +21,8 @@ from microtome.evaluation.scores import CaseScore, score_case, summarise
 from microtome.images.files import label_suffix, write_labels
 from microtome.images.image import Image
 from microtome.inference.predict import predict_labels
-from microtome.inference.predictor import Predictor, safe_name
+from microtome.inference.predict_files import safe_name
+from microtome.inference.predictor import Predictor
 from microtome.inference.torch_engine import TorchEngine
 from microtome.preprocess import voxel_size
 from microtome.training.checkpoint import TrainState

@@ -5,7 +5,9 @@ grid, at which image, label and weights are sampled. C channels, S spatial axes,
 """
 
 import math
+import os
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -15,6 +17,15 @@ from torch.nn import functional as F
 
 from microtome.config import AugmentConfig
 from microtome.geometry import Shape, Spacing
+from microtome.preprocess import crop_box
+
+try:
+    from microtome.training import _warp
+except ImportError:
+    _warp = None  # type: ignore[assignment]
+
+# What _warp must say of itself: a build that was left from another version is not used.
+INTERFACE = 1
 
 
 @dataclass(frozen=True)
@@ -60,10 +71,41 @@ class Warp:
                 line = line + (matrix[row, axis] * axes[axis]).reshape(shape)
             result[row] = line
         if self.bend is not None:
-            # The field is linear in its control points: to turn these few is to turn all voxels' displacements.
-            turned = np.einsum("ij,j...->i...", self.matrix, self.bend.control)
-            _add_field(result, Bend(turned, self.bend.gap_vox, self.bend.kind))
+            _add_field(result, self.bend, self._turned(self.bend))
         return result
+
+    def bounds(self, centre: np.ndarray, shape_vox: Shape) -> tuple[np.ndarray, np.ndarray]:
+        """Least and largest source coordinate (D,) of a patch around `centre` (D,), or a little beyond; no voxel's own is computed.
+
+        Each cell of the control points has bounds of its own. They must cover the patch.
+        """
+        dims, middle = len(shape_vox), (np.array(shape_vox) - 1) / 2
+        bend = self.bend or Bend(np.zeros((dims, *(1,) * dims)), (math.inf,) * dims, "bicubic")
+        least = _least_field(self._turned(bend), bend.kind)
+        for axis, (n, gap) in enumerate(zip(shape_vox, bend.gap_vox, strict=True)):
+            edges = np.minimum(np.arange(least.shape[axis + 2] + 1) * min(gap, n), n - 1) - middle[axis]
+            ends = self.matrix[:, axis, None, None] * np.stack([edges[:-1], edges[1:]])
+            shape = (2, dims, *(-1 if other == axis else 1 for other in range(dims)))
+            least = least + np.stack([ends.min(1), -ends.max(1)]).reshape(shape)
+        low, high = least.reshape(2, dims, -1).min(-1) * np.array([[1], [-1]])
+        return centre + low, centre + high
+
+    def box(self, centre: np.ndarray, shape_vox: Shape, case_vox: Shape) -> tuple[slice, ...]:
+        """The part of a case of shape `case_vox` that a patch around `centre` (D,) is made of, what is mirrored into it included.
+
+        The warp of this part is that of the whole case: where the part ends inside of the case, nothing beyond is asked for.
+        """
+        low, high = self.bounds(centre, shape_vox)
+        last = np.array(case_vox) - 1
+        return crop_box(case_vox, np.minimum(low, 2 * last - high).tolist(), np.maximum(high, -low).tolist())
+
+    def _turned(self, bend: Bend) -> np.ndarray:
+        """Control points (D, *points) along the axes of the source.
+
+        The field is linear in them: to turn these few is to turn all voxels' displacements.
+        """
+        turned: np.ndarray = np.tensordot(self.matrix, bend.control, 1)
+        return turned
 
 
 class Patch(NamedTuple):
@@ -125,6 +167,53 @@ def draw_bend(rng: np.random.Generator, config: AugmentConfig, patch_vox: Shape)
     return Bend(drawn * sd, gaps, config.elastic_kind)
 
 
+def compiled() -> bool:
+    """Whether samples on a CPU are warped by the compiled code; MICROTOME_COMPILED=0 switches it off."""
+    return _warp is not None and _warp.INTERFACE == INTERFACE and os.environ.get("MICROTOME_COMPILED") != "0"
+
+
+def warp_patch(crop: Patch, warp: Warp, centre: np.ndarray, shape_vox: Shape) -> Patch:
+    """The patch of `shape_vox` around `centre` (D,), in voxels of the crop: `resample_patch` at the warp's coordinates.
+
+    The compiled code, where there is one, makes no array of coordinates; it differs from the tensor code by their rounding.
+    The same input gives the same bytes on every processor that has it.
+    """
+    if compiled() and _suits(crop, shape_vox):
+        return _compiled_patch(crop, warp, centre, shape_vox)
+    return resample_patch(crop, warp.coordinates(centre, shape_vox))
+
+
+def _suits(crop: Patch, shape_vox: Shape) -> bool:
+    """Whether the compiled code takes these types and sizes."""
+    types = [crop.image.dtype, crop.label.dtype, torch.float32 if crop.weight is None else crop.weight.dtype]
+    shapes = (tuple(crop.label.shape), shape_vox)
+    fits = all(min(shape) >= 1 and max(shape) <= _warp.MOST_ALONG_AXIS and math.prod(shape) <= _warp.MOST_VOXELS for shape in shapes)
+    return fits and types == [torch.float32, torch.int16, torch.float32] and crop.image.device.type == "cpu"
+
+
+def _compiled_patch(crop: Patch, warp: Warp, centre: np.ndarray, shape_vox: Shape) -> Patch:
+    """`warp_patch` by the compiled code."""
+    origin = centre - warp.matrix @ ((np.array(shape_vox) - 1) / 2)
+    affine = np.column_stack([warp.matrix, origin]).astype(np.float64)
+    bend = None
+    if warp.bend is not None:
+        control = np.ascontiguousarray(warp._turned(warp.bend), np.float32)
+        bend = (control, *_bases(warp.bend, shape_vox))
+    patch = Patch(
+        torch.empty(len(crop.image), *shape_vox),
+        torch.empty(shape_vox, dtype=torch.int16),
+        None if crop.weight is None else torch.empty(shape_vox),
+    )
+    _warp.resample(_arrays(crop), _arrays(patch), affine, bend)
+    return patch
+
+
+def _arrays(patch: Patch) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """The same memory as contiguous arrays."""
+    weight = None if patch.weight is None else patch.weight.contiguous().numpy()
+    return patch.image.contiguous().numpy(), patch.label.contiguous().numpy(), weight
+
+
 def resample_patch(crop: Patch, source_DS: np.ndarray) -> Patch:
     """Image and weight (linear) and label (nearest) at the same source coordinates.
 
@@ -167,16 +256,52 @@ def _rotation(angles: np.ndarray, dims: int) -> np.ndarray:
     return result
 
 
-def _add_field(target: np.ndarray, bend: Bend) -> None:
+def _add_field(target: np.ndarray, bend: Bend, turned: np.ndarray) -> None:
     """Add the displacement of each voxel to `target` (D, *S) float32: one small product an axis."""
-    shape, weights = target.shape, bspline_weights if bend.kind == "bspline" else keys_weights
-    field = torch.from_numpy(bend.control.astype(np.float32))
-    sizes = zip(bend.control.shape[1:], shape[1:], bend.gap_vox, strict=True)
-    bases = [torch.from_numpy(weights(points, size, gap).astype(np.float32)) for points, size, gap in sizes]
+    shape = target.shape
+    field = torch.from_numpy(turned.astype(np.float32))
+    bases = [torch.from_numpy(basis.T) for basis in _bases(bend, shape[1:])]
     for axis, basis in enumerate(bases[:-1], start=1):
         field = torch.matmul(basis, field.reshape(math.prod(shape[:axis]), basis.shape[1], -1))
     # The last product is the large one: it goes straight to where it is wanted.
     torch.from_numpy(target).view(-1, shape[-1]).addmm_(field.reshape(-1, bases[-1].shape[1]), bases[-1].T)
+
+
+def _least_field(control: np.ndarray, kind: str) -> np.ndarray:
+    """Least displacement, and least of its negative, (2, D, *cells) between neighbouring points, or a little below.
+
+    Between two points the field is a cubic along each axis, and stays above the least of its four Bézier points, which follow
+    from the four points around: of a B-spline by de Boor's rule, of Keys' convolution by its tangents.
+    """
+    spline = kind == "bspline"
+    rule = (
+        [[1, 4, 1, 0], [0, 4, 2, 0], [0, 2, 4, 0], [0, 1, 4, 1]] if spline else [[0, 6, 0, 0], [-1, 6, 1, 0], [0, 1, 6, -1], [0, 0, 6, 0]]
+    )
+    plus, minus = np.maximum(rule, 0) / 6, np.minimum(rule, 0) / -6
+    least = np.stack([control, -control])
+    for axis in range(2, least.ndim):
+        points = least.shape[axis]
+        # The first point of the first cell; the last cell holds only voxels that lie on its first point.
+        first, cells = (0, points - 2) if spline else (-1, points)
+        around = np.clip(np.arange(first, first + 4)[:, None] + np.arange(cells), 0, points - 1)
+        four = np.moveaxis(least.take(around, axis), axis, 0)
+        # A negative share of a value counts by the least of the value's negative.
+        both = [(share @ four.reshape(4, -1)).reshape(four.shape) for share in (plus, minus)]
+        least = (both[0] + both[1][:, ::-1]).min(0)
+    return least
+
+
+def _bases(bend: Bend, shape_vox: Shape) -> list[np.ndarray]:
+    """For each axis the weights (points, size) float32 of the control points at its voxels."""
+    sizes = zip(bend.control.shape[1:], shape_vox, bend.gap_vox, strict=True)
+    return [_basis(bend.kind, points, size, gap) for points, size, gap in sizes]
+
+
+@lru_cache(maxsize=64)
+def _basis(kind: str, points: int, size: int, gap_vox: float) -> np.ndarray:
+    """Weights (points, size) float32 along one axis; a run asks for the same few at each of its samples."""
+    weights = bspline_weights if kind == "bspline" else keys_weights
+    return np.ascontiguousarray(weights(points, size, gap_vox).T, np.float32)
 
 
 def bspline_weights(points: int, size: int, gap_vox: float) -> np.ndarray:

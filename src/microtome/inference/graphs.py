@@ -1,0 +1,109 @@
+"""Graphs of a bundle for other engines than torch: where they lie, and that they are whose they say. No torch.
+
+Beside the model, in `model/engines/`, or in the user's cache where that folder cannot be written:
+
+    graph.onnx  graph.json                                   float32, written by `export.write_graph`
+    graph-int8.xml  graph-int8.bin  graph-int8.json          8-bit integers, written by `quantise.write_int8`
+
+A graph is a copy: what it was made from, and a hash of its files, stand in the .json, which is written last. One that was made
+from another bundle, or does not have that hash, is not there as far as the program is concerned.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
+
+from microtome.bundle import Bundle
+from microtome.errors import ConfigError
+from microtome.files import write_json
+
+Kind = Literal["onnx", "int8"]
+
+# The file that an engine is given stands first.
+FILES: Mapping[str, tuple[str, ...]] = MappingProxyType({"onnx": ("graph.onnx",), "int8": ("graph-int8.xml", "graph-int8.bin")})
+MANIFEST: Mapping[str, str] = MappingProxyType({"onnx": "graph.json", "int8": "graph-int8.json"})
+
+
+def find_graph(bundle: Bundle, kind: Kind) -> Path | None:
+    """The graph of that kind made from exactly this bundle, undamaged; None if there is none."""
+    if not bundle.hash:
+        return None
+    for folder in _folders(bundle):
+        if _is_whole(folder, bundle, kind):
+            return folder / FILES[kind][0]
+    return None
+
+
+def graph_folder(bundle: Bundle) -> Path:
+    """Where graphs of this bundle are written: beside the model, or in the cache if that folder cannot be written.
+
+    Raises:
+        ConfigError: the bundle was never saved, so that nothing could tell its graphs from others'.
+    """
+    if not bundle.hash:
+        raise ConfigError(
+            "graph", expected="a bundle that was saved", got="one in memory", do="save it, and take what `save_bundle` returns"
+        )
+    beside, cached = _folders(bundle)[0], _folders(bundle)[-1]
+    return beside if _is_writable(beside) else cached
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $MICROTOME_CACHE, else $XDG_CACHE_HOME/microtome, else ~/.cache/microtome."""
+    if own := os.environ.get("MICROTOME_CACHE"):
+        return Path(own)
+    # The XDG base directory specification: a relative path is to be ignored.
+    if (common := Path(os.environ.get("XDG_CACHE_HOME", ""))).is_absolute():
+        return common / "microtome"
+    try:
+        return Path.home() / ".cache" / "microtome"
+    except RuntimeError:
+        # Containers run under user numbers that have no home.
+        return Path(tempfile.gettempdir()) / f"microtome-{os.getuid()}"
+
+
+def record_graph(folder: Path, bundle: Bundle, kind: Kind, made_by: Mapping[str, str]) -> Path:
+    """Write the manifest of a graph whose files are complete; returns the file that an engine is given.
+
+    Args:
+        folder: where the files lie.
+        bundle: what the graph was made from.
+        kind: of the graph.
+        made_by: package -> version, of what made it.
+    """
+    files = {name: _hash(folder / name) for name in FILES[kind]}
+    write_json(folder / MANIFEST[kind], {"kind": kind, "bundle": bundle.hash, "files": files, "made_by": dict(made_by)})
+    return folder / FILES[kind][0]
+
+
+def _folders(bundle: Bundle) -> list[Path]:
+    """Where graphs of a bundle may lie."""
+    cached = cache_folder() / bundle.hash
+    return [cached] if bundle.folder is None else [bundle.folder / "engines", cached]
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether files can be made in a folder that is there, or in its parent if it is not."""
+    return os.access(folder if folder.exists() else folder.parent, os.W_OK)
+
+
+def _is_whole(folder: Path, bundle: Bundle, kind: Kind) -> bool:
+    """Whether a graph lies in the folder with the bytes that it was written with, and was made from this bundle."""
+    try:
+        manifest = json.loads((folder / MANIFEST[kind]).read_text(encoding="utf-8"))
+        if manifest["kind"] != kind or manifest["bundle"] != bundle.hash:
+            return False
+        return all(_hash(folder / name) == manifest["files"][name] for name in FILES[kind])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def _hash(path: Path) -> str:
+    """A hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

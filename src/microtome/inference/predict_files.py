@@ -1,0 +1,108 @@
+"""Image files -> label files beside each other in a folder: which images, under which names, never over what others wrote."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from microtome.data.case import Case
+from microtome.data.inputs import list_images
+from microtome.data.listing import LISTING, Listing, continued_listing, recording
+from microtome.data.reading import read_case_image
+from microtome.errors import DataError
+from microtome.images.files import label_suffix, write_labels
+from microtome.inference.predictor import Predictor
+
+# What `label_suffix` may give.
+LABEL_SUFFIXES = (".png", ".tif", ".nii", ".nii.gz")
+
+
+def predict_files(
+    predictor: Predictor, inputs: Sequence[Path], out: Path, *, on_done: Callable[[str, int, int], None] = lambda name, done, of: None
+) -> list[Path]:
+    """Label every image among `inputs` (files, folders, datasets) into `out`; returns the files written.
+
+    Each file appears when it is complete. A file that cannot be labelled stops nothing: the others are written first.
+
+    Raises:
+        DataError: no images, two that would have the same name in `out`, `out` among the images or with files that
+            `predict` did not write and would overwrite or with predictions of another legend, or (after all others)
+            images that failed.
+    """
+    legend = predictor.bundle.legend
+    _check_out(inputs, out)
+    listed = continued_listing(out, legend)
+    cases = list(_cases(inputs, predictor.bundle.plan.channels))
+    _check_names(cases, out, listed)
+    written, failed = [], []
+    with recording(out, legend, (safe_name(case.name) for case in cases)) as record:
+        for number, case in enumerate(cases, start=1):
+            try:
+                written.append(write_prediction(predictor, case, out, images=len(cases) - number + 1))
+                record.add(written[-1], case)
+            except DataError as error:
+                failed.append(error)
+            on_done(case.name, number, len(cases))
+    if not written and not listed.entries:
+        (out / LISTING).unlink(missing_ok=True)
+        with suppress(OSError):
+            # Only if it is empty: nothing is left of a call that could do nothing.
+            out.rmdir()
+    if failed and len(failed) < len(cases):
+        more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise DataError(failed[0].where, expected=failed[0].expected, got=failed[0].got + more, do=f"the other {len(written)} are in {out}")
+    if failed:
+        raise failed[0]
+    return written
+
+
+def write_prediction(predictor: Predictor, case: Case, out: Path, *, images: int = 1) -> Path:
+    """Predict one case, the first of so many to come, and write it, with the values of the training labels, under the case's name."""
+    image = read_case_image(case)
+    labels = predictor.bundle.legend.encode(predictor(image, images=images))
+    path = out / (safe_name(case.name) + label_suffix(image))
+    write_labels(path, labels, like=image)
+    return path
+
+
+def safe_name(name: str) -> str:
+    """A case's name as a file name: `stack[20:25]` becomes `stack_20-25`; folders stay folders."""
+    return name.replace("[", "_").replace(":", "-").replace("]", "")
+
+
+def _cases(inputs: Sequence[Path], channels: int) -> Iterator[Case]:
+    """The images that paths mean."""
+    for path in inputs:
+        if not path.exists():
+            raise DataError(path, expected="an image or a folder", got="nothing there", do="check the path")
+        yield from list_images(path, channels=channels)
+
+
+def _check_out(inputs: Sequence[Path], out: Path) -> None:
+    """Refuse to write into a folder of images, where the next call would take predictions for images."""
+    for path in inputs:
+        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise DataError(out, expected=f"a folder outside of the images' {path}", got="one inside", do="give another --out")
+
+
+def _check_names(cases: Sequence[Case], out: Path, listed: Listing) -> None:
+    """Refuse inputs whose results would overwrite each other, themselves, or what `predict` did not write."""
+    seen: dict[str, Path] = {}
+    for case in cases:
+        name = safe_name(case.name)
+        if name in seen:
+            raise DataError(
+                case.images[0],
+                expected="images with different names",
+                got=f"the name of {seen[name]}",
+                do="predict them in two calls with two --out folders",
+            )
+        if case.images[0].resolve().parent == (out / name).resolve().parent:
+            raise DataError(
+                out, expected="another folder than the images'", got="theirs", do="give another --out, or images would be overwritten"
+            )
+        for file in (name + suffix for suffix in LABEL_SUFFIXES):
+            if (out / file).exists() and file not in listed.entries and name not in listed.writing:
+                raise DataError(
+                    out / file, expected="no file of that name", got="one that `predict` did not write", do="give another --out"
+                )
+        seen[name] = case.images[0]

@@ -1,0 +1,45 @@
+"""OpenVINO, nncf and ONNX Runtime without their telemetry: this program tells nobody that it runs.
+
+At each `import openvino` it sends an event to Google Analytics and writes a client's number into the user's home, and nncf does so
+when it quantises, unless the user has opted out. Both do without where their package `openvino_telemetry` is not installed.
+ONNX Runtime (1.31, on Linux too) writes a device's number into the home when it is imported and collects events for Microsoft,
+unless a variable of the environment says no by then.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+PACKAGE = "openvino_telemetry"
+VARIABLE = "ORT_DISABLE_TELEMETRY"
+
+
+def import_quietly(name: str) -> Any:
+    """The module of that name, `openvino`, `nncf` or `onnxruntime`, without telemetry.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    with no_telemetry():
+        return import_module(name)
+
+
+@contextmanager
+def no_telemetry() -> Iterator[None]:
+    """Inside, what is imported for the first time finds the telemetry package missing; it stays without when this has ended."""
+    # Stays set: processes that this one starts are as silent.
+    os.environ[VARIABLE] = "1"
+    known = PACKAGE in sys.modules
+    before = sys.modules.get(PACKAGE)
+    # None is Python's own mark for a module that cannot be imported.
+    sys.modules[PACKAGE] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        if known and before is not None:
+            sys.modules[PACKAGE] = before
+        else:
+            del sys.modules[PACKAGE]

@@ -1,0 +1,82 @@
+"""What is timed before a plan is fitted to the minutes is what will run."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from microtome.config import NetworkConfig, Plan
+from microtome.models.network import Network
+from microtome.training import gradients, rehearsal
+from microtome.training.rehearsal import fit_to_minutes, step_seconds
+from tests.small import TINY_2D, one_thread, small_plan
+
+__all__ = ["one_thread"]
+
+CPU = torch.device("cpu")
+
+
+def test_each_precision_is_timed_and_is_that_of_the_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+    loss = gradients.segmentation_loss
+    monkeypatch.setattr(gradients, "segmentation_loss", lambda outputs, *rest: (seen.append(outputs[0].dtype), loss(outputs, *rest))[1])
+    seconds = step_seconds(small_plan(), CPU, ("bf16", "fp32"), repeats=1)
+    assert set(seconds) == {"bf16", "fp32"}
+    assert all(value > 0 for value in seconds.values())
+    # One to warm up, then each.
+    assert seen == [torch.bfloat16, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize(("micro", "sizes"), [(0, [5]), (2, [2, 2, 1])])
+def test_micro_batches_are_timed_as_they_will_run(micro: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    forward = Network.__call__
+
+    def note(network: Network, image_BCS: torch.Tensor) -> Any:
+        seen.append(len(image_BCS))
+        return forward(network, image_BCS)
+
+    monkeypatch.setattr(Network, "__call__", note)
+    step_seconds(small_plan(batch=5, micro_batch=micro), CPU, ("fp32",), repeats=1)
+    # A step to warm up, and one that counts.
+    assert seen == sizes * 2
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_that_will_be_computed_twice_are(checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    forward = torch.nn.BatchNorm2d.forward
+
+    def note(norm: torch.nn.BatchNorm2d, features_BCS: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return forward(norm, features_BCS)
+
+    monkeypatch.setattr(torch.nn.BatchNorm2d, "forward", note)
+    plan = small_plan(network=NetworkConfig(name="unet_same", widths=(4, 8, 8)), checkpointing=checkpointing)
+    step_seconds(plan, CPU, ("fp32",), repeats=1)
+    once = 2 * 10
+    assert len(calls) > once if checkpointing else len(calls) == once
+
+
+def test_a_network_without_padding_is_timed_on_its_middle() -> None:
+    plan = small_plan(network=NetworkConfig(name="unet", widths=(4, 8)), patch_vox=(32, 32))
+    assert step_seconds(plan, CPU, ("fp32",), repeats=1)["fp32"] > 0
+
+
+def fitted(plan: Plan, minutes: float | None, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> Plan:
+    """The plan for the minutes, on a machine whose steps take so long for each patch."""
+    monkeypatch.setattr(rehearsal, "step_seconds", lambda plan, *_: {name: value * plan.batch for name, value in seconds.items()})
+    return fit_to_minutes(plan, minutes, CPU)
+
+
+def test_bf16_is_taken_back_where_it_is_clearly_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = small_plan(precision="bf16", network=TINY_2D)
+    assert fitted(plan, None, {"bf16": 1.3, "fp32": 1.0}, monkeypatch).precision == "fp32"
+    assert fitted(plan, None, {"bf16": 1.2, "fp32": 1.0}, monkeypatch).precision == "bf16"
+
+
+def test_a_batch_is_made_smaller_for_more_steps_but_not_below_four(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = small_plan(batch=16)
+    made = [fitted(plan, minutes, {"fp32": 0.1}, monkeypatch) for minutes in (60, 15, 1)]
+    assert [each.batch for each in made] == [16, 8, 4]
+    assert [each.steps for each in made] == [pytest.approx(m * 60 * 0.92 / (0.1 * b), rel=0.02) for m, b in ((60, 16), (15, 8), (1, 4))]
