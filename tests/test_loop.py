@@ -308,14 +308,14 @@ def test_a_second_request_leaves_at_once() -> None:
 
 
 def test_a_signal_that_is_handled_outside_of_python_is_left_to_its_handler(monkeypatch: pytest.MonkeyPatch) -> None:
-    before, getsignal = signal.getsignal(signal.SIGTERM), signal.getsignal
+    before, interrupted, getsignal = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), signal.getsignal
     monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else getsignal(number))
     with stop_requests() as stopped:
         assert getsignal(signal.SIGTERM) is before
         os.kill(os.getpid(), signal.SIGINT)
         assert stopped()
     assert getsignal(signal.SIGTERM) is before
-    assert getsignal(signal.SIGINT) is signal.default_int_handler
+    assert getsignal(signal.SIGINT) is interrupted
 
 
 def test_a_thread_trains_without_listening_to_signals(tmp_path: Path) -> None:

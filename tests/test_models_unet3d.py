@@ -6,6 +6,7 @@ from torch import nn
 
 from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
+from microtome.models.blocks import TRANSPOSED
 from microtome.models.network import Network, NetworkSpec
 from microtome.models.unet3d import UNet3D
 
@@ -22,7 +23,7 @@ def parameters(network: nn.Module) -> int:
 
 
 def channels_out(network: nn.Module, kind: type[nn.Conv3d] | type[nn.ConvTranspose3d]) -> int:
-    return sum(module.out_channels for module in network.modules() if type(module) is kind)
+    return sum(module.out_channels for module in network.modules() if isinstance(module, kind))
 
 
 def test_both_variants_have_the_papers_count_of_parameters() -> None:
@@ -46,7 +47,7 @@ def test_every_level_of_the_papers_volume_is_as_in_its_table() -> None:
     with torch.device("meta"):
         network = unet3d()
         seen: list[tuple[str, Shape]] = []
-        kinds = {nn.Conv3d: "conv", nn.ConvTranspose3d: "up"}
+        kinds = {nn.Conv3d: "conv", TRANSPOSED[3]: "up"}
         for module in network.modules():
             if type(module) in kinds:
                 module.register_forward_hook(lambda m, _, out: seen.append((kinds[type(m)], tuple(out.shape[1:]))))

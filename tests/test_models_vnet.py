@@ -22,15 +22,15 @@ def size(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def convolutions(module: nn.Module) -> list[nn.Conv3d | TRANSPOSED[3]]:
-    return [each for each in module.modules() if isinstance(each, nn.Conv3d | TRANSPOSED[3])]
+def convolutions(module: nn.Module) -> list[nn.Conv3d | nn.ConvTranspose3d]:
+    return [each for each in module.modules() if isinstance(each, nn.Conv3d | nn.ConvTranspose3d)]
 
 
 def receptive_fields(network: VNet) -> list[int]:
     """Voxels that an output of each bar sees, as the paper counts: each kernel of k adds k - 1 steps of its finer grid."""
     seen, jump, fields = 1, 1, []
 
-    def count(module: nn.Conv3d | TRANSPOSED[3], *_: object) -> None:
+    def count(module: nn.Conv3d | nn.ConvTranspose3d, *_: object) -> None:
         nonlocal seen, jump
         (kernel,), (stride,) = set(module.kernel_size), set(module.stride)
         if module.transposed:

@@ -28,7 +28,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from microtome.models.blocks import centre_crop, dropout_share, initialise_he, level_widths, unpadded_context, unpadded_sizes
+from microtome.models.blocks import TRANSPOSED, centre_crop, dropout_share, initialise_he, level_widths, unpadded_context, unpadded_sizes
 from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (64, 128, 256, 512, 1024)
@@ -83,5 +83,5 @@ def _two_convolutions(channels: int, width: int) -> nn.Sequential:
 
 
 def _up_convolution(channels: int, width: int, released: bool) -> nn.Module:
-    up = nn.ConvTranspose2d(channels, width, 2, stride=2)
+    up = TRANSPOSED[2](channels, width, 2, stride=2)
     return nn.Sequential(up, nn.ReLU(inplace=True)) if released else up

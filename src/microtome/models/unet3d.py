@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from microtome.errors import ConfigError
-from microtome.models.blocks import InstanceNorm, centre_crop, initialise_he, unpadded_context, unpadded_sizes
+from microtome.models.blocks import TRANSPOSED, InstanceNorm, centre_crop, initialise_he, unpadded_context, unpadded_sizes
 from microtome.models.network import Network, NetworkSpec
 
 WIDTHS = (64, 128, 256, 512)
@@ -106,5 +106,5 @@ def _check(spec: NetworkSpec, widths: tuple[int, ...], normalised: bool) -> None
 
 
 def _up_convolution(channels: int, normalised: bool) -> nn.Module:
-    up = nn.ConvTranspose3d(channels, channels, 2, stride=2, bias=False)
+    up = TRANSPOSED[3](channels, channels, 2, stride=2, bias=False)
     return up if normalised else nn.Sequential(up, nn.ReLU(inplace=True))
