@@ -1,7 +1,6 @@
 """Networks side by side: what is compared is the same, and what is said of it can be counted again."""
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -492,7 +491,8 @@ sys.exit(1)
     def press() -> None:
         while not ready.exists():
             threading.Event().wait(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        # To the thread that listens, not to whichever the kernel picks.
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
     thread = threading.Thread(target=press)
     thread.start()

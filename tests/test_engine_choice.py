@@ -1,7 +1,7 @@
 """Which engine a job gets, told by engines whose seconds are made up."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +152,21 @@ def test_another_version_of_a_library_is_measured_anew(tmp_path: Path) -> None:
     assert world.calls == ["graph"] * 3
 
 
+def test_a_graph_that_was_made_anew_is_compared_anew(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    world = World()
+    good = candidate(world, "graph")
+    # Its mark is known when it is open, as it is written then.
+    search(world, replace(good, source=lambda: "a1" if world.opened else ""), path=path).named()
+    world.calls.clear()
+    search(world, replace(good, source=lambda: "a1"), path=path).named()
+    assert world.calls == []
+    wrong = replace(candidate(world, "graph", error=3.0), source=lambda: "b2")
+    with pytest.raises(ConfigError, match="--engine graph"):
+        search(world, wrong, path=path).named()
+    assert set(Measurements.read(path, MACHINE).engines) == {"graph 1.0 a1", "graph 1.0 b2"}
+
+
 def test_a_tile_of_another_size_is_judged_by_the_nearest_that_was_measured() -> None:
     known = Measured(tiles={(10, 10): 1.0, (100, 100): 50.0})
     assert known.tile_seconds((10, 10)) == 1.0
@@ -201,6 +216,23 @@ def test_an_engine_that_cannot_be_opened_leaves_the_job_to_the_next() -> None:
     assert "not used: broken (expected a graph that runs, got none)" in choice.reason
 
 
+def test_an_engine_that_fails_at_the_jobs_own_tile_leaves_the_job_to_the_first() -> None:
+    world = World()
+    first, graph = two(world)
+
+    @dataclass
+    class Small(Fake):
+        def __call__(self, image_CS: np.ndarray) -> np.ndarray:
+            if image_CS[0].size > 64:
+                raise RunError("graph.onnx", expected="a graph that runs", got="no memory", do="use another")
+            return super().__call__(image_CS)
+
+    small = replace(graph, open=lambda: Small("graph", world, 0.25, 0.0))
+    choice = search(world, first, small).best(Job(tile_vox=(16, 8), tiles=1000))
+    assert choice.engine.name == "torch"
+    assert "not used: graph (expected a graph that runs, got no memory)" in choice.reason
+
+
 def test_without_any_engine_left_the_reasons_are_told() -> None:
     world = World()
     with pytest.raises(ConfigError, match=r"--engine auto: .*broken: expected a graph that runs"):
@@ -215,7 +247,18 @@ def test_a_long_job_after_a_tiny_one_measures_though_agreement_is_remembered(tmp
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "7", '{"x": 1}', json.dumps({MACHINE: 3}), json.dumps({MACHINE: {"torch 1.0": {"tiles": []}}})]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "7",
+        '{"x": 1}',
+        '{"x": NaN}',
+        '{"x": 1e999}',
+        json.dumps({MACHINE: 3}),
+        json.dumps({MACHINE: {"torch 1.0": {"tiles": []}}}),
+    ],
 )
 def test_a_broken_file_of_measurements_is_as_none(tmp_path: Path, text: str) -> None:
     path = tmp_path / "measured.json"
@@ -227,7 +270,15 @@ def test_a_broken_file_of_measurements_is_as_none(tmp_path: Path, text: str) -> 
 
 
 @pytest.mark.parametrize(
-    "changes", [{"startup_seconds": -1}, {"startup_seconds": "soon"}, {"tiles": {"axb": 1}}, {"tiles": {"0x8": 1}}, {"labels": "all"}]
+    "changes",
+    [
+        {"startup_seconds": -1},
+        {"startup_seconds": "soon"},
+        {"tiles": {"axb": 1}},
+        {"tiles": {"0x8": 1}},
+        {"labels": "all"},
+        {"startup_seconds": 10**400},
+    ],
 )
 def test_numbers_that_cannot_be_measurements_are_left_out(tmp_path: Path, changes: dict[str, object]) -> None:
     path = tmp_path / "measured.json"
@@ -266,6 +317,7 @@ def test_equal_logits_agree_fully_and_other_shapes_or_no_numbers_not_at_all() ->
     holed = logits_KS.copy()
     holed[0, 0, 0] = np.nan
     assert agreement(holed, logits_KS) == Agreement(0.0, 1.0)
+    assert agreement(logits_KS, holed) == Agreement(0.0, 1.0)
     assert not any(Agreement(0.0, 1.0).holds(precision) for precision in BOUNDS)
 
 

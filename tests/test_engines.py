@@ -161,7 +161,7 @@ def test_recycling_of_memory_says_whether_it_was_possible(monkeypatch: pytest.Mo
     assert recycle_memory() is False
 
 
-@pytest.mark.parametrize("name", ["gpu", "", "cpu:x"])
+@pytest.mark.parametrize("name", ["gpu", "", "cpu:x", "meta", "mps"])
 def test_a_device_that_does_not_exist_is_refused_in_one_line(name: str) -> None:
     with pytest.raises(ConfigError, match="expected auto, cpu or cuda, got") as caught:
         pick_device(name)
@@ -176,7 +176,10 @@ def test_a_gpu_is_refused_where_there_is_none_and_taken_where_there_is(monkeypat
         pick_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert pick_device() == torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(ConfigError, match="expected one of 2 GPUs, counted from 0, got `cuda:2`"):
+        pick_device("cuda:2")
 
 
 def test_bfloat16_is_looked_up_in_the_processors_own_list(monkeypatch: pytest.MonkeyPatch) -> None:

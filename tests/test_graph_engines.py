@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+import microtome
 from microtome.bundle import Bundle, Samples, load_bundle
 from microtome.errors import ConfigError, RunError
 from microtome.inference.engines import ENGINES, NAMES, Engines
 from microtome.inference.export import write_graph
-from microtome.inference.graphs import find_graph
+from microtome.inference.graphs import find_graph, graph_mark
 from microtome.inference.mirroring import Mirrored, passes, versions
 from microtome.inference.onnxruntime_engine import OnnxRuntimeEngine
 from microtome.inference.openvino_engine import MOST_SHAPES, OpenVinoEngine
@@ -182,14 +183,15 @@ def test_bfloat16_is_refused_where_it_would_be_emulated(bundle: Bundle, monkeypa
     assert not any("bf16" in candidate.name for candidate in Engines(bundle, device="cpu").candidates)
 
 
-def test_a_model_without_samples_is_for_torch_as_it_was_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_samples_is_for_the_reference_and_bfloat16_has_to_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("microtome.inference.engines.processor_has_bf16", lambda: True)
     old = saved_model(tmp_path, samples=False, precision="bf16")
     with pytest.raises(ConfigError, match=r"--engine openvino: expected a model with a golden input.*train --resume.*or --engine torch"):
         Engines(old, engine="openvino", device="cpu")
     engines = Engines(old, device="cpu")
-    assert [candidate.name for candidate in engines.candidates] == ["torch-bf16"]
-    assert engines.named().reason == "torch-bf16: as asked"
+    assert [candidate.name for candidate in engines.candidates] == ["torch"]
+    assert engines.named().reason == "torch: the only one that can do this here"
+    assert Engines(old, engine="torch-bf16", device="cpu").named().reason == "torch-bf16: as asked"
 
 
 def test_a_bundle_of_the_first_schema_still_predicts() -> None:
@@ -206,6 +208,27 @@ def test_int8_is_a_candidate_once_its_graph_is_there(bundle: Bundle, monkeypatch
     assert "openvino-int8" not in {candidate.name for candidate in Engines(bundle, device="cpu").candidates}
     monkeypatch.setattr("microtome.inference.engines.find_graph", lambda bundle, kind: Path(f"{kind}.graph"))
     assert Engines(bundle, device="cpu").candidates[0].name == "openvino-int8"
+
+
+def test_without_torch_there_are_the_graphs_that_are_there(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = saved_model(tmp_path)
+    found = {"openvino", "onnxruntime", "onnx"}
+    monkeypatch.setattr("microtome.inference.engines.util.find_spec", lambda name: object() if name in found else None)
+    monkeypatch.setattr("microtome.inference.engines.processor_has_bf16", lambda: False)
+    monkeypatch.setattr("microtome.inference.engines.may_have_gpu", lambda: True)
+    assert [candidate.name for candidate in Engines(bundle).candidates] == ["openvino", "onnxruntime"]
+    assert Engines(plain).candidates == ()
+
+
+def test_a_measurement_is_of_these_bytes_of_a_graph_and_of_this_version_of_our_networks(bundle: Bundle) -> None:
+    keys = {candidate.name: candidate.key for candidate in Engines(bundle, device="cpu").candidates}
+    assert keys["openvino"].endswith(f" {graph_mark(graph_of(bundle), 'onnx')}")
+    assert keys["torch"].endswith(f" microtome {microtome.__version__}")
+
+
+@pytest.mark.parametrize("words", ["cpu", "cpu:0"])
+def test_a_cpu_by_any_name_runs_a_graph(bundle: Bundle, words: str) -> None:
+    assert Engines(bundle, engine="openvino", device=words).device == "cpu"
 
 
 def test_without_a_graph_and_what_writes_it_there_is_torch_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,6 +326,8 @@ def test_a_gpu_is_asked_for_where_a_driver_left_its_mark(monkeypatch: pytest.Mon
     for marks, may in (((), False), (("/dev/nvidia0",), True), (("/dev/dxg",), True), (("/dev/null",), False)):
         monkeypatch.setattr("pathlib.Path.exists", lambda self, marks=marks: str(self) in marks)
         assert may_have_gpu() is may
+    monkeypatch.setattr("sys.platform", "win32")
+    assert may_have_gpu()
 
 
 def test_the_engine_of_a_training_is_of_its_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,10 +16,10 @@ import torch
 from microtome.bundle import Bundle, Samples, load_bundle, save_bundle
 from microtome.config import NetworkConfig, Plan
 from microtome.data.legend import Legend
-from microtome.errors import ConfigError, DataError
+from microtome.errors import ConfigError, DataError, RunError
 from microtome.inference import export, graphs
 from microtome.inference.export import run_graph, write_graph
-from microtome.inference.graphs import cache_folder, find_graph, graph_folder, record_graph
+from microtome.inference.graphs import cache_folder, file_hash, find_graph, graph_folder, graph_mark, record_graph
 from microtome.inference.restore import arrays_of, restore
 from microtome.models.registry import build
 from microtome.training.golden import answer
@@ -122,7 +122,7 @@ def test_a_graph_of_another_kind_is_not_found(bundle: Bundle) -> None:
         path.with_name(name).write_bytes(path.read_bytes())
     path.with_name("graph-int8.json").write_bytes(path.with_name("graph.json").read_bytes())
     assert find_graph(bundle, "int8") is None
-    record_graph(path.parent, bundle, "int8", {})
+    record_graph(path.parent, bundle, "int8", [file_hash(path)] * 2)
     assert find_graph(bundle, "int8") == path.with_name("graph-int8.xml")
 
 
@@ -157,6 +157,17 @@ def test_a_user_without_a_home_has_a_cache(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     assert cache_folder().is_absolute()
+    # As on Windows.
+    monkeypatch.delattr(os, "getuid")
+    monkeypatch.setenv("USERNAME", "ann")
+    assert cache_folder().name == "microtome-ann"
+
+
+def test_a_cache_that_cannot_be_written_is_named_with_what_moves_it(bundle: Bundle, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    cache.write_text("in the way")
+    with pytest.raises(RunError, match=r"expected a cache folder that can be written, got .*; set MICROTOME_CACHE to one"):
+        write_graph(bundle)
 
 
 def test_a_bundle_in_memory_has_no_graph() -> None:
@@ -165,12 +176,50 @@ def test_a_bundle_in_memory_has_no_graph() -> None:
         write_graph(bundle_of())
 
 
-def test_a_bundle_of_schema_1_gets_a_graph_too() -> None:
-    bundle = load_bundle(SCHEMA_1)
-    golden = np.load(SCHEMA_1 / "golden.npz")
+def test_a_bundle_without_samples_gets_no_graph_as_nothing_could_check_it() -> None:
     # Not into the tests' own folder.
-    path = write_graph(replace(bundle, folder=None))
-    np.testing.assert_allclose(run_graph(path, golden["image"]), golden["logits"], rtol=0, atol=1e-5)
+    bundle = replace(load_bundle(SCHEMA_1), folder=None)
+    with pytest.raises(DataError, match=r"expected a golden input in the bundle, .*got none; .*train --resume"):
+        write_graph(bundle)
+    assert find_graph(bundle, "onnx") is None
+
+
+def test_a_graph_that_torch_cannot_write_is_refused_in_one_line(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(*_: object, **__: object) -> None:
+        raise torch.onnx.errors.UnsupportedOperatorError("aten::new", 17, None)
+
+    monkeypatch.setattr(torch.onnx, "export", unsupported)
+    with pytest.raises(
+        RunError, match=r"expected a network that torch can write as a graph, got .*aten::new.*; use --engine torch"
+    ) as caught:
+        write_graph(bundle)
+    assert "\n" not in str(caught.value)
+    assert find_graph(bundle, "onnx") is None
+
+
+def test_files_of_two_processes_are_no_graph(bundle: Bundle) -> None:
+    """One put its weights beside the other's layers before that wrote its manifest."""
+    assert bundle.folder is not None
+    folder = bundle.folder / "engines"
+    folder.mkdir()
+    for name in ("graph-int8.xml", "graph-int8.bin"):
+        (folder / name).write_bytes(b"ours")
+    ours = [file_hash(folder / name) for name in ("graph-int8.xml", "graph-int8.bin")]
+    (folder / "graph-int8.bin").write_bytes(b"theirs")
+    record_graph(folder, bundle, "int8", ours)
+    assert find_graph(bundle, "int8") is None
+
+
+def test_another_graph_of_the_same_bundle_has_another_mark(bundle: Bundle) -> None:
+    path = write_graph(bundle)
+    mark = graph_mark(path, "onnx")
+    assert len(mark) == 8
+    assert graph_mark(path, "onnx") == mark
+    path.write_bytes(path.read_bytes() + b"\0")
+    record_graph(path.parent, bundle, "onnx", [file_hash(path)])
+    assert graph_mark(path, "onnx") not in (mark, "")
+    path.with_name("graph.json").unlink()
+    assert graph_mark(path, "onnx") == ""
 
 
 @pytest.mark.parametrize("wrong", ["values", "shape", "nan"])

@@ -1,6 +1,5 @@
 """The training loop: resumes bit for bit, keeps the best, stops when asked, keeps to the minutes."""
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
@@ -270,7 +269,7 @@ def test_a_schedule_always_leads_on_and_to_its_end(step: int, more: int, done: i
 def test_a_request_to_stop_ends_the_step_saves_and_raises(number: signal.Signals, tmp_path: Path) -> None:
     plan, recorder = small_plan(), Recorder(tmp_path / "a.safetensors")
     handlers = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    recorder.on_step = lambda step: os.kill(os.getpid(), number) if step == 2 else None
+    recorder.on_step = lambda step: signal.raise_signal(number) if step == 2 else None
     with pytest.raises(RunError, match=r"step 2: expected 6 steps, got a request to stop; continue with --resume"):
         train_steps(fresh(plan), CASES, plan, CPU, recorder.hooks())
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
@@ -282,7 +281,7 @@ def test_a_request_to_stop_ends_the_step_saves_and_raises(number: signal.Signals
 
 def test_a_request_at_a_validation_s_step_is_answered_without_waiting_for_it(tmp_path: Path) -> None:
     plan, recorder = small_plan(), Recorder(tmp_path / "a.safetensors")
-    recorder.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 3 else None
+    recorder.on_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 3 else None
     with pytest.raises(RunError, match="step 3"):
         train_steps(fresh(plan), CASES, plan, CPU, recorder.hooks())
     assert recorder.steps_of("validation") == []
@@ -291,20 +290,38 @@ def test_a_request_at_a_validation_s_step_is_answered_without_waiting_for_it(tmp
 
 def test_a_request_at_the_last_step_still_gets_its_validation(tmp_path: Path) -> None:
     plan, recorder = small_plan(), Recorder(tmp_path / "a.safetensors")
-    recorder.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None
+    recorder.on_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 6 else None
     with pytest.raises(RunError, match="step 6"):
         train_steps(fresh(plan), CASES, plan, CPU, recorder.hooks())
     assert recorder.steps_of("validation") == [3, 6]
     assert recorder.best == [True, True]
 
 
+def test_a_request_after_the_last_look_for_one_waits_for_the_next_step_and_saves_it(tmp_path: Path) -> None:
+    plan, recorder = small_plan(steps=1000, validations=1, batch=1, network=UNET), Recorder(tmp_path / "a.safetensors")
+    hooks = recorder.hooks()
+
+    def log(event: Mapping[str, Any]) -> None:
+        recorder.log(event)
+        if event["event"] == "schedule":
+            # Whether to save was decided before.
+            signal.raise_signal(signal.SIGTERM)
+
+    recorder.seconds_left = lambda: 1000.0
+    with pytest.raises(RunError, match="step 21"):
+        train_steps(fresh(plan), CASES, plan, CPU, replace(hooks, log=log))
+    state = fresh(plan)
+    load_checkpoint(tmp_path / "a.safetensors", state)
+    assert state.progress.step == 21
+
+
 def test_a_second_request_leaves_at_once() -> None:
     with stop_requests() as stopped:
         assert not stopped()
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stopped()
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_a_signal_that_is_handled_outside_of_python_is_left_to_its_handler(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +329,7 @@ def test_a_signal_that_is_handled_outside_of_python_is_left_to_its_handler(monke
     monkeypatch.setattr(signal, "getsignal", lambda number: None if number == signal.SIGTERM else getsignal(number))
     with stop_requests() as stopped:
         assert getsignal(signal.SIGTERM) is before
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert stopped()
     assert getsignal(signal.SIGTERM) is before
     assert getsignal(signal.SIGINT) is interrupted
@@ -422,7 +439,7 @@ def test_weights_after_such_a_loss_are_not_saved_though_a_checkpoint_is_due_at_e
 
 def test_a_request_to_stop_reads_what_is_unread_before_it_saves(tmp_path: Path) -> None:
     plan, recorder = small_plan(steps=9, validations=1), Recorder(tmp_path / "a.safetensors")
-    recorder.on_step = lambda step: os.kill(os.getpid(), signal.SIGTERM) if step == 2 else None
+    recorder.on_step = lambda step: signal.raise_signal(signal.SIGTERM) if step == 2 else None
     with pytest.raises(RunError, match="step 4: expected 9 steps, got a request to stop"):
         train_steps(fresh(plan), CASES, plan, CPU, recorder.hooks(), read_every=4)
     assert recorder.steps_of("step") == [1, 2, 3, 4]

@@ -7,6 +7,7 @@ import torch
 
 from microtome.config import NetworkConfig, Plan
 from microtome.models.network import Network
+from microtome.plan import FULL_SHARE, Resources, patch_bytes, save_memory, step_bytes
 from microtome.training import gradients, rehearsal
 from microtome.training.rehearsal import fit_to_minutes, step_seconds
 from tests.small import TINY_2D, one_thread, small_plan
@@ -63,10 +64,12 @@ def test_a_network_without_padding_is_timed_on_its_middle() -> None:
     assert step_seconds(plan, CPU, ("fp32",), repeats=1)["fp32"] > 0
 
 
-def fitted(plan: Plan, minutes: float | None, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> Plan:
+def fitted(
+    plan: Plan, minutes: float | None, seconds: dict[str, float], monkeypatch: pytest.MonkeyPatch, memory_bytes: float = 2**40
+) -> Plan:
     """The plan for the minutes, on a machine whose steps take so long for each patch."""
     monkeypatch.setattr(rehearsal, "step_seconds", lambda plan, *_: {name: value * plan.batch for name, value in seconds.items()})
-    return fit_to_minutes(plan, minutes, CPU)
+    return fit_to_minutes(plan, Resources(minutes=minutes, memory_bytes=int(memory_bytes)), CPU)
 
 
 def test_bf16_is_taken_back_where_it_is_clearly_slower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,3 +83,22 @@ def test_a_batch_is_made_smaller_for_more_steps_but_not_below_four(monkeypatch: 
     made = [fitted(plan, minutes, {"fp32": 0.1}, monkeypatch) for minutes in (60, 15, 1)]
     assert [each.batch for each in made] == [16, 8, 4]
     assert [each.steps for each in made] == [pytest.approx(m * 60 * 0.92 / (0.1 * b), rel=0.02) for m, b in ((60, 16), (15, 8), (1, 4))]
+
+
+def test_a_smaller_batch_is_shared_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = small_plan(batch=8, network=NetworkConfig(name="nnunet_plain", widths=(4, 8)))
+    memory_bytes = 4.5 * patch_bytes(plan.patch_vox, plan.network, "fp32", 2) / FULL_SHARE
+    plan = save_memory(plan, Resources(minutes=None, memory_bytes=int(memory_bytes)))
+    assert plan.micro_batch == 4
+    made = fitted(plan, 10, {"fp32": 0.11}, monkeypatch, memory_bytes)
+    # Not 4 and 1.
+    assert (made.batch, made.micro_batch) == (5, 3)
+    assert made.reasons["micro_batch"].startswith("3 of 5 patches")
+
+
+def test_float32_instead_of_bfloat16_keeps_to_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = small_plan(batch=8, precision="bf16", network=NetworkConfig(name="nnunet_plain", widths=(4, 8)))
+    memory_bytes = 1.01 * step_bytes(plan) / FULL_SHARE
+    made = fitted(plan, None, {"bf16": 2.0, "fp32": 1.0}, monkeypatch, memory_bytes)
+    assert (made.precision, made.micro_batch) == ("fp32", 4)
+    assert step_bytes(made) <= FULL_SHARE * memory_bytes

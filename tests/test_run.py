@@ -256,7 +256,7 @@ def test_a_run_whose_process_is_killed_is_resumed(cells: Dataset, cells_run: Pat
 def test_a_stopped_run_says_how_to_go_on(cells: Dataset, cells_run: Path, tmp_path: Path) -> None:
     def stop(event: Mapping[str, Any]) -> None:
         if event["event"] == "step" and event["step"] == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(RunError, match=r"step 4.*--resume"):
         train(cells, plan_for(cells), tmp_path / "run", on_event=stop)

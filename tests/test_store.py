@@ -465,6 +465,25 @@ def test_what_the_arrays_do_not_depend_on_does_not_have_them_made_again(cells: D
     assert len(prepared) == 1
 
 
+def test_a_label_that_was_corrected_meanwhile_is_prepared_anew_and_only_that(tmp_path: Path, prepared: list[str]) -> None:
+    data = write_demo_data(tmp_path / "data", DemoConfig(picture_vox=(48, 56), volume_vox=(16, 20, 24), pictures=2))
+    dataset, folder = open_dataset(data.cells), tmp_path / "cache"
+    store_cases(dataset, dataset.labelled, small_plan(), folder)
+    png(dataset.labelled[1].labels[0], np.zeros((48, 56)))
+    cases = {case.name: case for case in store_cases(dataset, dataset.labelled, small_plan(), folder)}
+    names = [case.name for case in dataset.labelled]
+    assert sorted(prepared) == sorted([*names, names[1]])
+    assert not whole(cases[names[1]])[1].any()
+
+
+def test_what_was_stored_with_other_values_for_the_classes_is_not_taken(cells: Dataset, tmp_path: Path, prepared: list[str]) -> None:
+    legend = cells.legend
+    turned = replace(cells, legend=replace(legend, kind="values", values=legend.values[::-1]))
+    for dataset in (cells, replace(cells, legend=replace(legend, reason="another")), turned):
+        store_cases(dataset, dataset.labelled[:1], small_plan(), tmp_path)
+    assert len(prepared) == 2
+
+
 def test_what_another_version_stored_is_not_taken(
     cells: Dataset, tmp_path: Path, prepared: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

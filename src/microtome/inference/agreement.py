@@ -63,7 +63,7 @@ class Agreement:
 
 def agreement(logits_KS: np.ndarray, oracle_KS: np.ndarray) -> Agreement:
     """Compare an engine's logits with the oracle's, both (K, *S); another shape, or values that are no numbers, agree nowhere."""
-    if logits_KS.shape != oracle_KS.shape or not np.isfinite(logits_KS).all():
+    if logits_KS.shape != oracle_KS.shape or not (np.isfinite(logits_KS).all() and np.isfinite(oracle_KS).all()):
         return Agreement(0.0, 1.0)
     labels = float((best_class(logits_KS) == best_class(oracle_KS)).mean())
     differences = np.abs(_softmax(logits_KS) - _softmax(oracle_KS)).max(axis=0).ravel()

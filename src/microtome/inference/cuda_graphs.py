@@ -46,7 +46,7 @@ def graphed(network: nn.Module, example_BCS: Tensor, *, precision: str = "fp32",
         compile_first: whether the graph is recorded from the compiled network (see `compiling_pays`).
 
     Warns:
-        RuntimeWarning: once, that no graph could be recorded, and why.
+        UserWarning: once, that no graph could be recorded, and why.
     """
     plain = plain_forward(network, example_BCS.device, precision)
     if example_BCS.device.type != "cuda":

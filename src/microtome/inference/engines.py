@@ -6,7 +6,7 @@ Torch is imported when one of its engines, or the writing of a graph, is what it
 import sys
 from collections.abc import Iterable
 from functools import partial
-from importlib import metadata, util
+from importlib import util
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 from microtome.bundle import Bundle
 from microtome.errors import ConfigError, unknown_choice
 from microtome.inference.graphs import Kind as GraphKind
-from microtome.inference.graphs import cache_folder, find_graph
+from microtome.inference.graphs import cache_folder, find_graph, graph_mark, version_of
 from microtome.inference.measurements import Measurements
 from microtome.inference.mirroring import TTA, Engine
 from microtome.inference.onnxruntime_engine import OnnxRuntimeEngine
@@ -66,7 +66,7 @@ class Engines:
     def __init__(self, bundle: Bundle, *, engine: str = "auto", device: str = "auto", tta: TTA = "none", head: int | None = None) -> None:
         if engine not in NAMES:
             raise unknown_choice("--engine", engine, NAMES)
-        self.bundle, self.tta, self.head = bundle, tta, head
+        self.bundle, self.engine, self.tta, self.head = bundle, engine, tta, head
         self.samples = bundle.samples if head is None else None
         self.device = _device(device, engine)
         self._found: dict[GraphKind, Path | None] = {}
@@ -87,7 +87,7 @@ class Engines:
             ConfigError: it cannot be used here, or disagrees with the oracle.
             RunError: its library cannot run the graph.
         """
-        return self._search().named()
+        return self._search().named("the only one that can do this here" if self.engine == "auto" else "as asked")
 
     def best(self, job: Job) -> Choice:
         """The engine that is expected to end a job soonest.
@@ -131,12 +131,12 @@ class Engines:
     def _usable(self) -> Iterable[str]:
         """The names that `auto` may choose from, the preferred first."""
         if self.samples is None:
-            # Nothing to hold others to: as it was trained.
-            return ("torch-bf16" if self.bundle.plan.precision == "bf16" and self._has_bf16() else "torch",)
+            # Nothing to hold others to.
+            return ("torch",)
         names = [name for name, kind in ENGINES.items() if kind.precision != "bf16" or self._has_bf16()]
         if self.device != "cpu" or self.tta == "rotations":
-            return [name for name in names if not _is_graph(name)]
-        return [name for name in names if not _is_graph(name) or self._has_graph(name)]
+            names = [name for name in names if not _is_graph(name)]
+        return [name for name in names if self._can_open(name)]
 
     def _has_bf16(self) -> bool:
         """Whether bfloat16 is multiplied in hardware."""
@@ -146,12 +146,15 @@ class Engines:
 
         return has_bf16(pick_device(self.device))
 
-    def _has_graph(self, name: str) -> bool:
+    def _can_open(self, name: str) -> bool:
         """Whether an engine's library is here, and its graph or what writes it. An int8 graph is there once somebody asked for it."""
         kind = ENGINES[name]
-        if kind.graph is None or util.find_spec(kind.package) is None or not self.bundle.hash:
+        if kind.graph is None or util.find_spec(kind.package) is None:
+            return util.find_spec(kind.package) is not None
+        if not self.bundle.hash:
             return False
-        return self._find(kind.graph) is not None or (kind.graph == "onnx" and util.find_spec("onnx") is not None)
+        writers = ("onnx", "torch")
+        return self._find(kind.graph) is not None or (kind.graph == "onnx" and all(util.find_spec(writer) for writer in writers))
 
     def _find(self, graph: GraphKind) -> Path | None:
         """A graph that is there, looked for once: all its bytes are hashed."""
@@ -169,12 +172,20 @@ class Engines:
             startup += WRITE_SECONDS + (0 if "torch" in sys.modules else ENGINES["torch"].startup_seconds)
         return Candidate(
             name=name,
-            version=_version(kind.package),
+            version=version_of(kind.package),
             precision=kind.precision,
             open=partial(self._open, name),
             startup_seconds=startup,
             fresh=not (missing or warm),
+            source=partial(self._source, kind.graph),
         )
+
+    def _source(self, graph: GraphKind | None) -> str:
+        """What tells one graph, or one version of our own networks, from another."""
+        if graph is None:
+            return f"microtome {version_of('microtome')}"
+        path = self._find(graph)
+        return graph_mark(path, graph) if path is not None else ""
 
     def _open(self, name: str) -> Engine:
         """An engine, ready."""
@@ -211,16 +222,9 @@ def _is_graph(name: str) -> bool:
 
 def _device(word: str, engine: str) -> str:
     """`cpu` or torch's name of a GPU; torch is not asked where there cannot be one, or an engine is named that has no use for it."""
-    if word == "cpu" or (word == "auto" and (_is_graph(engine) or not may_have_gpu())):
+    if word == "cpu" or (word == "auto" and (_is_graph(engine) or not may_have_gpu() or util.find_spec("torch") is None)):
         return "cpu"
     from microtome.inference.devices import pick_device
 
-    return str(pick_device(word))
-
-
-def _version(package: str) -> str:
-    """The version of a package, as its installer wrote it down."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "without version"
+    device = pick_device(word)
+    return "cpu" if device.type == "cpu" else str(device)

@@ -9,7 +9,6 @@ graph of each network at a size that it was not traced at.
 import copy
 import warnings
 from functools import partial
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from microtome.bundle import Bundle, Samples
-from microtome.errors import ConfigError, DataError
+from microtome.errors import ConfigError, DataError, RunError
 from microtome.files import atomic_path
-from microtome.inference.graphs import FILES, graph_folder, record_graph
+from microtome.inference.graphs import FILES, file_hash, graph_folder, record_graph
+from microtome.inference.onnxruntime_engine import OnnxRuntimeEngine
+from microtome.inference.openvino_engine import OpenVinoEngine
 from microtome.inference.restore import restore
-from microtome.inference.telemetry import import_quietly
 from microtome.models.blocks import Convolution3d, InstanceNorm
 from microtome.models.canet import ContextFlow
 from microtome.models.network import Network
@@ -44,15 +44,22 @@ def write_graph(bundle: Bundle) -> Path:
     Raises:
         ConfigError: onnx, or an engine to check the graph with, is not installed; the bundle was never saved; the network is
             too large for one file.
-        DataError: the graph does not say what the network says; nothing is written.
+        DataError: the bundle has no golden input to check the graph by, or the graph does not say what the network says; nothing
+            is written.
+        RunError: torch cannot write the graph, no engine can run it, or there is no folder for it.
     """
-    _check_installed()
-    network, folder = restore(bundle), graph_folder(bundle)
-    samples = bundle.samples or _made_up(network)
+    if not find_spec("onnx"):
+        raise _missing("onnx")
+    folder = graph_folder(bundle)
+    if bundle.samples is None:
+        where, do = bundle.folder or "bundle", "`microtome train --resume` on its run brings it up to date"
+        raise DataError(where, expected="a golden input in the bundle, to check its graph by", got="none", do=do)
+    network = restore(bundle)
     with atomic_path(folder / FILES["onnx"][0]) as part:
         export(network, part)
-        check_graph(part, samples)
-    return record_graph(folder, bundle, "onnx", {name: metadata.version(name) for name in ("microtome", "torch", "onnx")})
+        check_graph(part, bundle.samples)
+        written = file_hash(part)
+    return record_graph(folder, bundle, "onnx", (written,), ("torch", "onnx"))
 
 
 def export(network: Network, path: Path) -> None:
@@ -60,6 +67,7 @@ def export(network: Network, path: Path) -> None:
 
     Raises:
         ConfigError: more weights than an ONNX file holds.
+        RunError: torch has no words for it.
     """
     weight_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
     if weight_bytes > MOST_BYTES:
@@ -77,17 +85,23 @@ def export(network: Network, path: Path) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         # Instance norm has no other mode than that of training, which it is named by.
         warnings.filterwarnings("ignore", "ONNX export mode is set to TrainingMode.EVAL", UserWarning)
-        torch.onnx.export(
-            plain,
-            (torch.zeros(1, network.in_channels, *network.sizes.minimum),),
-            str(path),
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["image"],
-            output_names=["logits"],
-            # Of other names at the output, which may lack a border.
-            dynamic_axes={"image": axes, "logits": {axis: f"{name}_out" for axis, name in axes.items()}},
-        )
+        try:
+            torch.onnx.export(
+                plain,
+                (torch.zeros(1, network.in_channels, *network.sizes.minimum),),
+                str(path),
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=["logits"],
+                # Of other names at the output, which may lack a border.
+                dynamic_axes={"image": axes, "logits": {axis: f"{name}_out" for axis, name in axes.items()}},
+            )
+        except RuntimeError as error:
+            got = " ".join(str(error).split())[:200]
+            raise RunError(
+                network.spec.name, expected="a network that torch can write as a graph", got=got, do="use --engine torch"
+            ) from None
 
 
 def check_graph(path: Path, samples: Samples) -> None:
@@ -96,6 +110,7 @@ def check_graph(path: Path, samples: Samples) -> None:
     Raises:
         ConfigError: neither ONNX Runtime nor OpenVINO is installed.
         DataError: other logits than the samples', by more than 1e-3 of the largest.
+        RunError: the engine cannot run it.
     """
     logits_KS = run_graph(path, samples.golden_CS)
     if logits_KS.shape != samples.logits_KS.shape:
@@ -113,16 +128,13 @@ def run_graph(path: Path, image_CS: np.ndarray) -> np.ndarray:
 
     Raises:
         ConfigError: neither is.
+        RunError: it cannot run the graph.
     """
     if find_spec("onnxruntime"):
-        session = import_quietly("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
-        logits_BKS: np.ndarray = session.run(None, {"image": image_CS[None]})[0]
-    elif find_spec("openvino"):
-        model = import_quietly("openvino").compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-        logits_BKS = np.array(model(image_CS[None])[0])
-    else:
-        raise _missing("onnxruntime or openvino")
-    return np.asarray(logits_BKS[0])
+        return OnnxRuntimeEngine(path)(image_CS)
+    if find_spec("openvino"):
+        return OpenVinoEngine(path, "openvino")(image_CS)
+    raise _missing("onnxruntime or openvino")
 
 
 def _plain(module: nn.Module, dims: int) -> nn.Module:
@@ -161,20 +173,6 @@ def _means(size: Tensor, pool: int) -> Tensor:
     first, end = number * size // count, ((number + 1) * size + count - 1) // count
     inside: Tensor = ((place >= first[:, None]) & (place < end[:, None])).float()
     return inside / inside.sum(dim=1, keepdim=True)
-
-
-def _made_up(network: Network) -> Samples:
-    """An input and its answer for a bundle that has none, of a size that the graph is not traced at."""
-    shape = [low + (axis + 1) * step for axis, (low, step) in enumerate(zip(network.sizes.minimum, network.sizes.step, strict=True))]
-    image = np.random.default_rng(0).normal(size=(network.in_channels, *shape)).astype(np.float32)
-    with torch.inference_mode():
-        return Samples(image, network(torch.from_numpy(image)[None])[0].numpy())
-
-
-def _check_installed() -> None:
-    """Refuse before any work what could not be ended."""
-    if not find_spec("onnx"):
-        raise _missing("onnx")
 
 
 def _missing(package: str) -> ConfigError:

@@ -13,13 +13,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
 from microtome.bundle import Bundle
-from microtome.errors import ConfigError
+from microtome.errors import ConfigError, RunError
 from microtome.files import write_json
 
 Kind = Literal["onnx", "int8"]
@@ -44,13 +45,21 @@ def graph_folder(bundle: Bundle) -> Path:
 
     Raises:
         ConfigError: the bundle was never saved, so that nothing could tell its graphs from others'.
+        RunError: neither can be written.
     """
     if not bundle.hash:
         raise ConfigError(
             "graph", expected="a bundle that was saved", got="one in memory", do="save it, and take what `save_bundle` returns"
         )
     beside, cached = _folders(bundle)[0], _folders(bundle)[-1]
-    return beside if _is_writable(beside) else cached
+    if _is_writable(beside):
+        return beside
+    try:
+        cached.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got, do = error.strerror or str(error), "set MICROTOME_CACHE to one, or use --engine torch"
+        raise RunError(cached, expected="a cache folder that can be written", got=got, do=do) from None
+    return cached
 
 
 def cache_folder() -> Path:
@@ -63,22 +72,46 @@ def cache_folder() -> Path:
     try:
         return Path.home() / ".cache" / "microtome"
     except RuntimeError:
-        # Containers run under user numbers that have no home.
-        return Path(tempfile.gettempdir()) / f"microtome-{os.getuid()}"
+        # Containers run under user numbers that have no home; Windows has no user numbers.
+        user = os.getuid() if hasattr(os, "getuid") else os.environ.get("USERNAME", "user")
+        return Path(tempfile.gettempdir()) / f"microtome-{user}"
 
 
-def record_graph(folder: Path, bundle: Bundle, kind: Kind, made_by: Mapping[str, str]) -> Path:
+def record_graph(folder: Path, bundle: Bundle, kind: Kind, hashes: Sequence[str], packages: Sequence[str] = ()) -> Path:
     """Write the manifest of a graph whose files are complete; returns the file that an engine is given.
 
     Args:
         folder: where the files lie.
         bundle: what the graph was made from.
         kind: of the graph.
-        made_by: package -> version, of what made it.
+        hashes: `file_hash` of each of its `FILES`, taken before they were put there: another process may have replaced one since.
+        packages: that made it, whose versions are noted.
     """
-    files = {name: _hash(folder / name) for name in FILES[kind]}
-    write_json(folder / MANIFEST[kind], {"kind": kind, "bundle": bundle.hash, "files": files, "made_by": dict(made_by)})
+    files, made_by = dict(zip(FILES[kind], hashes, strict=True)), {name: version_of(name) for name in ("microtome", *packages)}
+    write_json(folder / MANIFEST[kind], {"kind": kind, "bundle": bundle.hash, "files": files, "made_by": made_by})
     return folder / FILES[kind][0]
+
+
+def graph_mark(path: Path, kind: Kind) -> str:
+    """Eight digits that differ where a graph, as `find_graph` gives it, has other bytes; none where it was removed meanwhile."""
+    try:
+        return file_hash(path.with_name(MANIFEST[kind]))[:8]
+    except OSError:
+        return ""
+
+
+def version_of(package: str) -> str:
+    """The version of a package, as its installer wrote it down."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "without version"
+
+
+def file_hash(path: Path) -> str:
+    """A hash of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def _folders(bundle: Bundle) -> list[Path]:
@@ -98,12 +131,6 @@ def _is_whole(folder: Path, bundle: Bundle, kind: Kind) -> bool:
         manifest = json.loads((folder / MANIFEST[kind]).read_text(encoding="utf-8"))
         if manifest["kind"] != kind or manifest["bundle"] != bundle.hash:
             return False
-        return all(_hash(folder / name) == manifest["files"][name] for name in FILES[kind])
+        return all(file_hash(folder / name) == manifest["files"][name] for name in FILES[kind])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return False
-
-
-def _hash(path: Path) -> str:
-    """A hash of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()

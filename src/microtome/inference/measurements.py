@@ -95,6 +95,8 @@ def _document(path: Path | None) -> dict[str, Any]:
     """The file's content, empty where there is none that can be read."""
     try:
         document = json.loads(path.read_text(encoding="utf-8")) if path is not None else {}
+        # What Python reads and JSON does not know, NaN and infinity, could not be written again.
+        json.dumps(document, allow_nan=False)
     except (OSError, ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}
@@ -106,8 +108,8 @@ def _entry(value: Any) -> Measured | None:
         tiles = {tuple(map(int, shape.split("x"))): float(seconds) for shape, seconds in value["tiles"].items()}
         startup, guess = (None if value[name] is None else float(value[name]) for name in ("startup_seconds", "voxel_seconds"))
         agreement = None if value["labels"] is None else Agreement(float(value["labels"]), float(value["probability"]))
-        numbers = [*tiles.values(), startup or 0.0, guess or 0.0]
-    except (KeyError, TypeError, ValueError, AttributeError):
+        numbers = [*tiles.values(), startup or 0.0, guess or 0.0, *((agreement.labels, agreement.probability) if agreement else ())]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError):
         return None
     if not all(0 <= number < math.inf for number in numbers) or not all(min(shape) > 0 for shape in tiles):
         return None

@@ -33,7 +33,9 @@ class OnnxRuntimeEngine:
         except ImportError:
             raise missing(self.name, "onnxruntime") from None
         self.path = path
-        self._errors = (state.Fail, state.InvalidArgument, state.InvalidGraph, state.InvalidProtobuf, state.NotImplemented, RuntimeError)
+        # Each a direct child of Exception. `RuntimeException` is what a kernel raises, for want of memory too.
+        words = ("Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoSuchFile", "NotImplemented", "RuntimeException")
+        self._errors = (RuntimeError, *(getattr(state, word) for word in words))
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads(), _ERRORS_ONLY
         try:

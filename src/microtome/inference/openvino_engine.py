@@ -1,7 +1,6 @@
 """A network's graph run by OpenVINO: the fastest on most processors, and ready in half a second. No torch."""
 
 from collections import OrderedDict
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from microtome.errors import ConfigError, RunError
 from microtome.geometry import Shape, Spacing
 from microtome.inference.mirroring import TTA, Engine, Mirrored
 from microtome.inference.processor import threads
-from microtome.inference.telemetry import no_telemetry
+from microtome.inference.telemetry import import_quietly
 
 # Tile shapes that stay compiled: images of a folder differ in size; each holds the weights once more.
 MOST_SHAPES = 4
@@ -32,8 +31,7 @@ class OpenVinoEngine:
 
     def __init__(self, path: Path, name: str, precision: Literal["f32", "bf16"] = "f32") -> None:
         try:
-            with no_telemetry():
-                openvino = import_module("openvino")
+            openvino = import_quietly("openvino")
         except ImportError:
             raise missing(name, "openvino") from None
         self.path, self.name = path, name
@@ -52,7 +50,7 @@ class OpenVinoEngine:
             RunError: the graph does not take this shape.
         """
         try:
-            found = self._request(image_CS.shape).infer({0: image_CS[None]}, share_inputs=True)
+            found = self._request(image_CS.shape).infer({0: image_CS[None]}, share_inputs=True, share_outputs=True)
         except RuntimeError as error:
             raise unusable(self.path, self.name, error) from None
         # The first output alone, and a copy: the next tile is written into the same memory.

@@ -174,7 +174,7 @@ def job_of(shape_vox: Shape, spacing_mm: Spacing, plan: Plan, network: Sized) ->
     plane = grid[-plan.dims :]
     tile = choose_tile(plane, plan, network)
     context = (network.context_vox,) * plan.dims
-    tiles = sum(1 for _ in cover(plane, tile, overlap=plan.overlap, context_vox=context))
+    tiles = len(cover(plane, tile, overlap=plan.overlap, context_vox=context))
     tile_vox = tuple(size + 2 * network.context_vox for size in tile)
     return Job(tile_vox=tile_vox, tiles=tiles * math.prod(grid[: -plan.dims]))
 

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import sys
 from pathlib import Path
 
 # What drivers of GPUs that torch knows as `cuda` put there: NVIDIA's own, WSL's, AMD's.
@@ -27,5 +28,5 @@ def processor_name() -> str:
 
 
 def may_have_gpu() -> bool:
-    """Whether it is worth asking torch for a GPU: asking costs the seconds that importing torch takes."""
-    return any(Path(mark).exists() for mark in _GPU_MARKS)
+    """Whether it is worth asking torch for a GPU: asking costs the seconds that importing torch takes. Windows leaves no mark."""
+    return sys.platform == "win32" or any(Path(mark).exists() for mark in _GPU_MARKS)

@@ -10,7 +10,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import copyfile
@@ -23,7 +22,7 @@ from microtome.errors import ConfigError, DataError
 from microtome.files import atomic_path
 from microtome.inference.agreement import BOUNDS
 from microtome.inference.export import write_graph
-from microtome.inference.graphs import FILES, find_graph, graph_folder, record_graph
+from microtome.inference.graphs import FILES, file_hash, find_graph, graph_folder, record_graph
 from microtome.inference.openvino_engine import OpenVinoEngine
 from microtome.inference.predict import best_class
 from microtome.inference.telemetry import import_quietly
@@ -51,10 +50,11 @@ def write_int8(bundle: Bundle) -> Path:
     with tempfile.TemporaryDirectory() as scratch, _quietly():
         drafts = [Path(scratch) / name for name in FILES["int8"]]
         _write_first_that_agrees(source, bundle.samples, drafts[0])
+        hashes = [file_hash(draft) for draft in drafts]
         for draft in drafts:
             with atomic_path(folder / draft.name) as part:
                 copyfile(draft, part)
-    return record_graph(folder, bundle, "int8", {name: metadata.version(name) for name in ("microtome", "openvino", "nncf")})
+    return record_graph(folder, bundle, "int8", hashes, ("openvino", "nncf"))
 
 
 def _write_first_that_agrees(source: Path, samples: Samples, path: Path) -> None:
@@ -76,6 +76,8 @@ def _write_first_that_agrees(source: Path, samples: Samples, path: Path) -> None
         openvino.save_model(quantised, path, compress_to_fp16=False)
         engine = OpenVinoEngine(path, "openvino-int8", hint)
         equal = [best_class(engine(patch)) == labels for patch, labels in zip(patches, wanted, strict=True)]
+        # It maps the file that the next attempt overwrites, which Windows forbids.
+        del engine
         shares.append(sum(part.sum() for part in equal) / sum(part.size for part in equal))
         if shares[-1] >= BOUNDS["int8"].labels:
             return

@@ -35,6 +35,7 @@ class Candidate:
         open: makes it ready.
         startup_seconds: what that is expected to take.
         fresh: whether opening takes now what it takes a fresh process, so that it may be remembered.
+        source: what the library runs, as far as is known by now: a mark of the graph's bytes, which are measured anew when they change.
     """
 
     name: str
@@ -43,11 +44,12 @@ class Candidate:
     open: Callable[[], Engine]
     startup_seconds: float
     fresh: bool = True
+    source: Callable[[], str] = lambda: ""
 
     @property
     def key(self) -> str:
         """Its name in the measurements."""
-        return f"{self.name} {self.version}"
+        return f"{self.name} {self.version} {self.source()}".rstrip()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,8 +100,8 @@ class Search:
         self.refused: dict[str, str] = {}
         self.spent_seconds = 0.0
 
-    def named(self) -> Choice:
-        """The only candidate, which somebody asked for by its name.
+    def named(self, why: str = "as asked") -> Choice:
+        """The only candidate, which somebody asked for by its name, or which is the only one that can do it.
 
         Raises:
             ConfigError: it does not agree with the oracle.
@@ -112,7 +114,7 @@ class Search:
             got = found.failure(candidate.precision) if found else "nothing"
             do = "use --engine torch, or auto, which takes the fastest that agrees"
             raise ConfigError(f"--engine {candidate.name}", expected="the answers of the trained network", got=got, do=do)
-        return Choice(engine=engine, reason=f"{candidate.name}: as asked{_as_torch(candidate, found)}")
+        return Choice(engine=engine, reason=f"{candidate.name}: {why}{_as_torch(candidate, found)}")
 
     def best(self, job: Job) -> Choice:
         """The candidate that is expected to end the job soonest.
@@ -123,9 +125,7 @@ class Search:
         best = self._first(job)
         while (other := self._next(best, job)) is not None:
             began = self.clock()
-            if self._try(other):
-                if self._seconds(other, job) is None:
-                    self._time(other, job)
+            if self._try(other, job):
                 best = min(best, other, key=lambda one: self._left(one, job) or 0.0)
             self.spent_seconds += self.clock() - began
         self.measurements.write()
@@ -169,10 +169,12 @@ class Search:
         """Seconds to learn how fast a candidate is, beside those spent so: to open and compare it and time two tiles at the best's pace."""
         return self.spent_seconds + self._startup(candidate) + 3 * (self._left(best, job) or 0.0) / job.tiles
 
-    def _try(self, candidate: Candidate) -> bool:
-        """Open and compare a candidate; False, with the reason noted, if it cannot be used."""
+    def _try(self, candidate: Candidate, timed: Job | None = None) -> bool:
+        """Open and compare a candidate, and time a tile of a job; False, with the reason noted, if it cannot be used."""
         try:
             self._open(candidate)
+            if timed is not None and self._possible(candidate) and self._seconds(candidate, timed) is None:
+                self._time(candidate, timed)
         except MicrotomeError as error:
             self.refused[candidate.name] = f"expected {error.expected}, got {error.got}"
             return False

@@ -8,8 +8,6 @@ unless a variable of the environment says no by then.
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -18,18 +16,11 @@ VARIABLE = "ORT_DISABLE_TELEMETRY"
 
 
 def import_quietly(name: str) -> Any:
-    """The module of that name, `openvino`, `nncf` or `onnxruntime`, without telemetry.
+    """The module of that name, `openvino`, `nncf` or `onnxruntime`; imported for the first time, it finds the telemetry package missing.
 
     Raises:
         ImportError: it is not installed.
     """
-    with no_telemetry():
-        return import_module(name)
-
-
-@contextmanager
-def no_telemetry() -> Iterator[None]:
-    """Inside, what is imported for the first time finds the telemetry package missing; it stays without when this has ended."""
     # Stays set: processes that this one starts are as silent.
     os.environ[VARIABLE] = "1"
     known = PACKAGE in sys.modules
@@ -37,7 +28,7 @@ def no_telemetry() -> Iterator[None]:
     # None is Python's own mark for a module that cannot be imported.
     sys.modules[PACKAGE] = None  # type: ignore[assignment]
     try:
-        yield
+        return import_module(name)
     finally:
         if known and before is not None:
             sys.modules[PACKAGE] = before

@@ -5,7 +5,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from microtome.bundle import load_bundle, save_bundle
+from microtome.bundle import Bundle, load_bundle, save_bundle
 from microtome.data.case import Case
 from microtome.data.dataset import Dataset
 from microtome.errors import MicrotomeError
@@ -24,19 +24,23 @@ def complete_model(folder: Path, dataset: Dataset, cases: Sequence[Case]) -> str
         cases: that it was trained on, of which samples are cut.
 
     Returns:
-        why there is no graph, in a line for people; None if there is one, or nothing to write it with.
+        what could not be done, in a line for people: torch predicts with the model all the same. None if all is there, or there is
+        nothing to write a graph with.
     """
-    bundle = load_bundle(folder)
-    if bundle.samples is None:
-        network = restore(bundle)
-        samples = samples_of(dataset, cases, bundle.plan, network)
-        whole = replace(bundle, samples=samples, sizes=network.sizes, context_vox=network.context_vox)
-        assert bundle.folder is not None, "it was loaded"
-        bundle = save_bundle(bundle.folder, whole)
-    if find_graph(bundle, "onnx") is None and find_spec("onnx") is not None:
-        try:
+    try:
+        bundle = load_bundle(folder)
+        if bundle.samples is None:
+            bundle = _with_samples(bundle, dataset, cases)
+        if find_graph(bundle, "onnx") is None and find_spec("onnx") is not None:
             write_graph(bundle)
-        except MicrotomeError as error:
-            # The model itself is good: torch predicts with it.
-            return f"no graph for other engines: {error}"
+    except MicrotomeError as error:
+        return f"other engines than torch cannot take up this model: {error}"
     return None
+
+
+def _with_samples(bundle: Bundle, dataset: Dataset, cases: Sequence[Case]) -> Bundle:
+    """The bundle, saved again in its place with samples and with what its network says of sizes."""
+    network = restore(bundle)
+    samples = samples_of(dataset, cases, bundle.plan, network)
+    assert bundle.folder is not None, "it was loaded"
+    return save_bundle(bundle.folder, replace(bundle, samples=samples, sizes=network.sizes, context_vox=network.context_vox))

@@ -103,7 +103,7 @@ def calibration_shape(plan: Plan, network: Network, golden_vox: Shape) -> tuple[
 
 
 def _prepared(dataset: Dataset, case: Case, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
-    """A case's image (C, *S) as the network sees it, and the indices (N, D) of its foreground, or of all that is annotated."""
+    """A case's image (C, *S) as the network sees it, and the places (N,) of its foreground, or of all that is annotated, in flat order."""
     image = dataset.read_image(case)
     grid = grid_shape(image.shape_vox, voxel_size(image, plan), plan)
     label, background = resample_labels(dataset.read_label(case), grid), dataset.legend.background
@@ -111,7 +111,7 @@ def _prepared(dataset: Dataset, case: Case, plan: Plan) -> tuple[np.ndarray, np.
     if not len(foreground):
         foreground = np.flatnonzero(label != NOT_ANNOTATED)
     prepared_CS = resample(normalise(image.array, plan.normalisation), grid, plan.interpolation)
-    return prepared_CS, np.stack(np.unravel_index(foreground, label.shape), axis=1)
+    return prepared_CS, foreground
 
 
 def _parts(image_CS: np.ndarray, foreground: np.ndarray, shape_vox: Shape, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -119,7 +119,8 @@ def _parts(image_CS: np.ndarray, foreground: np.ndarray, shape_vox: Shape, rng: 
     sizes = image_CS.shape[1:]
     around = len(foreground) > 0
     while True:
-        voxel = foreground[rng.integers(len(foreground))] if around else rng.integers(sizes)
+        # One place is unravelled, not all: the indices of a large volume would take several times its memory.
+        voxel = np.array(np.unravel_index(foreground[rng.integers(len(foreground))], sizes)) if around else rng.integers(sizes)
         around = not around and len(foreground) > 0
         part = image_CS
         if len(sizes) > len(shape_vox):

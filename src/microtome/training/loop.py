@@ -110,7 +110,8 @@ def train_steps(
                 hooks.save(state, is_best)
                 clock.saved()
                 saved = progress.step
-            if stopped():
+            # A request that came since this was asked waits for the end of the next step: what is unsaved would be lost.
+            if (validating or saving) and stopped():
                 raise RunError(
                     f"step {progress.step}", expected=f"{progress.steps} steps", got="a request to stop", do="continue with --resume"
                 )

@@ -1,4 +1,4 @@
-"""Activations that are computed again for the gradient instead of kept: less memory, about a third more time.
+"""Activations that are computed again for the gradient instead of kept: less memory, about a quarter more time.
 
 Networks know nothing of it. While `recomputing` is open, the parts of a network that `models.segments` finds keep only what
 they take and hand on; when the backward pass reaches a part, it runs again and its activations are there for its gradient.

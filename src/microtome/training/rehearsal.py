@@ -96,7 +96,7 @@ def make_plan(
     plan = save_memory(apply_recipe(chosen, plan, facts, resources), resources).model_copy(update={"holdout": holdout})
     if steps is not None:
         return _with(plan, "steps", steps, "as asked")
-    return fit_to_minutes(plan, minutes, where)
+    return fit_to_minutes(plan, resources, where)
 
 
 def only_pictures(dataset: Dataset) -> bool:
@@ -104,16 +104,20 @@ def only_pictures(dataset: Dataset) -> bool:
     return {len(header.shape_vox) for header in dataset.headers.values()} == {2}
 
 
-def fit_to_minutes(plan: Plan, minutes: float | None, device: torch.device) -> Plan:
-    """The plan with the precision that is faster here, and batch and steps for the minutes, by timing real steps."""
-    began = time.perf_counter()
+def fit_to_minutes(plan: Plan, resources: Resources, device: torch.device) -> Plan:
+    """The plan with the precision that is faster here, and batch and steps for the minutes, by timing real steps.
+
+    Another precision takes other memory, and a smaller batch is shared out otherwise: micro-batches and what is computed twice
+    are then chosen anew.
+    """
+    began, minutes = time.perf_counter(), resources.minutes
     precisions = ("bf16", "fp32") if plan.precision == "bf16" else ("fp32",)
     seconds = step_seconds(plan, device, precisions)
     # A busy machine can spoil a timing; hardware that multiplies bfloat16 is believed unless it is clearly slower.
     best = precisions[0] if seconds[precisions[0]] < 1.25 * seconds[precisions[-1]] else precisions[-1]
     if len(precisions) == 2:
         times = f"bfloat16 takes {seconds['bf16']:.2f} s a step, float32 {seconds['fp32']:.2f} s"
-        plan = _with(plan, "precision", best, times)
+        plan = save_memory(_with(plan, "precision", best, times), resources)
     if minutes is None:
         about = f"about {_minutes(round(plan.steps * seconds[best] / 60))} at {seconds[best]:.2f} s a step"
         return _with(plan, "steps", plan.steps, f"no minutes were given; {about}")
@@ -121,7 +125,7 @@ def fit_to_minutes(plan: Plan, minutes: float | None, device: torch.device) -> P
     fitting = int(plan.batch * budget / seconds[best] / FEWEST_STEPS)
     if plan.recipe == "default" and fitting < plan.batch and plan.batch > SMALLEST_BATCH:
         reason = f"{plan.batch} would fit into memory, but {_minutes(minutes)} would then be too few steps"
-        plan = _with(plan, "batch", max(SMALLEST_BATCH, fitting), reason)
+        plan = save_memory(_with(plan, "batch", max(SMALLEST_BATCH, fitting), reason), resources)
         seconds = step_seconds(plan, device, (best,))
     # Where steps are slow, timing them has taken its part of the minutes.
     count = max(1, int((budget - (time.perf_counter() - began)) / seconds[best]))

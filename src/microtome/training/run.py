@@ -42,7 +42,8 @@ from microtome.training.warp import compiled
 
 # Share of the minutes kept for the end before the first validation has shown what one case takes.
 FIRST_RESERVE = 0.06
-REPORT_SECONDS = 8.0
+# Of the report, and of samples and graph for other engines.
+REPORT_SECONDS = 12.0
 # The end may not take more than this; where all validation cases take longer, some are scored.
 MOST_RESERVE = 0.25
 # A run that has less left when it could begin to train would be no training.
@@ -281,8 +282,6 @@ class _Session:
         if progress.best is None:
             # The minutes were over before the first validation, and the process was gone.
             self.save(self.state, validate_now(self.state, self.hooks))
-        if problem := complete_model(self.folder, self.dataset, self.split.train):
-            self.on_event({"event": "finding", "step": progress.step, "severity": "warning", "message": problem})
         if self.split.validation:
             # Not whatever engine is fastest here: a score is of the trained network in the arithmetic that it was trained in.
             bundle = load_bundle(self.folder)
@@ -291,6 +290,9 @@ class _Session:
             if metrics:
                 write_json(self.folder / "metrics.json", metrics)
                 subset = metrics["conventions"].get("validation_subset")
+        # After the scores, which it must not cost.
+        if problem := complete_model(self.folder, self.dataset, self.split.train):
+            self.on_event({"event": "finding", "step": progress.step, "severity": "warning", "message": problem})
         reason = "the minutes are over" if self.plan.minutes else "all steps are done"
         if self.plan.minutes and progress.step < self.plan.steps / 2:
             reason = f"the minutes were over after {progress.step} of {self.plan.steps} planned steps: give more, or an idler machine"

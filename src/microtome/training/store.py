@@ -8,7 +8,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -118,7 +118,7 @@ def store_cases(
         DataWarning: they are compressed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stems = [folder / f"{number:05d}-{_key(case, plan)}" for number, case in enumerate(cases)]
+    stems = [folder / f"{number:05d}-{_key(dataset, case, plan)}" for number, case in enumerate(cases)]
     missing = [number for number, stem in enumerate(stems) if not _is_stored(stem)]
     _sweep(folder, {stem.name for number, stem in enumerate(stems) if number not in missing})
     kind = _choose_kind(dataset, [cases[number] for number in missing], plan, folder)
@@ -210,12 +210,15 @@ def _gb(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
 
-def _key(case: Case, plan: Plan) -> str:
-    """What the stored arrays depend on, in a file's name: after a change of the plan they are not taken for the new ones."""
+def _key(dataset: Dataset, case: Case, plan: Plan) -> str:
+    """What the stored arrays depend on, in a file's name: after a change of plan, classes or files they are not taken for the new ones."""
     grid = (plan.dims, plan.spacing_mm, plan.stated_spacing_mm, plan.assumed_spacing_mm, plan.resize_vox, plan.interpolation)
     loss = plan.loss
     borders = (loss.border_weight, loss.border_sigma, loss.balance_classes) if loss.border_weight else ()
-    settings = repr((FORMAT, case.name, case.sections, case.planes, grid, plan.normalisation, borders, plan.seed))
+    stats = [(path.name, path.stat()) for path in (*case.images, *case.labels)]
+    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    data = (case.name, case.sections, case.planes, files, replace(dataset.legend, reason=""), dataset.config.spacing_mm)
+    settings = repr((FORMAT, *data, grid, plan.normalisation, borders, plan.seed))
     return hashlib.blake2b(settings.encode(), digest_size=4).hexdigest()
 
 
