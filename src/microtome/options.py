@@ -31,7 +31,7 @@ Engine = Annotated[
     str,
     typer.Option(
         help="What computes: torch (the reference), torch-bf16, openvino, openvino-bf16, openvino-int8, onnxruntime; auto: the one that "
-        "ends this job soonest. All are held to torch's answers, but for models without samples and with --head, where only torch and torch-bf16 can be asked for."
+        "ends this job soonest. All are held to torch's answers on samples of the model; without samples, and with --head, it is torch."
     ),
 ]
 Averaged = Annotated[
