@@ -72,8 +72,8 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         setting.name: setting
         for setting in (
             Setting("unet_same 512x512", "unet_same", (512, 512), (128, 128)),
-            # The input of the paper: unpadded, so that 116 x 132 x 132 gives 28 x 44 x 44.
-            Setting("unet3d 116x132x132", "unet3d", (116, 132, 132), (92, 92, 92)),
+            # The input of the paper: unpadded, so that 116 x 132 x 132 gives 28 x 44 x 44, and a cube of 116 to learn from gives 28 a side.
+            Setting("unet3d 116x132x132", "unet3d", (116, 132, 132), (116, 116, 116)),
             Setting("nnunet_plain 64x128x128", "nnunet_plain", (64, 128, 128), (64, 64, 64)),
             # As nnU-Net trains it.
             Setting("nnunet_plain 64x128x128 5 heads", "nnunet_plain", (64, 128, 128), (64, 64, 64), supervised=5),
