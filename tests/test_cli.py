@@ -382,3 +382,12 @@ def test_the_demo_goes_all_the_way_and_says_where_the_reports_are(tmp_path: Path
     for name in ("tubules", "cells"):
         assert (tmp_path / "demo" / "runs" / name / "report.html").stat().st_size > 10_000
         assert (tmp_path / "demo" / "scores" / f"{name}_unseen.html").exists()
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(130)])
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: BaseException) -> None:
+    monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(stop))
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 130
+    assert "goes on with --resume" in capsys.readouterr().err

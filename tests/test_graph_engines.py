@@ -183,7 +183,7 @@ def test_bfloat16_is_refused_where_it_would_be_emulated(bundle: Bundle, monkeypa
     assert not any("bf16" in candidate.name for candidate in Engines(bundle, device="cpu").candidates)
 
 
-def test_a_model_without_samples_is_for_the_reference_and_bfloat16_has_to_be_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_without_samples_is_for_torch_in_float32_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("microtome.inference.engines.processor_has_bf16", lambda: True)
     old = saved_model(tmp_path, samples=False, precision="bf16")
     with pytest.raises(ConfigError, match=r"--engine openvino: expected a model with a golden input.*train --resume.*or --engine torch"):
@@ -344,3 +344,15 @@ def test_the_engine_of_a_training_is_of_its_precision(tmp_path: Path, monkeypatc
 def test_an_unsaved_model_is_for_torch(bundle: Bundle) -> None:
     in_memory = replace(bundle, folder=None, hash="")
     assert {candidate.name for candidate in Engines(in_memory, device="cpu").candidates} <= {"torch", "torch-bf16"}
+
+
+def test_auto_says_that_a_graph_is_damaged_and_a_named_engine_writes_it_anew(tmp_path: Path) -> None:
+    bundle = saved_model(tmp_path)
+    path = write_graph(bundle)
+    assert "damaged" not in Engines(bundle, device="cpu").best(Job(tile_vox=(16, 16), tiles=1)).reason
+    path.write_bytes(path.read_bytes()[:-100])
+    said = Engines(bundle, device="cpu").best(Job(tile_vox=(16, 16), tiles=1))
+    assert f"{path} is damaged, or of another model" in said.reason
+    assert "torch" in said.engine.name
+    Engines(bundle, engine="onnxruntime", device="cpu").named()
+    assert find_graph(bundle, "onnx") == path

@@ -281,7 +281,8 @@ def test_other_channels_than_in_training_are_refused_with_the_files_name(tmp_pat
 
 def test_grey_is_taken_as_colour_where_training_had_colour(tmp_path: Path) -> None:
     path = folders.png(tmp_path / "a.png", noise(8, 8))
-    assert predictor_of(channels=3)(path).shape == (8, 8)
+    with pytest.warns(DataWarning, match=r"a\.png: grey, and the model learned from colours"):
+        assert predictor_of(channels=3)(path).shape == (8, 8)
 
 
 def test_other_axes_than_in_training_are_refused_with_the_files_name(tmp_path: Path) -> None:

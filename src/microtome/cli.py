@@ -30,6 +30,7 @@ from microtome.options import (
     check_names,
     check_target,
     checked_holdout,
+    one_line,
     one_of,
     open_data,
     refuse_beside,
@@ -382,7 +383,7 @@ def main() -> None:
 
     debug = "--debug" in sys.argv
     sys.argv = [word for word in sys.argv if word != "--debug"]
-    warnings.formatwarning = _one_line
+    warnings.formatwarning = one_line
     try:
         app()
     except MicrotomeError as error:
@@ -390,11 +391,9 @@ def main() -> None:
             raise
         sys.stderr.write(f"microtome: {error}\n")
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as error:
+        # Typer makes an exit of Ctrl-C, in silence.
+        if getattr(error, "code", 130) != 130:
+            raise
         sys.stderr.write("microtome: stopped; a training run goes on with --resume\n")
         sys.exit(130)
-
-
-def _one_line(message: Warning | str, *_: Any, **__: Any) -> str:
-    """A warning for people: without the place in the code that gave it."""
-    return f"warning: {message}\n"

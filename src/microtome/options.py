@@ -109,3 +109,8 @@ def open_data(data: Path) -> "Dataset":
 
     warnings.simplefilter("ignore", DataWarning)
     return open_dataset(data)
+
+
+def one_line(message: Warning | str, *_: Any, **__: Any) -> str:
+    """A warning for people: without the place in the code that gave it."""
+    return f"warning: {message}\n"

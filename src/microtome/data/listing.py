@@ -48,15 +48,18 @@ def read_listing(folder: Path) -> Listing | None:
         DataError: the list is not one that `predict` wrote.
     """
     path = folder / LISTING
-    if not path.is_file():
-        return None
     try:
+        if not path.is_file():
+            return None
         content = json.loads(path.read_text(encoding="utf-8"))
         return Listing(
             legend=Legend.from_json(content["legend"]),
             entries={str(file): Entry(case=str(of["case"]), image=str(of["input"])) for file, of in content["cases"].items()},
             writing=frozenset(map(str, content.get("writing", ()))),
         )
+    except OSError as error:
+        got, do = error.strerror or str(error), "give another --out, or the right to read it"
+        raise DataError(path, expected="a folder that can be read", got=got, do=do) from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         got = f"{type(error).__name__}: {error}"
         raise DataError(path, expected="the list that `microtome predict` writes", got=got, do="predict again or remove it") from None

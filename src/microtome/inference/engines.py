@@ -5,6 +5,7 @@ Torch is imported when one of its engines, or the writing of a graph, is what it
 
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 from importlib import util
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Literal, NamedTuple
 from microtome.bundle import Bundle
 from microtome.errors import ConfigError, unknown_choice
 from microtome.inference.graphs import Kind as GraphKind
-from microtome.inference.graphs import cache_folder, find_graph, graph_mark, version_of
+from microtome.inference.graphs import cache_folder, damaged_graph, find_graph, graph_mark, version_of
 from microtome.inference.measurements import Measurements
 from microtome.inference.mirroring import TTA, Engine
 from microtome.inference.onnxruntime_engine import OnnxRuntimeEngine
@@ -95,7 +96,11 @@ class Engines:
         Raises:
             ConfigError: none can be used.
         """
-        return self._search().best(job)
+        choice = self._search().best(job)
+        damaged = damaged_graph(self.bundle, "onnx")
+        if damaged is None or self.device != "cpu":
+            return choice
+        return replace(choice, reason=f"{choice.reason}; {damaged} is damaged, or of another model: --engine onnxruntime writes it anew")
 
     def _search(self) -> Search:
         """A search among the candidates, with what is remembered of them."""

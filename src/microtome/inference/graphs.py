@@ -40,6 +40,13 @@ def find_graph(bundle: Bundle, kind: Kind) -> Path | None:
     return None
 
 
+def damaged_graph(bundle: Bundle, kind: Kind) -> Path | None:
+    """A file in a graph's place that is not whole, or of another model; None if there is none. It is never used, and written anew."""
+    if not bundle.hash or find_graph(bundle, kind) is not None:
+        return None
+    return next((path for folder in _folders(bundle) if (path := folder / FILES[kind][0]).exists()), None)
+
+
 def graph_folder(bundle: Bundle) -> Path:
     """Where graphs of this bundle are written: beside the model, or in the cache if that folder cannot be written.
 

@@ -94,6 +94,8 @@ class Predictor:
             image = read_image(Path(image))
         plan = self.bundle.plan
         self._check(image)
+        if image.channels < plan.channels:
+            warnings.warn(f"{image.path}: grey, and the model learned from colours: it may be wrong here", DataWarning, stacklevel=2)
         image = fit_channels(image, plan.channels)
         if plan.assumed_spacing_mm and not (image.spacing_known or plan.stated_spacing_mm or plan.resize_vox):
             sizes = " × ".join(f"{value:g}" for value in plan.assumed_spacing_mm)
