@@ -428,13 +428,13 @@ def test_more_validation_cases_than_the_minutes_allow_leave_three_quarters_to_tr
     assert session.seconds_left() == pytest.approx(600 * 0.94, abs=2)
     session.state.progress.case_seconds = 2.0
     assert len(session.split.validation) == 1
-    assert session.seconds_left() == pytest.approx(600 - 1.5 * 2 - 8, abs=2)
+    assert session.seconds_left() == pytest.approx(600 - 1.5 * 2 - 12, abs=2)
     session.state.progress.case_seconds = 900.0
     assert session.seconds_left() == pytest.approx(450, abs=2)
     # What is kept back is also what the end may take.
-    assert session._seconds_for_end() == pytest.approx(600 - 8, abs=2)
+    assert session._seconds_for_end() == pytest.approx(600 - 12, abs=2)
     session.seconds_before = 500.0
-    assert session._seconds_for_end() == pytest.approx(150 - 8, abs=2)
+    assert session._seconds_for_end() == pytest.approx(150 - 12, abs=2)
 
 
 def test_a_run_that_could_not_score_all_cases_says_so(cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
