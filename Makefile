@@ -30,7 +30,7 @@ check: $(STAMP)  ## format, lint, types, docs, tests: in the order that fails fa
 fix: $(STAMP)  ## format, and mend what the linter can mend
 	@$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
-bench: $(STAMP)  ## ours alone on this machine (a quarter of an hour): benchmarks/results/latest.json and docs/performance.md
+bench: $(STAMP)  ## ours alone on this machine (twenty minutes): benchmarks/results/latest.json and docs/performance.md
 	@$(BIN)/python -m benchmarks.bench $(BENCH)
 
 peers: $(PEERS)/.installed  ## .venv-peers: nnU-Net, MONAI, TorchIO, batchgeneratorsv2 and ours, to be compared

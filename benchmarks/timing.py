@@ -15,7 +15,7 @@ from benchmarks.rows import CACHE, REPOSITORY, row_of, say
 MOST_SECONDS = 600
 # Weights are trained and graphs written once.
 PREPARING_SECONDS = 1800
-# Variants whose process takes longer than this are run in two rounds at most: the whole has to end in a quarter of an hour.
+# Variants whose process takes longer than this are run in two rounds at most: the whole has to end in twenty minutes or so.
 SLOW_SECONDS = 12
 
 

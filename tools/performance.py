@@ -86,7 +86,7 @@ INTRODUCTION = """\
 # How fast it is
 
 Every number here was measured by the command that stands beside it, and can be measured again on another machine: `make bench` (ours
-alone, about a quarter of an hour), `make bench-peers` (beside other programs, in an environment of its own that `make peers` makes),
+alone, about twenty minutes), `make bench-peers` (beside other programs, in an environment of its own that `make peers` makes),
 `make bench-gpu`. What was tried and did not help is in [log.md](log.md).
 """
 

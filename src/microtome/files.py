@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -39,6 +40,33 @@ def atomic_path(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`, renamed to `path` on success and removed otherwise; its files are flushed by who writes them.
+
+    A folder cannot replace another in one step. What lies at `path` must be of a write that nothing marked as complete: it goes.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+    """
+    part = path.parent / f".part-{secrets.token_hex(4)}-{path.name[-60:]}"
+    try:
+        part.mkdir(parents=True)
+        yield part
+        _flush(part)
+        if path.exists():
+            shutil.rmtree(path)
+        part.rename(path)
+        _flush(path.parent)
+    except (OSError, ValueError) as error:
+        # Libraries that write many files tell of a full disk in a ValueError of their own.
+        got = " ".join(str(getattr(error, "strerror", None) or error).split())[-300:]
+        raise RunError(path, expected="a folder that can be written", got=got, do="free space or choose another --out") from error
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(part)
 
 
 def write_text(path: Path, text: str) -> None:

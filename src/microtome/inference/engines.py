@@ -97,8 +97,9 @@ class Engines:
             ConfigError: none can be used.
         """
         choice = self._search().best(job)
-        damaged = damaged_graph(self.bundle, "onnx")
-        if damaged is None or self.device != "cpu":
+        # Looked for only where no graph was found, or all its bytes would be hashed again.
+        damaged = damaged_graph(self.bundle, "onnx") if self.device == "cpu" and self._find("onnx") is None else None
+        if damaged is None:
             return choice
         return replace(choice, reason=f"{choice.reason}; {damaged} is damaged, or of another model: --engine onnxruntime writes it anew")
 

@@ -41,9 +41,7 @@ def find_graph(bundle: Bundle, kind: Kind) -> Path | None:
 
 
 def damaged_graph(bundle: Bundle, kind: Kind) -> Path | None:
-    """A file in a graph's place that is not whole, or of another model; None if there is none. It is never used, and written anew."""
-    if not bundle.hash or find_graph(bundle, kind) is not None:
-        return None
+    """The file in a graph's place where `find_graph` finds none: not whole, or of another model; None if nothing is there."""
     return next((path for folder in _folders(bundle) if (path := folder / FILES[kind][0]).exists()), None)
 
 

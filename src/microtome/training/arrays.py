@@ -4,11 +4,7 @@ Both give `array[part]` as NumPy does for whole numbers and slices of step 1, an
 """
 
 import math
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
@@ -20,7 +16,7 @@ import numpy as np
 import tensorstore as ts
 
 from microtome.errors import RunError
-from microtome.files import atomic_path
+from microtome.files import atomic_folder, atomic_path
 from microtome.geometry import Shape
 
 # The two kinds of array, as the end of their names.
@@ -165,7 +161,7 @@ def write_array(path: Path, array: np.ndarray, dims: int) -> None:
         with atomic_path(path) as part, part.open("wb") as file:
             np.save(file, array, allow_pickle=False)
         return
-    with _atomic_folder(path) as folder:
+    with atomic_folder(path) as folder:
         _write_chunks({"driver": "file", "path": f"{folder}/"}, array, dims)
 
 
@@ -243,39 +239,3 @@ def _write_chunks(kvstore: dict[str, str], array: np.ndarray, dims: int) -> ts.T
         box = tuple(slice(a, min(a + side, size)) for a, side, size in zip(corner, shards, array.shape, strict=True))
         store[box].write(array[box]).result()
     return store
-
-
-@contextmanager
-def _atomic_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`, renamed to `path` on success and removed otherwise, as `files.atomic_path` does with files.
-
-    What lies at `path` is of a write that nothing marked as complete, and goes.
-
-    Raises:
-        RunError: the disk is full or the folder cannot be written.
-    """
-    part = path.parent / f".part-{secrets.token_hex(4)}-{path.name[-60:]}"
-    try:
-        part.mkdir(parents=True)
-        yield part
-        # The library has flushed its files one by one.
-        _flush(part)
-        if path.exists():
-            shutil.rmtree(path)
-        part.rename(path)
-        _flush(path.parent)
-    except (OSError, ValueError) as error:
-        got = " ".join(str(getattr(error, "strerror", None) or error).split())[-300:]
-        raise RunError(path, expected="a folder that can be written", got=got, do="free space or choose another --out") from error
-    finally:
-        with suppress(OSError):
-            shutil.rmtree(part)
-
-
-def _flush(folder: Path) -> None:
-    """Ask the kernel to put a folder's list of names on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

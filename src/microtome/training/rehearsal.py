@@ -1,10 +1,8 @@
 """A few real steps on this machine, so that a plan knows what the minutes buy."""
 
-import os
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from typing import TypedDict, Unpack
 
 import torch
@@ -15,7 +13,7 @@ from microtome.data.split import split_dataset
 from microtome.errors import ConfigError
 from microtome.fingerprint import take_fingerprint
 from microtome.inference.devices import has_bf16, pick_device, to_device
-from microtome.machine import recycle_memory
+from microtome.machine import free_memory_bytes, recycle_memory
 from microtome.models.registry import build, find
 from microtome.plan import SMALLEST_BATCH, Resources, draft_plan, save_memory
 from microtome.training.compiled import fast_kernels
@@ -176,16 +174,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    meminfo, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
-    if meminfo.exists():
-        lines = dict(line.split(":") for line in meminfo.read_text(encoding="ascii").splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-        # A container may have less than the machine.
-        words = limit.read_text(encoding="ascii").strip() if limit.exists() else "max"
-        return min(free, int(words)) if words.isdigit() else free
-    if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return 4 * 2**30
+    return free_memory_bytes()
 
 
 def _minutes(count: float) -> str:
