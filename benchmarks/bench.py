@@ -1,4 +1,4 @@
-"""`make bench`: ours alone, on this machine, in about a quarter of an hour; writes results/latest.json and docs/performance.md.
+"""`make bench`: ours alone, on this machine, in twenty minutes; writes results/latest.json and docs/performance.md.
 
     python -m benchmarks.bench [--only WORDS] [--rounds 3] [--quick] [--out NAME]
 

@@ -51,6 +51,7 @@ class Setting(NamedTuple):
         planned: the sizes that a plan of ten minutes on this image gives it, instead of the paper's.
         classes: how many.
         supervised: decoder levels with a loss.
+        steps: of learning; 0 means those of its number of axes.
     """
 
     name: str
@@ -60,11 +61,17 @@ class Setting(NamedTuple):
     planned: bool = False
     classes: int = 3
     supervised: int = 1
+    steps: int = 0
 
     @property
     def dims(self) -> int:
         """Axes of S."""
         return len(self.shape_vox)
+
+    @property
+    def learning_steps(self) -> int:
+        """Steps of learning, enough for sharp classes."""
+        return self.steps or STEPS[self.dims]
 
 
 SETTINGS: Mapping[str, Setting] = MappingProxyType(
@@ -73,7 +80,8 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         for setting in (
             Setting("unet_same 512x512", "unet_same", (512, 512), (128, 128)),
             # The input of the paper: unpadded, so that 116 x 132 x 132 gives 28 x 44 x 44, and a cube of 116 to learn from gives 28 a side.
-            Setting("unet3d 116x132x132", "unet3d", (116, 132, 132), (116, 116, 116)),
+            # A step is told about 28 x 28 x 28 voxels only: more steps.
+            Setting("unet3d 116x132x132", "unet3d", (116, 132, 132), (116, 116, 116), steps=100),
             Setting("nnunet_plain 64x128x128", "nnunet_plain", (64, 128, 128), (64, 64, 64)),
             # As nnU-Net trains it.
             Setting("nnunet_plain 64x128x128 5 heads", "nnunet_plain", (64, 128, 128), (64, 64, 64), supervised=5),
@@ -106,7 +114,7 @@ def plan_of(setting: Setting) -> Plan:
         network=network_config(setting),
         patch_vox=setting.shape_vox,
         batch=1,
-        steps=STEPS[setting.dims],
+        steps=setting.learning_steps,
         precision="bf16",
     )
 
@@ -210,7 +218,7 @@ def learn(network: Network, setting: Setting) -> None:
         if isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d):
             # So few steps: with the 0.01 of some papers the running statistics would still be those of the beginning.
             module.momentum = 0.2
-    for step in range(STEPS[setting.dims]):
+    for step in range(setting.learning_steps):
         pairs = [case(setting, setting.learned_vox, seed=2 * step + 1 + i) for i in range(2 if setting.dims == 2 else 1)]
         image_BCS = torch.from_numpy(np.stack([image for image, _ in pairs]))
         label_BS = crop_border(torch.from_numpy(np.stack([label for _, label in pairs])), network.context_vox)
@@ -253,5 +261,5 @@ def _key(setting: Setting) -> str:
     """Changes with what the weights depend on."""
     config = network_config(setting).model_dump_json()
     return hashlib.blake2b(
-        json.dumps([config, setting.learned_vox, setting.classes, STEPS[setting.dims]]).encode(), digest_size=6
+        json.dumps([config, setting.learned_vox, setting.classes, setting.learning_steps]).encode(), digest_size=6
     ).hexdigest()
