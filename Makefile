@@ -12,7 +12,7 @@ PEERS := .venv-peers
 # Words for the benchmarks: make bench BENCH="--only forward --rounds 1".
 BENCH ?=
 
-.PHONY: demo test check fix bench peers bench-peers bench-gpu reproduce docs lock clean
+.PHONY: demo test check fix bench peers bench-peers bench-memory bench-gpu reproduce docs lock clean
 
 demo: $(STAMP)  ## the whole road on built-in data; prints where the report is
 	@$(BIN)/microtome demo --out demo
@@ -37,6 +37,9 @@ peers: $(PEERS)/.installed  ## .venv-peers: nnU-Net, MONAI, TorchIO, batchgenera
 
 bench-peers: $(PEERS)/.installed  ## beside those (half an hour): benchmarks/results/peers.json and docs/performance.md
 	@$(PEERS)/bin/python -m benchmarks.peers.bench $(BENCH)
+
+bench-memory: $(STAMP)  ## memory of predicting volumes of up to 4096 x 512 x 512 (half an hour): benchmarks/results/memory.json
+	@$(BIN)/python -m benchmarks.memory $(BENCH)
 
 bench-gpu: $(STAMP)  ## the same on a GPU; says so where there is none
 	@$(BIN)/python -m benchmarks.gpu $(BENCH)

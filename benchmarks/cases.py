@@ -87,6 +87,8 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
             Setting("nnunet_plain 64x128x128 5 heads", "nnunet_plain", (64, 128, 128), (64, 64, 64), supervised=5),
             Setting("modern_unet 512x512", "modern_unet", (512, 512), (128, 128), planned=True),
             Setting("modern_unet 64x128x128", "modern_unet", (64, 128, 128), (64, 64, 64), planned=True),
+            # So little of a network that memory and time are those of what surrounds it.
+            Setting("thin 32x128x128", "modern_unet", (32, 128, 128), (32, 64, 64)),
             # For tests: seconds matter, numbers do not.
             Setting("tiny 32x32", "unet_same", (32, 32), (32, 32)),
         )
@@ -98,6 +100,8 @@ def network_config(setting: Setting) -> NetworkConfig:
     """The sizes of its network."""
     if setting.name.startswith("tiny"):
         return NetworkConfig(name=setting.network, widths=(4, 8))
+    if setting.name.startswith("thin"):
+        return NetworkConfig(name=setting.network, widths=(8, 16), strides=((1, 1, 1), (2, 2, 2)), kernels=((3, 3, 3),) * 2)
     if not setting.planned:
         return NetworkConfig(name=setting.network, supervised_levels=setting.supervised)
     resources = Resources(minutes=10, memory_bytes=2**34)
@@ -116,6 +120,7 @@ def plan_of(setting: Setting) -> Plan:
         batch=1,
         steps=setting.learning_steps,
         precision="bf16",
+        overlap=0.0 if setting.name.startswith("thin") else 0.5,
     )
 
 

@@ -22,6 +22,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "resample_image": "benchmarks.parts:resample_image",
         "logits_to_labels": "benchmarks.parts:logits_to_labels",
         "store": "benchmarks.parts:store",
+        "stream": "benchmarks.stream:stream",
     }
 )
 

@@ -17,7 +17,8 @@ from benchmarks.cases import blobs
 from benchmarks.timing import one_core, timed
 from microtome.config import AugmentConfig, Plan
 from microtome.data.dataset import open_dataset
-from microtome.inference.predict import best_class, on_grid
+from microtome.inference.predict import best_class
+from microtome.inference.slabs import Restoring
 from microtome.machine import recycle_memory
 from microtome.preprocess import resample
 from microtome.training.sampling import Pool, draw_sample, load_sample
@@ -129,7 +130,7 @@ def logits_to_labels(classes: int, shape_vox: list[int], new_shape_vox: list[int
         labels = np.empty(new, np.int16)
         rows = 16
         slabs = ((first, logits_KS[:, first : first + rows]) for first in range(0, shape_vox[0], rows))
-        for first, part in on_grid(slabs, tuple(shape_vox), new):
+        for first, part in Restoring(tuple(shape_vox), new, tuple((0, size) for size in new))(slabs):
             labels[first : first + part.shape[1]] = best_class(part)
         return labels
 

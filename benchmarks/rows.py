@@ -52,7 +52,7 @@ def row_of(work: str, engine: str, runs: Runs, default: Runs, rates: Mapping[str
     row["labels_equal"] = next((run["labels_equal"] for run in good if run.get("labels_equal") is not None), None)
     row |= limits_of(good[0], row["seconds"], rates)
     row |= {"rounds": len(good), "low": min(seconds), "high": max(seconds)}
-    for name in ("peak_mb", "first_seconds"):
+    for name in ("peak_mb", "tree_mb", "first_seconds"):
         values = [run[name] for run in good if run.get(name) is not None]
         if values:
             row[name] = statistics.median(values)

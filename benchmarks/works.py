@@ -39,7 +39,9 @@ def works(tiny: bool = False) -> list[Work]:
     image = {"kind": "resample_image", "shape_vox": VOLUME, "new_shape_vox": GRID}
     parts += [Work("resampling 160x256x256 to 128x205x205", image, ("default", "linear", "cubic"))]
     parts += [Work(f"logits to labels 128x205x205 to 160x256x256, {classes} classes", labels(classes), PAIR) for classes in (3, 14)]
-    return [*parts, Work("patch 128x128x128 of a 320x320x320 volume", {"kind": "store", "size": 320, "patch": 128}, PAIR)]
+    parts.append(Work("patch 128x128x128 of a 320x320x320 volume", {"kind": "store", "size": 320, "patch": 128}, PAIR))
+    request = {"kind": "stream", "setting": "nnunet_plain 64x128x128", "shape_vox": VOLUME}
+    return [*parts, Work("volume 160x256x256 streamed, beside its tiles alone", request, PAIR)]
 
 
 def augment(shape: tuple[int, ...]) -> dict[str, object]:
@@ -63,4 +65,5 @@ def tiny_works() -> list[Work]:
         Work("resampling", {"kind": "resample_image", "shape_vox": (8, 16, 16), "new_shape_vox": (6, 12, 12)}, ("default", "cubic")),
         Work("logits to labels", labels(3, (6, 12, 12), (8, 16, 16)), PAIR),
         Work("patch", {"kind": "store", "size": 32, "patch": 16}, PAIR),
+        Work("stream", {"kind": "stream", "setting": setting, "shape_vox": (50, 60), "by": "torch"}, PAIR),
     ]

@@ -153,7 +153,7 @@ def test_what_was_saved_has_the_hash_and_the_folder_that_it_is_loaded_with(tmp_p
     assert save_bundle(tmp_path, load_bundle(tmp_path)).hash == saved.hash
 
 
-@pytest.mark.parametrize("part", ["weights", "samples", "calibration", "provenance", "sizes", "context_vox"])
+@pytest.mark.parametrize("part", ["weights", "samples", "calibration", "provenance", "sizes", "context_vox", "temperature"])
 def test_another_content_has_another_hash(tmp_path: Path, part: str) -> None:
     plain, other = bundle_of(), bundle_of(seed=1)
     assert plain.samples is not None
@@ -164,9 +164,26 @@ def test_another_content_has_another_hash(tmp_path: Path, part: str) -> None:
         "provenance": {"step": 13},
         "sizes": Sizes((2, 2), (4, 2)),
         "context_vox": 4,
+        "temperature": 1.5,
     }
     name = "samples" if part == "calibration" else part
     assert save_bundle(tmp_path, replace(plain, **{name: changed[part]})).hash != save_bundle(tmp_path, plain).hash
+
+
+def test_a_temperature_comes_back_and_is_1_where_none_is_named(run: Path) -> None:
+    saved = save_bundle(run / "model", replace(bundle_of(), temperature=1.625))
+    assert load_bundle(run).temperature == saved.temperature == 1.625
+    file = run / "model" / "model.safetensors"
+    document = json.loads(header_of(file)["__metadata__"]["microtome"])
+    del document["temperature"], document["hash"]
+    with safe_open(file, framework="np") as before:
+        tensors = {name: before.get_tensor(name) for name in before.keys()}  # noqa: SIM118 - not a mapping
+    save_file(tensors, file, metadata={"microtome": json.dumps({**document, "hash": module._hash({}, document)})})
+    assert load_bundle(run).temperature == load_bundle(SCHEMA_1).temperature == 1.0
+    for value in (0, -1, "2", True, None):
+        wrong = {**document, "temperature": value}
+        save_file(tensors, file, metadata={"microtome": json.dumps({**wrong, "hash": module._hash({}, wrong)})})
+        assert "expected a temperature above 0" in refusal(run)
 
 
 def test_a_bundle_of_schema_1_loads_and_says_what_it_said() -> None:

@@ -249,7 +249,7 @@ def test_several_images_beside_several_masks_are_no_instances(tmp_path: Path) ->
     ("files", "words"),
     [
         ([], "got an empty folder"),
-        (["notes.txt", "scan.h5"], "got no image that can be read, but notes.txt, scan.h5"),
+        (["notes.txt", "scan.czi"], "got no image that can be read, but notes.txt, scan.czi"),
         (["images/a.png", "images/b.png"], "got 2 images and no labels: images/a.png, images/b.png; add a folder labels/"),
         (["images/a.png", "masks/z.png"], r"got no agreement between images \(images/a.png\) and labels \(masks/z.png\)"),
     ],

@@ -10,9 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import conv2d, conv3d
 
-from microtome.config import NetworkConfig, Plan
-from microtome.inference import predict
-from microtome.inference.predict import best_class, choose_tile, logit_slabs, on_grid, predict_labels
+from microtome.config import NetworkConfig, NormalisationConfig, Plan
+from microtome.inference import predict, slabs
+from microtome.inference.layout import choose_tile
+from microtome.inference.predict import Task, best_class, in_memory, layout_for, logit_rows, predict_labels
+from microtome.inference.slabs import Restoring
+from microtome.inference.source import Grey
 from microtome.inference.torch_engine import TorchEngine
 from microtome.models.registry import build
 from tests.oracles import logits_whole, predict_logits_whole, resample_whole
@@ -78,6 +81,23 @@ def tasks(draw: st.DrawFn) -> tuple[np.ndarray, tuple[float, ...], Plan, FakeNet
     seed = draw(st.integers(0, 999))
     image = np.random.default_rng(seed).integers(0, 255, (plan.channels, *shape)).astype(np.uint8)
     return image, tuple(draw(sides) for _ in range(axes)), plan, network, seed
+
+
+def logit_slabs(
+    prepared: np.ndarray, plan: Plan, network: FakeNetwork, engine: Callable[[np.ndarray], np.ndarray], *, divided: bool = True
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Blended logits of an image that is on the network's grid already, (first row, (K, rows, *S[1:]))."""
+    plain = plan.model_copy(update={"spacing_mm": (1.0,) * (prepared.ndim - 1)})
+    volume = in_memory(prepared)
+    layout = layout_for(volume, plain.spacing_mm, plain, network)
+    wanted = predict.Wanted(uncertainty=divided)
+    task = Task(volume=volume, plan=plain, layout=layout, grey=Grey(NormalisationConfig(kind="none"), None), engine=engine, wanted=wanted)
+    box = tuple((0, size) for size in prepared.shape[1:])
+    return logit_rows(task, box)
+
+
+def on_grid(parts: Iterator[tuple[int, np.ndarray]], grid: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[int, np.ndarray]]:
+    return Restoring(grid, shape, tuple((0, size) for size in shape))(parts)
 
 
 # the whole road
@@ -169,13 +189,13 @@ def test_real_networks_label_an_image_of_any_size(name: str, dims: int) -> None:
 
 def test_memory_holds_a_slab_of_all_classes_and_never_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     kept: list[int] = []
-    advance = predict._Slab.advance
+    advance = slabs._Slab.advance
 
     def watched(self: Any, row: int) -> Any:
         kept.append(self.logits.shape[1])
         return advance(self, row)
 
-    monkeypatch.setattr(predict._Slab, "advance", watched)
+    monkeypatch.setattr(slabs._Slab, "advance", watched)
     network, classes = FakeNetwork(), 16
     plan = plan_of(2, (16, 96), spacing_mm=(1.0, 1.0), overlap=0.25).model_copy(update={"classes": tuple(map(str, range(classes)))})
     prepared = np.zeros((1, 2000, 96), np.float32)
@@ -215,20 +235,23 @@ def test_labels_of_14_classes_need_one_slab_and_a_few_rows(monkeypatch: pytest.M
     classes, grid, shape = 14, (240, 48, 48), (300, 64, 64)
     plan = plan_of(3, (16, 24, 24), overlap=0.5).model_copy(update={"classes": tuple(map(str, range(classes)))})
     logits = np.random.default_rng(0).normal(size=(classes, 16, 24, 24)).astype(np.float32)
-    prepared = np.zeros((1, *grid), np.float32)
     # So that what is held for speed alone is small beside what has to be held.
-    monkeypatch.setattr(predict, "CHUNK_VALUES", 1 << 16)
+    for module in (predict, slabs):
+        monkeypatch.setattr(module, "CHUNK_VALUES", 1 << 16)
     peaks = []
     for target in (grid, shape):
+        image = np.zeros((1, *target), np.uint8)
+        spacing = tuple(a / b for a, b in zip(grid, target, strict=True))
         tracemalloc.start()
-        labels = predict._labels(prepared, target, plan, FakeNetwork(), lambda image_CS: logits)
+        labels = predict_labels(image, spacing, plan=plan, network=FakeNetwork(), engine=lambda image_CS: logits)
         peaks.append(tracemalloc.get_traced_memory()[1] - labels.nbytes)
         tracemalloc.stop()
         assert len(np.unique(labels)) == classes
     slab = 4 * classes * 16 * 48 * 48
-    # Half a MB for tiles and matrices, one for weights and three steps of a few rows; all logits would be 31 and 69 MB.
-    assert peaks[0] < slab + 0.5e6
-    assert peaks[1] < slab + 1.5e6
+    # One MB for tiles, matrices and rows of the image; three more for rows of it in floating point and a few rows of logits.
+    # All logits would be 31 and 69 MB.
+    assert peaks[0] < slab + 1.0e6
+    assert peaks[1] < slab + 4.0e6
 
 
 def test_sums_undivided_have_the_same_best_class_and_one_tile_needs_no_sums() -> None:
@@ -296,9 +319,9 @@ def test_more_classes_than_a_byte_counts_keep_their_numbers() -> None:
 
 
 def test_a_coarse_grid_of_one_tile_comes_back_in_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(predict, "CHUNK_VALUES", 3 * 90 * 7)
+    monkeypatch.setattr(slabs, "CHUNK_VALUES", 3 * 90 * 7)
     coarse = np.random.default_rng(0).normal(size=(3, 20, 30)).astype(np.float32)
-    parts = [(first, rows.copy()) for first, rows in predict.on_grid(iter([(0, coarse)]), (20, 30), (60, 90))]
+    parts = [(first, rows.copy()) for first, rows in on_grid(iter([(0, coarse)]), (20, 30), (60, 90))]
     assert max(rows.shape[1] for _, rows in parts) == 7
     assert [first for first, _ in parts] == list(range(0, 60, 7))
     np.testing.assert_allclose(np.concatenate([rows for _, rows in parts], axis=1), resample_whole(coarse, (60, 90)), atol=1e-5)

@@ -52,7 +52,7 @@ from microtome.geometry import affine_from_spacing
 from microtome.images.files import label_suffix, write_image, write_labels
 from microtome.images.image import Image
 
-SECTIONS = ("headline", "cases", "scores", "curves", "plan", "findings", "legend", "split", "environment", "conventions")
+SECTIONS = ("headline", "cases", "scores", "sureness", "curves", "plan", "findings", "legend", "split", "environment", "conventions")
 NO_SIZE = "ignore:.*voxel size:microtome.errors.DataWarning"
 
 

@@ -45,7 +45,10 @@ def validation_of(dataset: Dataset, folder: Path, **changes: Any) -> Validation:
 
 def predictor_of(dataset: Dataset, state: TrainState) -> Predictor:
     plan = small_plan(classes=dataset.legend.names)
-    bundle = Bundle(plan=plan, legend=dataset.legend, weights=arrays_of(state.average.state_dict()))
+    network = state.average
+    bundle = Bundle(
+        plan=plan, legend=dataset.legend, weights=arrays_of(network.state_dict()), sizes=network.sizes, context_vox=network.context_vox
+    )
     return Predictor(bundle, device="cpu")
 
 

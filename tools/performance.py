@@ -30,7 +30,7 @@ over the best rate of that precision in the table of limits; where memory is the
 a copy. It can exceed 100 %, as engines skip what is multiplied with padding.
 
 `unet_same` has 31.0 million parameters. `unet3d` is unpadded, with the widths and the input of its paper (527 billion operations; a padded
-one of 96 × 96 × 96 has 1649). `modern_unet` has the sizes that a plan of ten minutes gives it. Weights: 50 steps on blobs.""",
+one of 96 × 96 × 96 has 1649). `modern_unet` has the sizes that a plan of ten minutes gives it. Weights: some 50 steps on blobs.""",
     ),
     "peers": (
         "Beside nnU-Net, MONAI, TorchIO and batchgeneratorsv2",
@@ -111,9 +111,19 @@ def targets_table(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
     lines = ["## Targets\n", "| | target | reached |", "|---|---|---|"]
     for target in yaml.safe_load(TARGETS.read_text(encoding="utf-8")):
         rows = found.get(target["file"], [])
-        row = next((row for row in rows if (row["work"], row["engine"]) == (target["work"], target["engine"])), {})
-        lines.append(f"| {target['what']} | {goal(target)} | {reached(target, row.get(target['field']))} |")
+        value = measured(rows, target["work"], target["engine"], target["field"])
+        if "over" in target:
+            # A share of what another engine took for the same.
+            whole = measured(rows, target["work"], target["over"], target["field"])
+            value = None if value is None or whole is None else value / whole
+        lines.append(f"| {target['what']} | {goal(target)} | {reached(target, value)} |")
     return "\n".join(lines) + "\n"
+
+
+def measured(rows: Sequence[Mapping[str, Any]], work: str, engine: str, field: str) -> float | None:
+    """A number of the row of an engine at a work; None where it was not measured."""
+    row = next((row for row in rows if (row["work"], row["engine"]) == (work, engine)), {})
+    return row.get(field)
 
 
 def goal(target: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ import re
 from microtome.config import AugmentConfig, NormalisationConfig
 from microtome.fingerprint import Fingerprint
 from microtome.geometry import Shape, Spacing
+from microtome.images.medical import PATIENT_FORMATS
 
 SIDES = frozenset({"left", "right", "l", "r", "lt", "rt", "lh", "rh", "sin", "dex"})
 
@@ -55,7 +56,7 @@ def _sided(classes: tuple[str, ...]) -> bool:
 
 def _is_colour(data: Fingerprint) -> bool:
     """Whether three channels are red, green and blue of 8 bits, and not three stains or three scans."""
-    return data.channels == 3 and "nifti" not in data.formats and max(data.high) <= 255
+    return data.channels == 3 and not PATIENT_FORMATS & set(data.formats) and max(data.high) <= 255
 
 
 def _patient_flips(data: Fingerprint, dims: int) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ so that it can be replaced in one rename; `model.json` is a readable copy of its
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -63,6 +64,8 @@ class Bundle:
         samples: inputs and answers of the trained network; None before the end of its training, and in bundles of schema 1.
         sizes: the image sizes that the network takes; None in bundles of schema 1.
         context_vox: border that its output lacks on each side of each axis; None in bundles of schema 1.
+        temperature: that logits are divided by before they become probabilities (`evaluation.calibration`); 1.0 where it was not
+            fitted, as in bundles that do not name it. Labels do not depend on it.
         provenance: where it comes from (versions, data, score), for people.
         folder: where it lies; None until it is saved.
         hash: of all of it but the folder; empty until it is saved.
@@ -74,6 +77,7 @@ class Bundle:
     samples: Samples | None = field(default=None, repr=False)
     sizes: Sizes | None = None
     context_vox: int | None = None
+    temperature: float = 1.0
     provenance: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = None
     hash: str = ""
@@ -90,6 +94,7 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
         "provenance": dict(bundle.provenance),
         "sizes": asdict(bundle.sizes) if bundle.sizes else None,
         "context_vox": bundle.context_vox,
+        "temperature": bundle.temperature,
         "tensors": {group: _hash({name: arrays[name] for name in arrays if _group(name) == group}) for group in GROUPS},
     }
     document["hash"] = _hash({}, document)
@@ -130,6 +135,7 @@ def load_bundle(folder: Path) -> Bundle:
         samples=_samples(groups["golden"], groups["calibration"]),
         sizes=Sizes(**{name: tuple(sides) for name, sides in document["sizes"].items()}) if document["sizes"] else None,
         context_vox=document["context_vox"],
+        temperature=_temperature(path, document.get("temperature", 1.0)),
         folder=path.parent,
         hash=recorded,
     )
@@ -232,6 +238,14 @@ def _described(path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
         "legend": Legend.from_json(document["legend"]),
         "provenance": document["provenance"],
     }
+
+
+def _temperature(path: Path, recorded: object) -> float:
+    """A temperature that logits can be divided by."""
+    if isinstance(recorded, int | float) and not isinstance(recorded, bool) and 0 < recorded < math.inf:
+        return float(recorded)
+    do = "copy it again, or train again"
+    raise DataError(path, expected="a temperature above 0", got=str(recorded)[:64], do=do)
 
 
 def _document(path: Path, header: str) -> dict[str, Any]:

@@ -6,19 +6,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from microtome.cli_predict import commands
 from microtome.errors import ConfigError, MicrotomeError
 from microtome.options import (
     MOST_SEED,
     AnyRecipe,
     AsJson,
-    Averaged,
     Data,
     Debug,
     Device,
     Dims,
-    Engine,
     Fold,
-    Head,
     Holdout,
     Memory,
     Minutes,
@@ -242,26 +240,7 @@ def densify(
     terminal.say(f"labels: {out}")
 
 
-@app.command()
-def predict(
-    run: Run,
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Images, folders of images, datasets.")],
-    out: Annotated[Path, typer.Option(help="Folder for the label files.")],
-    tta: Averaged = "none",
-    head: Head = None,
-    device: Device = "auto",
-    engine: Engine = "auto",
-) -> None:
-    """Label images in their own format and geometry, with the values of the training labels."""
-    from microtome.inference.predict_files import predict_files
-    from microtome.inference.predictor import load
-    from microtome.terminal import Terminal
-
-    terminal, averaged = Terminal(), one_of("--tta", tta, ("none", "mirror", "rotations"))
-    predictor = load(run, device=device, engine=engine, tta=averaged, head=head, on_choice=terminal.say)
-    with terminal.counting("predicting") as on_done:
-        count = len(predict_files(predictor, inputs, out, on_done=on_done))
-    terminal.say(f"{count} file{'' if count == 1 else 's'} written to {out}")
+app.registered_commands += commands.registered_commands
 
 
 @app.command()
@@ -273,21 +252,17 @@ def evaluate(
     tolerance: Annotated[
         float | None, typer.Option(help="Of the surface Dice (nsd), mm; by default each case's largest voxel side.")
     ] = None,
+    instances: Annotated[bool, typer.Option("--instances", help="Values are numbers of objects: AP, PQ, SEG, Rand, VOI instead.")] = False,
 ) -> None:
-    """Overlap and distance scores, by case and class, the worst first."""
+    """Overlap and distance scores, by case and class, or of objects; the worst first."""
     from microtome.evaluation.evaluate import evaluate as score
-    from microtome.evaluation.pages import scores_html
-    from microtome.files import write_json, write_text
+    from microtome.evaluation.pages import write_scores
     from microtome.terminal import print_scores
 
     check_target(json_file, ".json")
     check_target(html, ".html", ".htm")
-    result = score(predictions, truth, tolerance_mm=tolerance)
-    if json_file is not None:
-        write_json(json_file, result)
-    if html is not None:
-        write_text(html, scores_html(result))
-    print_scores(result, [path for path in (json_file, html) if path is not None])
+    result = score(predictions, truth, tolerance_mm=tolerance, instances=instances, pictures=html is not None)
+    print_scores(result, write_scores(result, json_file, html))
 
 
 @app.command()

@@ -44,3 +44,8 @@ def unknown_choice(where: str, given: str, known: Iterable[str], most: int = 1) 
     near = difflib.get_close_matches(given, names, n=most, cutoff=0.4)
     do = f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else "choose one of them"
     return ConfigError(where, expected=f"one of {', '.join(names)}", got=f"`{given}`", do=do)
+
+
+def missing_extra(what: str, package: str, extra: str) -> ConfigError:
+    """The error for something that needs a package which is not installed: `what` cannot be done until `extra` is."""
+    return ConfigError(what, expected=f"the package {package}", got="it is not installed", do=f'run: pip install "microtome[{extra}]"')

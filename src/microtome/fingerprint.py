@@ -1,17 +1,25 @@
 """What a dataset is like, in the numbers that a plan is made from."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from microtome.data.dataset import Case, Dataset
+from microtome.data.parts import looked_at, middle_of
 from microtome.errors import DataError
 from microtome.geometry import Shape, Spacing, format_shape
 from microtome.images.image import Image
+from microtome.images.medical import PATIENT_FORMATS
+from microtome.images.volume import Volume
 
 # Cases that are read in full for grey values and shapes of the classes; the rest only by their headers.
 CASES_READ = 12
+# Values a channel of each of them, and how many are looked at of one that is too large to be read.
+VALUES_READ, VALUES_OF_LARGE = 1_000_000, 2**26
+# Part of it in which neighbouring sections are compared.
+LAG_SIDES = (64, 256, 256)
 # Lower grey values are air in Hounsfield units, and hardly anything in other scales.
 HOUNSFIELD_AIR = -500
 
@@ -111,14 +119,11 @@ class _Sample:
 
     def __init__(self, dataset: Dataset, case: Case) -> None:
         # The image itself is not kept: a dozen volumes may not fit into memory together.
-        image, label = dataset.read_image(case), dataset.read_label(case)
-        self.channels, self.name, self.left_right_axis = image.channels, image.path.name, _left_right_axis(image)
-        flat = image.array.reshape(image.channels, -1)
-        # A million voxels a channel tell percentiles to three digits.
-        stride = max(1, flat.shape[1] // 1_000_000)
-        flat = flat[:, ::stride].astype(np.float64)
+        if dataset.is_large(case):
+            flat, foreground = self._look_at_parts(dataset, case)
+        else:
+            flat, foreground = self._look(dataset, case)
         self.hounsfield = bool(np.nanpercentile(flat, 0.5) < HOUNSFIELD_AIR)
-        foreground = np.isin(label, dataset.legend.foreground).ravel()[::stride]
         if self.hounsfield and foreground.any():
             # Of a CT the organs count, not the air around the patient (Isensee 2021).
             flat = flat[:, foreground]
@@ -126,8 +131,36 @@ class _Sample:
         self.low, self.high = np.array([np.percentile(row, [0.5, 99.5]) for row in rows]).T
         clipped = [row.clip(low, high) for row, low, high in zip(rows, self.low, self.high, strict=True)]
         self.mean, self.sd = np.array([row.mean() for row in clipped]), np.array([row.std() for row in clipped])
+
+    def _look(self, dataset: Dataset, case: Case) -> tuple[np.ndarray, np.ndarray]:
+        """Read the case: a million of its values (C, N) float64, spread evenly, and which are of the foreground (N,)."""
+        image, label = dataset.read_image(case), dataset.read_label(case)
+        self.channels, self.name, self.left_right_axis = image.channels, image.path.name, _left_right_axis(image)
         self.thinnest = thinnest_class(label)
         self.section_lag = section_lag(image.array[0]) if label.ndim == 3 else None
+        flat = image.array.reshape(image.channels, -1)
+        # A million voxels a channel tell percentiles to three digits.
+        stride = max(1, flat.shape[1] // VALUES_READ)
+        return flat[:, ::stride].astype(np.float64), np.isin(label, dataset.legend.foreground).ravel()[::stride]
+
+    def _look_at_parts(self, dataset: Dataset, case: Case) -> tuple[np.ndarray, np.ndarray]:
+        """The same of a case that is too large to be read: of parts spread over it, the same ones each time."""
+        volume, label = dataset.open_image(case), dataset.open_label(case)
+        self.channels, self.name, self.left_right_axis = volume.channels, volume.path.name, _left_right_axis(volume)
+        boxes, share = looked_at(volume, VALUES_OF_LARGE)
+        stride = max(1, int(share * math.prod(volume.shape_vox)) // VALUES_READ)
+        values, foreground, thinnest = [], [], []
+        for box in boxes:
+            classes = label[box]
+            values.append(volume.pixels[(slice(None), *box)].reshape(volume.channels, -1)[:, ::stride].astype(np.float64))
+            foreground.append(np.isin(classes, dataset.legend.foreground).ravel()[::stride])
+            thinnest.append(thinnest_class(classes))
+        # In most parts of a sparse annotation no two classes touch.
+        known = [thickness for thickness in thinnest if np.isfinite(thickness)]
+        self.thinnest = float(np.median(known)) if known else np.inf
+        middle = middle_of(volume, LAG_SIDES[-len(volume.shape_vox) :])
+        self.section_lag = section_lag(volume.pixels[(slice(0, 1), *middle)][0]) if len(middle) == 3 else None
+        return np.concatenate(values, axis=1), np.concatenate(foreground)
 
 
 def thinnest_class(label: np.ndarray) -> float:
@@ -205,9 +238,9 @@ def _check_alike(dataset: Dataset, cases: Sequence[Case], shapes: Sequence[Shape
         )
 
 
-def _left_right_axis(image: Image) -> int | None:
+def _left_right_axis(image: Image | Volume) -> int | None:
     """The array axis along which world x, a patient's left-right in NIfTI, changes most."""
-    if image.format != "nifti":
+    if image.format not in PATIENT_FORMATS or len(image.affine) != 4:
         return None
     return int(np.abs(image.affine[0, :-1] / np.linalg.norm(image.affine[:-1, :-1], axis=0)).argmax())
 

@@ -57,6 +57,16 @@ def free_memory_bytes() -> int:
     return max(0, min(free, limit - max(0, used)))
 
 
+def resident_bytes(*, most: bool = False) -> int:
+    """Bytes of this process in memory now, or at most so far; 0 where the system does not say."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    name = "VmHWM" if most else "VmRSS"
+    lines = dict(line.split(":", 1) for line in status.read_text(encoding="ascii", errors="ignore").splitlines() if ":" in line)
+    return int(lines[name].split()[0]) * 1024
+
+
 def _number(path: Path) -> int | None:
     """The number that a file of the kernel holds; None where there is none ("max")."""
     words = path.read_text(encoding="ascii").strip() if path.exists() else ""

@@ -1,7 +1,9 @@
 """An image -> network input, and labels to the network's grid; the same for training and prediction."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
@@ -11,6 +13,7 @@ from microtome.config import NormalisationConfig, Plan
 from microtome.errors import DataError
 from microtome.geometry import Shape, Spacing, resampled_shape
 from microtome.images.image import Image
+from microtome.images.volume import Volume
 
 # Images of one kind hardly differ more than this in voxel size; a unit mistaken for another does.
 MOST_RESAMPLED = 16.0
@@ -29,6 +32,8 @@ ROUNDING = 1e-6
 BLOCK_VALUES = 1 << 16
 
 Interpolation = Literal["linear", "cubic"]
+# First index, and the one past the last.
+Interval = tuple[int, int]
 
 
 class Band(NamedTuple):
@@ -89,7 +94,7 @@ def mean_and_sd(values: np.ndarray) -> tuple[float, float]:
     return mean, math.sqrt(squares / flat.size)
 
 
-def voxel_size(image: Image, plan: Plan) -> Spacing:
+def voxel_size(image: Image | Volume, plan: Plan) -> Spacing:
     """The spacing along S that an image is taken to have: as stated for all, else its own, else as assumed for those without.
 
     Training and prediction both ask here, or a network would see another scale than it learned from.
@@ -130,13 +135,15 @@ def _fill_non_finite(channel: np.ndarray) -> None:
         channel[~finite] = channel[finite].mean(dtype=np.float64) if finite.any() else 0.0
 
 
-def resampling_bands(size: int, new_size: int, interpolation: Interpolation = "linear", *, rows: int = BAND_ROWS) -> list[Band]:
+def resampling_bands(
+    size: int, new_size: int, interpolation: Interpolation = "linear", *, rows: int = BAND_ROWS, brick: int | None = None
+) -> list[Band]:
     """The matrix (new_size, size) that brings `size` samples to `new_size` places over the same extent, in dense bands of rows.
 
     Voxel edges stay where they are, samples beyond the border repeat the border, and rows sum to 1. "linear" is the triangle;
     "cubic" the cardinal cubic B-spline, which is the spline's evaluation times the inverse of its prefilter, exact to
     float32 because it falls as 0.27^n. When the image shrinks the kernel widens (`_stretch`), so that what cannot be shown
-    is averaged instead of aliased.
+    is averaged instead of aliased. No band crosses a multiple of `brick`, so that bricks come out the same, bit for bit, alone or not.
 
     References:
         Unser 1999, "Splines: a perfect fit for signal and image processing", doi:10.1109/79.799930.
@@ -147,8 +154,11 @@ def resampling_bands(size: int, new_size: int, interpolation: Interpolation = "l
     centre = (np.arange(new_size) + 0.5) * factor - 0.5
     reach = int(np.ceil(support * stretch))
     bands = []
-    for first in range(0, new_size, rows):
-        middle = centre[first : first + rows, None]
+    starts = [
+        first for start in range(0, new_size, brick or new_size) for first in range(start, min(start + (brick or new_size), new_size), rows)
+    ]
+    for first, past in pairwise([*starts, new_size]):
+        middle = centre[first:past, None]
         index = np.floor(middle).astype(int) + np.arange(-reach, reach + 2)
         weight = kernel((index - middle) / stretch)
         # Zeros would let prediction wait for rows that it does not need, and widen the band.
@@ -221,27 +231,38 @@ class Resampler:
         layers: channels or classes.
         interpolation: as `resampling_bands` has it.
         values: about as many lie between two axes.
+        plane: the part of the other grid's plane that is wanted, a (first, past-the-end) pair for each axis of S but the first.
+        brick: rows of the other grid that are made together or not at all; no band crosses a multiple of it.
 
     Attributes:
         rows: bands of the first axis; what each call needs, and what comes of it.
+        plane: the part of the other grid's plane that comes of it.
+        source_plane: the part of the first grid's plane that it needs.
     """
 
     def __init__(
-        self, shape_vox: Shape, new_shape_vox: Shape, layers: int, interpolation: Interpolation = "linear", *, values: int = CHUNK_VALUES
+        self,
+        shape_vox: Shape,
+        new_shape_vox: Shape,
+        layers: int,
+        interpolation: Interpolation = "linear",
+        *,
+        values: int = CHUNK_VALUES,
+        plane: Sequence[Interval] | None = None,
+        brick: int | None = None,
     ) -> None:
-        plane = layers * max(math.prod(shape_vox[1:]), math.prod(new_shape_vox[1:]))
+        self.plane = tuple((0, size) for size in new_shape_vox[1:]) if plane is None else tuple(plane)
+        self._planes, self.source_plane = _plane_bands(shape_vox, new_shape_vox, self.plane, interpolation)
+        largest = max(math.prod(b - a for a, b in spans) for spans in (self.plane, self.source_plane))
         # A cubic row needs 28 others: one row at a time would read the whole image 28 times.
         fewest = 1 if interpolation == "linear" else BAND_ROWS // 2
-        rows = min(max(fewest, values // max(1, plane)), MOST_ROWS)
-        self.rows = resampling_bands(shape_vox[0], new_shape_vox[0], interpolation, rows=rows)
+        rows = min(max(fewest, values // max(1, layers * largest)), MOST_ROWS)
+        self.rows = resampling_bands(shape_vox[0], new_shape_vox[0], interpolation, rows=rows, brick=brick)
         self._still = shape_vox[0] == new_shape_vox[0]
-        changed = [(m / n, axis) for axis, (n, m) in enumerate(zip(shape_vox, new_shape_vox, strict=True)) if axis > 0 and n != m]
-        # The axis that shrinks most comes first and leaves the others the least work.
-        self._planes = [(axis + 1, resampling_bands(shape_vox[axis], new_shape_vox[axis], interpolation)) for _, axis in sorted(changed)]
         self._buffers = [np.empty(0, np.float32), np.empty(0, np.float32)]
 
     def __call__(self, band: Band, source: np.ndarray) -> np.ndarray:
-        """The rows of a band, (layers, rows, *new S[1:]) float32, of its samples, (layers, high - low, *S[1:]).
+        """The rows of a band, (layers, rows, *plane) float32, of its samples, (layers, high - low, *source_plane).
 
         The next call overwrites them.
         """
@@ -254,12 +275,46 @@ class Resampler:
             array = apply_bands(bands, array, axis, self._buffer(shape, number % 2))
         return array
 
+    def band_of(self, row: int) -> Band:
+        """The band that a row of the other grid lies in."""
+        return self.rows[bisect_right(self.rows, row, key=lambda band: band.first) - 1]
+
     def _buffer(self, shape: Shape, which: int) -> np.ndarray:
         """An array in the first or second buffer."""
         size = math.prod(shape)
         if self._buffers[which].size < size:
             self._buffers[which] = np.empty(size, np.float32)
         return self._buffers[which][:size].reshape(shape)
+
+
+def _plane_bands(
+    shape_vox: Shape, new_shape_vox: Shape, plane: Sequence[Interval], interpolation: Interpolation
+) -> tuple[list[tuple[int, list[Band]]], tuple[Interval, ...]]:
+    """(axis of (layers, *S), bands) of those axes of a plane that change, and the part of the first grid's plane that they need."""
+    changed, needed = [], []
+    for axis, wanted in enumerate(plane, start=1):
+        size, new_size = shape_vox[axis], new_shape_vox[axis]
+        if size == new_size:
+            needed.append(wanted)
+            continue
+        bands, samples = within(resampling_bands(size, new_size, interpolation), wanted)
+        changed.append((new_size / size, axis, bands))
+        needed.append(samples)
+    # The axis that shrinks most comes first and leaves the others the least work.
+    return [(axis + 1, bands) for _, axis, bands in sorted(changed, key=lambda found: found[:2])], tuple(needed)
+
+
+def within(bands: Sequence[Band], wanted: Interval) -> tuple[list[Band], Interval]:
+    """The bands cut to some rows of their matrix, rows and samples counted from the first that are left; and these samples."""
+    first, past = wanted
+    cut = []
+    for band in bands:
+        rows = slice(max(first - band.first, 0), max(past - band.first, 0))
+        weights = band.weights[rows]
+        if len(weights):
+            cut.append(Band(band.first + rows.start - first, band.low, band.high, weights))
+    low, high = min(band.low for band in cut), max(band.high for band in cut)
+    return [band._replace(low=band.low - low, high=band.high - low) for band in cut], (low, high)
 
 
 def resample(array: np.ndarray, new_shape_vox: Shape, interpolation: Interpolation = "linear") -> np.ndarray:

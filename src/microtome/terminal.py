@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 MARKS = (("error", "red"), ("warning", "yellow"), ("note", "blue"))
 MOST_ROWS = 30
+# What is shown of `metrics.json`; the file has more.
+CLASS_SCORES = ("dice", "iou", "hd95_mm", "assd_mm", "nsd", "precision", "recall", "pixel_accuracy")
+OBJECT_SCORES = ("ap50", "ap", "pq", "seg", "arand", "voi_split", "voi_merge", "v_rand", "v_info")
 # What the reason of a value begins with that a recipe set.
 SOURCES = ("ours:", "paper", "article")
 SECONDS_BETWEEN_LINES = 15.0
@@ -80,17 +83,10 @@ class Terminal:
             yield _TrainingView(self, bar, plan)
 
     @contextmanager
-    def counting(self, what: str) -> Iterator[Callable[[str, int, int], None]]:
-        """A function (name, done, of) that shows how far a row of files is."""
+    def predicting(self) -> Iterator["_PredictingView"]:
+        """What shows how far a row of images is, and how far a large one of them."""
         with self._bar() as bar:
-            task = bar.add_task(what, total=None, status="")
-
-            def show(name: str, done: int, of: int) -> None:
-                bar.update(task, completed=done, total=of, status=name)
-                if not self.console.is_terminal:
-                    self.say(f"{what} {done}/{of}: {name}")
-
-            yield show
+            yield _PredictingView(self, bar)
 
     def _bar(self) -> Progress:
         """A progress bar that shows nothing where there is no terminal."""
@@ -103,6 +99,34 @@ class Terminal:
             TextColumn("{task.fields[status]}", markup=False),
         )
         return Progress(*columns, console=self.console, disable=not self.console.is_terminal, transient=False)
+
+
+class _PredictingView:
+    """Shows images as they are done, and the share of one that takes long."""
+
+    def __init__(self, terminal: Terminal, bar: Progress) -> None:
+        self.terminal, self.bar = terminal, bar
+        self.task = bar.add_task("predicting", total=None, status="")
+        self.part: TaskID | None = None
+        self.line_at = time.monotonic()
+
+    def done(self, name: str, done: int, of: int) -> None:
+        """So many images are done; the name of the last."""
+        self.bar.update(self.task, completed=done, total=of, status=name)
+        if self.part is not None:
+            self.bar.remove_task(self.part)
+            self.part = None
+        if not self.terminal.console.is_terminal:
+            self.terminal.say(f"predicting {done}/{of}: {name}")
+
+    def voxels(self, done: int, of: int) -> None:
+        """So many thousandths of an image's voxels are done."""
+        if self.part is None:
+            self.part = self.bar.add_task("  of 1000", total=1000, status="")
+        self.bar.update(self.part, completed=1000 * done // of)
+        if not self.terminal.console.is_terminal and time.monotonic() - self.line_at > SECONDS_BETWEEN_LINES:
+            self.line_at = time.monotonic()
+            self.terminal.say(f"  {100 * done / of:.0f} % of it")
 
 
 class _TrainingView:
@@ -215,7 +239,7 @@ def print_scores(result: Mapping[str, Any], written: Sequence[Path] = ()) -> Non
     """Summary, classes and the worst cases of a `metrics.json`, and the files that it was written to."""
     console = _page()
     in_voxels = result["conventions"]["unit"] == "voxel"
-    shown = ("dice", "iou", "hd95_mm", "assd_mm", "nsd", "precision", "recall", "pixel_accuracy")
+    shown = OBJECT_SCORES if "objects" in result else CLASS_SCORES
     words = [name.replace("_mm", " (voxel)") if in_voxels else name for name in shown]
     summary = [(word, _interval(result["summary"][name])) for word, name in zip(words, shown, strict=True)]
     _print_table(console, ("over foreground and cases", "mean [95 % interval]"), summary)
@@ -223,10 +247,19 @@ def print_scores(result: Mapping[str, Any], written: Sequence[Path] = ()) -> Non
     _print_table(console, ("class", *words), rows)
     foreground = set(result["conventions"]["foreground"])
     for name in result["worst"][:5]:
-        scores = [f"{row['class']} {_number(row['dice'])}" for row in result["cases"] if row["case"] == name and row["class"] in foreground]
-        console.print(f"worst: {name}  Dice {', '.join(scores)}", markup=False, soft_wrap=True)
+        rows_of_case = [row for row in result["cases"] if row["case"] == name and row["class"] in foreground]
+        console.print(f"worst: {name}  {_case_scores(rows_of_case)}", markup=False, soft_wrap=True)
     for path in written:
         console.print(f"written: {path}", markup=False, soft_wrap=True)
+
+
+def _case_scores(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The scores of one case in a line: Dice by class, or PQ and what became of its objects."""
+    if "dice" in rows[0]:
+        return "Dice " + ", ".join(f"{row['class']} {_number(row['dice'])}" for row in rows)
+    [row] = rows
+    counts = (row[f"objects_{name}"] for name in ("found", "truth", "missed", "false"))
+    return f"PQ {_number(row['pq'])}, " + "{} of {} objects found, {} missed, {} false".format(*counts)
 
 
 def print_networks(entries: "Iterable[Entry]") -> None:

@@ -8,6 +8,7 @@ tile 1   blend                  [=========]
 write                   [=====]
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -43,7 +44,9 @@ def starts(size: int, tile: int, overlap: float) -> list[int]:
     return [round(i * (size - tile) / (count - 1)) for i in range(count)]
 
 
-def cover(shape_vox: Shape, tile_vox: Shape, *, overlap: float = 0.5, context_vox: Shape | None = None) -> list[Tile]:
+def cover(
+    shape_vox: Shape, tile_vox: Shape, *, overlap: float = 0.5, context_vox: Shape | None = None, box: Sequence[Span] | None = None
+) -> list[Tile]:
     """Tiles in the order of the slowest axis.
 
     Args:
@@ -51,9 +54,14 @@ def cover(shape_vox: Shape, tile_vox: Shape, *, overlap: float = 0.5, context_vo
         tile_vox: the network's output size, S (its input is larger by the context on both sides).
         overlap: share of a tile that the next one covers too, at least.
         context_vox: border that the network loses on each side along each axis.
+        box: only those whose output touches this box, the same tiles as among all.
     """
     context_vox = context_vox or (0,) * len(shape_vox)
     axes = [_axis_tiles(*sizes, overlap) for sizes in zip(shape_vox, tile_vox, context_vox, strict=True)]
+    if box is not None:
+        axes = [
+            [spans for spans in axis if spans[1][0] < past and first < spans[1][1]] for axis, (first, past) in zip(axes, box, strict=True)
+        ]
     return [Tile(*(tuple(part) for part in zip(*spans, strict=True))) for spans in product(*axes)]
 
 
@@ -83,14 +91,14 @@ def read_mirrored(array: np.ndarray, box: tuple[Span, ...]) -> np.ndarray:
         window = (slice(None),) * lead + tuple(slice(a, b) for a, b in box)
         return np.array(array[window], order="C")
     for axis, (a, b) in enumerate(box):
-        array = array.take(_mirror(np.arange(a, b), array.shape[lead + axis]), axis=lead + axis)
+        array = array.take(folded(np.arange(a, b), array.shape[lead + axis]), axis=lead + axis)
     return array
 
 
-def _mirror(index: np.ndarray, size: int) -> np.ndarray:
+def folded(index: np.ndarray, size: int) -> np.ndarray:
     """Indices folded into 0..size-1: ... 2 1 [0 1 2 .. n-1] n-2 n-3 ..."""
     if size == 1:
         return np.zeros_like(index)
-    folded = np.abs(index) % (2 * size - 2)
-    result: np.ndarray = np.minimum(folded, 2 * size - 2 - folded)
+    turned = np.abs(index) % (2 * size - 2)
+    result: np.ndarray = np.minimum(turned, 2 * size - 2 - turned)
     return result

@@ -1,10 +1,12 @@
 """What can be wrong with cases, told from their rows: numbers that `quality` takes while each case is in memory."""
 
+import hashlib
+import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -12,6 +14,7 @@ from microtome.data.case import Finding
 from microtome.data.legend import Legend
 from microtome.data.names import some
 from microtome.geometry import Shape, Spacing, anisotropy, format_shape, format_sides
+from microtome.images.volume import Pixels
 
 Severity = Literal["error", "warning", "note"]
 
@@ -71,6 +74,50 @@ class CaseRow:
         """Share of each class among the annotated voxels; empty where nothing is annotated."""
         total = sum(self.voxels or ())
         return tuple(count / total for count in self.voxels or ()) if total else ()
+
+
+class Values(NamedTuple):
+    """What is known of an image's values.
+
+    Attributes:
+        low: smallest finite value; None where there is none.
+        high: largest finite value.
+        not_finite: how many are NaN or infinite.
+        constant: channels of one value only.
+        fingerprint: equal for images of equal shape, type and content read in the same parts, and only for those.
+    """
+
+    low: float | None
+    high: float | None
+    not_finite: int
+    constant: tuple[int, ...]
+    fingerprint: str
+
+
+def look(parts: Iterable[Pixels]) -> Values:
+    """Look at an image (C, *S) whose parts come one after the other; of each channel by itself, so that whole planes are as the whole."""
+    lows: list[float] = []
+    for number, part in enumerate(parts):
+        array = np.asarray(part)
+        if number == 0:
+            lows, highs, wrong = [math.inf] * len(array), [-math.inf] * len(array), [0] * len(array)
+            digests = [hashlib.blake2b(str(array.dtype).encode(), digest_size=16) for _ in array]
+        for n, channel in enumerate(array):
+            digests[n].update(np.ascontiguousarray(channel).data)
+            finite = np.isfinite(channel)
+            values = channel if finite.all() else channel[finite]
+            wrong[n] += channel.size - values.size
+            if values.size:
+                lows[n], highs[n] = min(lows[n], float(values.min())), max(highs[n], float(values.max()))
+    low, high = min(lows), max(highs)
+    known = math.isfinite(low)
+    return Values(
+        low=low if known else None,
+        high=high if known else None,
+        not_finite=sum(wrong),
+        constant=tuple(n for n, bad in enumerate(wrong) if not bad and lows[n] == highs[n]),
+        fingerprint=" ".join(digest.hexdigest() for digest in digests),
+    )
 
 
 def class_shares(rows: Sequence[CaseRow], num_classes: int) -> tuple[float, ...]:

@@ -1,8 +1,8 @@
 """A folder as people have it -> Dataset: named cases, a legend of classes, and arrays on request."""
 
+import math
 import re
 import warnings
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -13,18 +13,34 @@ import numpy as np
 
 from microtome.data.case import NOT_ANNOTATED, Case, Declared, Finding, LabelValue, Layout
 from microtome.data.classes import LegendRules, choose_background, doubts, make_legend
+from microtome.data.containers import container_layout, contents_of
 from microtome.data.description import DatasetConfig, load_description, unknown_name
+from microtome.data.headers import channel_names, geometry_findings
 from microtome.data.inputs import list_images
 from microtome.data.labels import LabelScan, class_counts, label_findings, read_label_image, scan_labels
 from microtome.data.layouts import find_layout
 from microtome.data.legend import Legend, label_codes
-from microtome.data.names import relative_words, some
+from microtome.data.names import relative_words, stem_of
+from microtome.data.parts import MOST_WHOLE, image_part, middle_of, parts_of
 from microtome.data.planes import keep_planes
-from microtome.data.reading import checked_label, cut, fit_channels, read_case_image, stack_channels, with_spacing
+from microtome.data.reading import (
+    PARTED,
+    LabelParts,
+    checked_label,
+    cut,
+    cut_volume,
+    fit_channels,
+    fit_volume,
+    open_case,
+    open_label_parts,
+    read_case_image,
+    stack_channels,
+    with_spacing,
+)
 from microtome.errors import DataError, DataWarning
-from microtome.geometry import format_sides
-from microtome.images.files import probe_image, stem_of
+from microtome.images.files import probe_image
 from microtome.images.image import Header, Image
+from microtome.images.volume import Volume
 
 __all__ = [
     "NOT_ANNOTATED",
@@ -86,10 +102,69 @@ class Dataset:
             DataError: a file cannot be read, or its channels do not fit.
             ConfigError: the stated spacing has another number of axes.
         """
+        if case.sections is not None and self.is_parted(case):
+            return self.open_image(case).load()
         image = stack_channels(case)
         if self.channel_names:
             image = fit_channels(image, len(self.channel_names))
         return cut(with_spacing(image, self.config.spacing_mm), case.sections)
+
+    def read_pair(self, case: Case) -> tuple[Image, np.ndarray]:
+        """Image and label (*S) of a labelled case; of a case that `is_large` the part in its middle that is not.
+
+        Raises:
+            DataError: as `read_image` and `read_label`.
+        """
+        if not self.is_large(case):
+            return self.read_image(case), self.read_label(case)
+        volume = self.open_image(case)
+        side = int((MOST_WHOLE // volume.channels) ** (1 / len(volume.shape_vox)))
+        box = middle_of(volume, (side,) * len(volume.shape_vox))
+        return image_part(volume, box), self.open_label(case)[box]
+
+    def open_image(self, case: Case) -> Volume:
+        """What `read_image` gives, not read yet.
+
+        Raises:
+            DataError: a file cannot be opened, or its channels do not fit.
+            ConfigError: the stated spacing has another number of axes.
+        """
+        volume = open_case(replace(case, sections=None))
+        if self.channel_names:
+            volume = fit_volume(volume, len(self.channel_names))
+        return cut_volume(with_spacing(volume, self.config.spacing_mm), case.sections)
+
+    def open_label(self, case: Case) -> LabelParts:
+        """What `read_label` gives, not read yet; of a case that `is_parted` or `is_large`.
+
+        Raises:
+            DataError: the file cannot be opened, or the label is not on the image's grid.
+        """
+        return open_label_parts(case, self.legend)
+
+    def is_parted(self, case: Case) -> bool:
+        """Whether image and label are one file or store each, of which parts are read without the rest."""
+        if len(case.images) != 1 or len(case.labels) != 1 or self.per_instance or self.header(case).format not in PARTED:
+            return False
+        label = probe_image(case.labels[0])
+        return label.format in PARTED and label.channels == 1
+
+    def is_large(self, case: Case) -> bool:
+        """Whether a case has so many values that it is looked at part by part."""
+        if len(case.images) != 1 or len(case.labels) != 1 or self.per_instance or case.name in self.unreadable:
+            return False
+        header = self.headers.get(case.name, self.headers.get(case.name.rpartition("[")[0]))
+        if header is None:
+            return False
+        length = header.shape_vox[0] if case.sections is None else case.sections[1] - case.sections[0]
+        if length * math.prod(header.shape_vox[1:]) * header.channels <= MOST_WHOLE:
+            return False
+        return probe_image(case.labels[0]).channels == 1
+
+    def header(self, case: Case) -> Header:
+        """The header of a labelled case, or of the stack that it is a part of."""
+        # Parts of one stack carry its name with their sections behind it.
+        return self.headers[case.name if case.name in self.headers else case.name.rpartition("[")[0]]
 
     def read_label(self, case: Case) -> np.ndarray:
         """The label map of a labelled case, (*S) int16: classes of the legend, NOT_ANNOTATED elsewhere; its sections and planes only.
@@ -97,10 +172,30 @@ class Dataset:
         Raises:
             DataError: a file cannot be read, or the label is not on the image's grid.
         """
+        if case.sections is not None and self.is_parted(case):
+            parts = self.open_label(case)
+            return parts[(slice(None),) * len(parts.shape)]
         label = self._label_image(case)
         if self.per_instance:
             label = replace(label, array=(label.array > 0).view(np.uint8))
         return keep_planes(self.legend.decode(label), case)
+
+    def annotated_sections(self, case: Case) -> np.ndarray:
+        """Which sections (rows of a picture) of a labelled case hold an annotated voxel, bool along the slowest axis of S.
+
+        Raises:
+            DataError: as `read_label`.
+        """
+        if not self.is_large(case):
+            label = self.read_label(case)
+            found: np.ndarray = (label != NOT_ANNOTATED).reshape(len(label), -1).any(axis=1)
+            return found
+        parts = self.open_label(case)
+        found = np.zeros(parts.shape[0], bool)
+        for box in parts_of(parts.shape, parts.volume.chunk_vox):
+            part = parts[box]
+            found[box[0]] |= (part != NOT_ANNOTATED).reshape(len(part), -1).any(axis=1)
+        return found
 
     def read_instances(self, case: Case) -> np.ndarray | None:
         """The objects of a labelled case, (*S) int32: 0 background, one number an object; None if labels are classes.
@@ -134,8 +229,9 @@ def open_dataset(path: Path) -> Dataset:
     """Find the cases of a folder, pair images with labels by name, and read every label once for its classes.
 
     Understands images/ + labels/ (or masks/, annotations/, ...), pairs side by side in one folder, a folder a case,
-    Kaggle's one mask an instance, the Medical Segmentation Decathlon and nnU-Net raw data; `microtome.yaml`
-    in the folder says what cannot be seen.
+    Kaggle's one mask an instance, the Medical Segmentation Decathlon and nnU-Net raw data, files and stores that hold
+    image and label (HDF5 with raw + label, OME-Zarr with labels/), of which a single one may be given too; `microtome.yaml`
+    in the folder, or beside the single file, says what cannot be seen.
 
     Raises:
         DataError: no such folder; nothing in it that pairs; not one label that can be read.
@@ -145,6 +241,8 @@ def open_dataset(path: Path) -> Dataset:
         DataWarning: volumes without a voxel size, once a dataset.
     """
     root = Path(path)
+    if contents_of(root):
+        return _open_container(root)
     if not root.is_dir():
         got = "a file" if root.exists() else "nothing there"
         raise DataError(root, expected="a folder of images and labels", got=got, do="give the folder that holds both")
@@ -152,6 +250,18 @@ def open_dataset(path: Path) -> Dataset:
     layout = find_layout(root, config, named_by)
     layout = replace(layout, cases=_grouped(layout.cases, config, named_by))
     return _opened(root, layout, config, named_by)
+
+
+def _open_container(path: Path) -> Dataset:
+    """A file or store that holds an image and its label as a dataset of one case."""
+    config, named_by = load_description(path.parent)
+    # What is said of cases is said of the folder's.
+    config = config.model_copy(update={"pairs": {}, "groups": {}, "group_by": None, "validation": ()})
+    layout = container_layout(path.parent, [path], config.images, config.labels)
+    if layout is None:
+        do = "give the folder that holds both, or a file with both (HDF5 with raw + label, OME-Zarr with labels/)"
+        raise DataError(path, expected="a folder of images and labels", got=f"a {path.suffix or 'store'} without a label in it", do=do)
+    return _opened(path, layout, config, named_by)
 
 
 def open_pair(image: Path, label: Path, config: DatasetConfig, named_by: str) -> Dataset:
@@ -187,7 +297,7 @@ def _opened(root: Path, layout: Layout, config: DatasetConfig, named_by: str) ->
         raise next(iter(faults.values()))
     rules = LegendRules(declared=declared, instances=config.instances, per_instance=layout.per_instance, object_name=layout.object_name)
     legend = choose_background(make_legend(scans, rules), config, named_by)
-    names, channel_findings = _channel_names(headers, labelled, layout)
+    names, channel_findings = channel_names(headers, labelled, layout)
     findings = [
         *layout.findings,
         *(_unreadable(case, case.images, image_faults[case.name]) for case in labelled if case.name in image_faults),
@@ -197,7 +307,7 @@ def _opened(root: Path, layout: Layout, config: DatasetConfig, named_by: str) ->
         *_group_findings(layout.cases, config, named_by),
         *label_findings(scans, legend, Path(declared.source).name if declared.classes else ""),
         *channel_findings,
-        *_geometry_findings(headers, labelled, config),
+        *geometry_findings(headers, labelled, config),
     ]
     return Dataset(
         root=root,
@@ -281,56 +391,3 @@ def _probe(cases: Sequence[Case]) -> tuple[dict[str, Header], dict[str, DataErro
 def _unreadable(case: Case, files: tuple[Path, ...], error: DataError) -> Finding:
     """The finding that a file cannot be read."""
     return Finding(severity="error", code="unreadable", case=case.name, message=" ".join(str(error).split()), files=files)
-
-
-def _channel_names(headers: Mapping[str, Header], cases: Sequence[Case], layout: Layout) -> tuple[tuple[str, ...], list[Finding]]:
-    """Names of the channels that most images have, and what is to be said of the others."""
-    counts = Counter(header.channels for header in headers.values())
-    if not counts:
-        return layout.channel_names, []
-    usual = 3 if counts.keys() == {1, 3} else max(counts, key=lambda channels: (counts[channels], channels))
-    names = tuple(f"channel {number}" for number in range(1, usual + 1))
-    if len(layout.channel_names) == usual:
-        names = layout.channel_names
-    elif usual in (1, 3):
-        names = ("grey",) if usual == 1 else ("red", "green", "blue")
-    odd = [case for case in cases if case.name in headers and headers[case.name].channels != usual]
-    if not odd:
-        return names, []
-    fits = counts.keys() == {1, 3}
-    message = f"{len(odd)} of {len(headers)} images have {headers[odd[0].name].channels} channels and not {usual}: "
-    message += some((case.images[0].name for case in odd), 3) + ("; grey is taken as red = green = blue" if fits else "")
-    files = tuple(case.images[0] for case in odd)
-    return names, [Finding(severity="note" if fits else "error", code="mixed-channels", message=message, files=files)]
-
-
-def _geometry_findings(headers: Mapping[str, Header], cases: Sequence[Case], config: DatasetConfig) -> list[Finding]:
-    """Voxel sizes that only some files state, volumes without one, which also warn, and pictures among volumes."""
-    found = []
-    volumes = [case for case in cases if case.name in headers and len(headers[case.name].shape_vox) == 3]
-    unknown = [case.images[0] for case in volumes if not headers[case.name].spacing_known]
-    if unknown and config.spacing_mm is None:
-        message = f"{some(unknown, 1)}: no voxel size in the file, 1 mm is assumed; "
-        message += "state `spacing_mm: [z, y, x]` in microtome.yaml"
-        warnings.warn(message, DataWarning, stacklevel=3)
-        found.append(Finding(severity="warning", code="no-spacing", message=message, files=tuple(unknown)))
-    if volumes and len(volumes) < len(headers):
-        picture = next(case for case in cases if case.name in headers and len(headers[case.name].shape_vox) == 2)
-        message = f"volumes ({volumes[0].images[0].name}) and pictures ({picture.images[0].name}) in one dataset; state in "
-        message += "microtome.yaml which are meant (`images:`, `labels:` or `pairs:`)"
-        found.append(Finding(severity="error", code="mixed-dimensions", message=message, files=(volumes[0].images[0], picture.images[0])))
-    elif config.spacing_mm is None:
-        found += _mixed_spacing(headers, cases)
-    return found
-
-
-def _mixed_spacing(headers: Mapping[str, Header], cases: Sequence[Case]) -> list[Finding]:
-    """An error where some files state a voxel size and others none: 1 mm for the others cannot be right."""
-    probed = [case for case in cases if case.name in headers]
-    known, unknown = ([case.images[0] for case in probed if headers[case.name].spacing_known is yes] for yes in (True, False))
-    if not known or not unknown:
-        return []
-    size = format_sides(next(headers[case.name].spacing_mm for case in probed if case.images[0] == known[0]))
-    message = f"{len(unknown)} of {len(probed)} images state no voxel size ({some((path.name for path in unknown), 3)}), others do "
-    message += f"({known[0].name}: {size} mm); state `spacing_mm` in microtome.yaml, or take one kind out"
-    return [Finding(severity="error", code="mixed-spacing", message=message, files=(*unknown, known[0]))]

@@ -63,8 +63,11 @@ class DatasetConfig(Config):
         default="", description="the class that is not foreground, null: none; by default the one of that name or else of value 0 or black"
     )
     spacing_mm: tuple[float, ...] | None = Field(default=None, description="voxel size along Z, Y, X (or Y, X), whatever the files say")
-    images: str | None = Field(default=None, description="subfolder or glob of the images (`scans`, `scans/*_t1.nii.gz`)")
-    labels: str | None = Field(default=None, description="subfolder or glob of the labels")
+    images: str | None = Field(
+        default=None,
+        description="subfolder or glob of the images (`scans`, `scans/*_t1.nii.gz`); of containers the part's name (`raw`)",
+    )
+    labels: str | None = Field(default=None, description="subfolder or glob of the labels; of containers the part's name (`cells`)")
     pairs: Annotated[Mapping[str, tuple[str, ...]], BeforeValidator(_words)] = Field(
         default_factory=dict, description="image: label, where names do not show which belong together"
     )

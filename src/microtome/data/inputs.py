@@ -4,33 +4,40 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from microtome.data.case import Case
+from microtome.data.containers import are_inner, image_of
+from microtome.data.description import load_description
 from microtome.data.documents import channel_groups
 from microtome.data.layouts import image_side
-from microtome.data.names import natural, unique_names
+from microtome.data.names import is_image_place, natural, outer_of, stem_of, unique_names
 from microtome.errors import DataError
-from microtome.images.files import stem_of
+from microtome.images.volume import url_of
 
 
 def list_images(path: Path, channels: int = 1) -> tuple[Case, ...]:
     """The images of a file, a folder or a dataset as unlabelled cases, to predict them; labels are left out.
 
     Args:
-        path: an image file, or a folder that is searched with its subfolders.
+        path: an image file; a store, a folder of DICOM files, or a part of a container (`a.h5/raw`); the URL of a store, which
+            is not looked at; or a folder that is searched with its subfolders. Of a container with labels its image is taken.
         channels: files `x_0000`, `x_0001`, ... are one case where there are as many of them as channels.
 
     Raises:
         DataError: nothing there, or no image.
     """
     path = Path(path)
-    if path.is_file():
-        return (Case(name=stem_of(path), images=(path,), group=stem_of(path)),)
+    if url_of(path) is not None or is_image_place(path):
+        name = stem_of(outer_of(path))
+        return (Case(name=name, images=(path if url_of(path) else image_of(path),), group=name),)
     files = image_side(path) if path.is_dir() else []
     if not files:
         got = "no image in it" if path.is_dir() else "nothing there"
         raise DataError(path, expected="an image file or a folder of images", got=got, do="give PNG, JPEG, TIFF or NIfTI files")
+    stated = load_description(path)[0].images
+    inner = stated if are_inner(path, stated) else None
     members = _channel_files(files, channels)
     named = [group[0].with_name(name) for group, name in members]
-    cases = (Case(name=n, images=f, group=n) for n, (f, _) in zip(unique_names(path, named), members, strict=True))
+    found = zip(unique_names(path, named), members, strict=True)
+    cases = (Case(name=n, images=tuple(image_of(file, inner) for file in f), group=n) for n, (f, _) in found)
     return tuple(sorted(cases, key=lambda case: natural(case.name)))
 
 

@@ -14,10 +14,12 @@ from scipy import ndimage
 from microtome.data.case import Case, Finding
 from microtome.data.legend import TABLE_SIZE, Legend, format_value, label_codes, value_of
 from microtome.data.names import some
+from microtome.data.parts import check_fits, image_part, large_volume, looked_at, middle_of
 from microtome.errors import DataError
 from microtome.geometry import Shape, format_shape
 from microtome.images.files import read_image
 from microtome.images.image import Image, Palette
+from microtome.images.volume import Volume
 
 # Voxels counted at a time: bincount turns its input into int64, eight times the size of most labels.
 CHUNK_VOX = 1 << 22
@@ -29,6 +31,8 @@ MANY_IN_ONE_FILE, LEAST_OBJECTS = 8, 3
 LOOKED_AT, LOOKED_AT_VALUES = 4, 32
 # Voxels of the box around a value beyond which it is looked at coarsely.
 LOOKED_AT_VOX = 1 << 21
+# Of a label that is too large to be read, pieces are counted in the middle, within these sides.
+LOOKED_AT_SIDES = (128, 512, 512)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +50,7 @@ class LabelScan:
         objects: mask files, of the layout with one mask an instance.
         overlap_vox: voxels that more than one mask claims.
         whole: share of its values that are one connected piece each, as objects are; None where that was not looked at.
+        seen: share of its voxels that were counted, for which `counts` make up; 1: all of them.
     """
 
     case: str
@@ -58,6 +63,7 @@ class LabelScan:
     objects: int = 0
     overlap_vox: int = 0
     whole: float | None = None
+    seen: float = 1.0
 
     @property
     def numbers(self) -> frozenset[int]:
@@ -77,6 +83,7 @@ def read_label_image(case: Case, *, palette: Palette = "indices", per_instance: 
     Raises:
         DataError: a file cannot be read, or masks of one case differ in shape.
     """
+    check_fits(case.labels[0])
     first = read_image(case.labels[0], palette=palette)
     if not per_instance:
         return first, 0
@@ -173,6 +180,7 @@ def label_findings(scans: Iterable[LabelScan], legend: Legend, source: str) -> l
         found.append(Finding(severity="note", code="overlapping-masks", message=message, files=worst.files[:1]))
     if legend.snap:
         found += _snapped(scans, legend)
+    found += [_sampled(scan) for scan in scans if scan.seen < 1]
     if len(legend.names) < 2:
         message = f"the labels hold one class only ({legend.names[0]}); training needs two"
         found.append(Finding(severity="error", code="one-class", message=message))
@@ -181,6 +189,9 @@ def label_findings(scans: Iterable[LabelScan], legend: Legend, source: str) -> l
 
 def _scan(case: Case, palette: Palette, per_instance: bool) -> LabelScan:
     """Count one case."""
+    volume = None if per_instance else large_volume(case.labels[0])
+    if volume is not None and volume.channels == 1:
+        return _scan_parts(case, volume)
     image, overlap_vox = read_label_image(case, palette=palette, per_instance=per_instance)
     # Counted as one: the numbers of objects mean nothing beyond their own image.
     codes, colour = ((image.array[0] > 0).view(np.uint8), False) if per_instance else label_codes(image)
@@ -197,10 +208,42 @@ def _scan(case: Case, palette: Palette, per_instance: bool) -> LabelScan:
     )
 
 
+def _scan_parts(case: Case, volume: Volume) -> LabelScan:
+    """Count a case whose label is too large to be read at once: part by part, or in a sample of its parts."""
+    boxes, seen = looked_at(volume)
+    counts: Counter[int] = Counter()
+    for box in boxes:
+        codes, _ = label_codes(image_part(volume, box))
+        counts.update(count_codes(codes))
+    return LabelScan(
+        case=case.name,
+        files=case.labels,
+        counts={code: max(1, round(times / seen)) for code, times in sorted(counts.items())},
+        colour=False,
+        eight_bit=volume.pixels.dtype == np.uint8,
+        format=volume.format,
+        shape_vox=volume.shape_vox,
+        seen=seen,
+    )
+
+
+def _sampled(scan: LabelScan) -> Finding:
+    """The note that a label was not counted as a whole."""
+    message = f"{scan.files[0]}: {format_shape(scan.shape_vox)} voxels are too many to count; classes and shares are those of "
+    message += f"{100 * scan.seen:.2g} % of them, spread over it; name rare classes in microtome.yaml (`classes:`)"
+    return Finding(severity="note", code="sampled-label", case=scan.case, message=message, files=scan.files)
+
+
 def _whole(scan: LabelScan, palette: Palette) -> float:
     """The share of a label's values, of some of them where there are many, that are one connected piece (specks aside)."""
-    codes, _ = label_codes(read_image(scan.files[0], palette=palette))
-    chosen = sorted(scan.numbers)[:: -(-len(scan.numbers) // LOOKED_AT_VALUES)]
+    volume = large_volume(scan.files[0])
+    if volume is None:
+        codes, _ = label_codes(read_image(scan.files[0], palette=palette))
+        found = scan.numbers
+    else:
+        codes, _ = label_codes(image_part(volume, middle_of(volume, LOOKED_AT_SIDES[-len(volume.shape_vox) :])))
+        found = frozenset(count_codes(codes)) - {0}
+    chosen = sorted(found)[:: -(-len(found) // LOOKED_AT_VALUES) or 1]
     numbered = _numbered(codes, chosen)
     whole = 0
     for seen, (number, box) in enumerate(enumerate(ndimage.find_objects(numbered), start=1)):
@@ -213,7 +256,7 @@ def _whole(scan: LabelScan, palette: Palette) -> float:
         pieces, count = ndimage.label(region[(slice(None, None, step),) * region.ndim] == number, structure=np.ones((3,) * region.ndim))
         sizes = np.bincount(pieces.ravel())[1:]
         whole += count == 1 or bool(count and sizes.max() >= 0.95 * sizes.sum())
-    return whole / len(chosen)
+    return whole / max(1, len(chosen))
 
 
 def _numbered(codes: np.ndarray, chosen: Sequence[int]) -> np.ndarray:

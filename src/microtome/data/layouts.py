@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from microtome.data.case import Case, Finding, Layout
-from microtome.data.description import DatasetConfig, existing, inside, load_description
+from microtome.data.containers import are_inner, container_layout, existing_part
+from microtome.data.description import DatasetConfig, inside, load_description
 from microtome.data.documents import CHANNEL, read_document
-from microtome.data.names import Role, image_files, key_of, natural, relative, role_of, some, unique_names
+from microtome.data.names import Role, image_files, key_of, natural, relative, role_of, some, stem_of, unique_names
 from microtome.errors import DataError
-from microtome.images.files import stem_of
 
 # Words of a folder's name that keep its files from those of another: training data from test data.
 PARTS = frozenset({"tr", "ts", "train", "training", "test", "testing", "val", "valid", "validation", "dev"})
@@ -47,7 +47,7 @@ class _Pairs:
 
 
 def find_layout(root: Path, config: DatasetConfig, named_by: str = "microtome.yaml") -> Layout:
-    """The cases of a folder, by the first that applies: `microtome.yaml`, `dataset.json`, one mask an instance, names.
+    """The cases of a folder, by the first that applies: `microtome.yaml`, `dataset.json`, containers, one mask an instance, names.
 
     Args:
         root: the dataset's folder.
@@ -62,18 +62,23 @@ def find_layout(root: Path, config: DatasetConfig, named_by: str = "microtome.ya
     document = None if config.images or config.labels else read_document(root, classes_known=bool(config.classes))
     if document:
         return document
+    contained = _contained(root, config)
+    if contained:
+        return contained
     items = _items(root, config, named_by)
     return _instance_folders(root, items) or _by_name(root, items)
 
 
 def image_side(root: Path) -> list[Path]:
-    """The images of a folder without its labels, in natural order; all of them where that would leave none.
+    """The images of a folder without its labels, in natural order; all of them where that would leave none; containers as they are.
 
     A file that only its own name calls a label (`no_mask_3.png`) is one only beside the image that it would label.
     """
     config, named_by = load_description(root)
     if config.pairs:
-        return [existing(root, image, named_by) for image in config.pairs]
+        return [existing_part(root, image, named_by) for image in config.pairs]
+    if are_inner(root, config.images, config.labels):
+        return image_files(root)
     items = _items(root, config, named_by)
     images = {(item.where, item.key) for item in items if item.role == "image"}
     lone = {
@@ -87,12 +92,23 @@ def image_side(root: Path) -> list[Path]:
 
 def _stated_pairs(root: Path, config: DatasetConfig, named_by: str) -> Layout:
     """The layout of `pairs:`."""
-    images = [existing(root, image, named_by) for image in config.pairs]
-    labels = [tuple(existing(root, label, named_by) for label in names) for names in config.pairs.values()]
+    images = [existing_part(root, image, named_by) for image in config.pairs]
+    labels = [tuple(existing_part(root, label, named_by) for label in names) for names in config.pairs.values()]
     several = any(len(names) > 1 for names in labels)
     named = zip(unique_names(root, images), images, labels, strict=True)
     cases = tuple(Case(name=name, images=(image,), labels=files) for name, image, files in named)
     return Layout(sentence="pairs stated in microtome.yaml", cases=cases, per_instance=several)
+
+
+def _contained(root: Path, config: DatasetConfig) -> Layout | None:
+    """The layout of files that hold image and label each; None where names tell images from labels, or folders are stated."""
+    inner = are_inner(root, config.images, config.labels)
+    if (config.images or config.labels) and not inner:
+        return None
+    files = image_files(root)
+    if not inner and len({item.role for item in _guessed(root, files)}) > 1:
+        return None
+    return container_layout(root, files, config.images, config.labels)
 
 
 def _items(root: Path, config: DatasetConfig, named_by: str) -> list[_Item]:

@@ -1,12 +1,15 @@
 """What a file's name says: whether it is an image or a label, and which other file it belongs to."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from microtome.images.files import is_image_name, stem_of
+from microtome.errors import DataError
+from microtome.images import files as formats
+from microtome.images.files import is_image_name, store_kind, suffix_of
 
 Role = Literal["image", "label", ""]
 
@@ -19,6 +22,8 @@ def _whole(words: str) -> re.Pattern[str]:
     return re.compile(rf"(?<![a-z0-9])(?:{words})(?![a-z])|(?<![a-z])(?:{words})(?![a-z0-9])")
 
 
+# Documents that say what a store is; they change when it is written anew.
+_DOCUMENTS = frozenset({".zgroup", ".zarray", ".zattrs", "zarr.json", "attributes.json", "info"})
 _IMAGE_WORDS, _LABEL_WORDS, _ROLE_WORDS = _whole(_IMAGE), _whole(_LABEL), _whole(f"{_LABEL}|{_IMAGE}")
 
 
@@ -40,8 +45,64 @@ def natural(name: str) -> tuple[tuple[tuple[int, str], ...], str]:
     return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)), name
 
 
+def stem_of(path: Path) -> str:
+    """The name without its image suffix; the whole name of a folder without one, as UIDs of DICOM series have dots in them."""
+    return path.name if not suffix_of(path) and path.is_dir() else formats.stem_of(path)
+
+
+def store_of(folder: Path) -> str:
+    """As `images.files.store_kind`, and "" of what is no folder or cannot be read."""
+    try:
+        return store_kind(folder) if folder.is_dir() else ""
+    except (OSError, DataError):
+        # Whoever opens it is told why.
+        return ""
+
+
+def is_image_place(path: Path) -> bool:
+    """Whether something that may be an image is there: a file, a store, or a path that leads into a file (`a.h5/raw`) or a store."""
+    if path.is_dir():
+        # A folder of predictions may hold DICOM files, and is no series.
+        return bool(store_of(path)) and not (path / "predictions.json").exists()
+    return path.is_file() or place_of(path).is_file()
+
+
+def place_of(path: Path) -> Path:
+    """The file or folder on this disk that a path names or leads into: `a.h5` of `a.h5/raw`."""
+    return next((each for each in (path, *path.parents) if each.exists()), path)
+
+
+def outer_of(path: Path) -> Path:
+    """The container that a path leads into, as far as names tell: `a.ome.zarr` of `a.ome.zarr/labels/cells`; the path itself of others."""
+    return next((each for each in (*reversed(path.parents), path) if suffix_of(each)), path)
+
+
+def stamp_of(path: Path) -> tuple[str, int, int]:
+    """What changes with an image, without reading it: a file's name, size and time; of a store or a folder a digest of those within.
+
+    Of a store those of its documents count, how many entries its folders have and when these changed, two levels deep; chunks
+    are not looked at one by one. Files of a folder without such documents (DICOM) all count.
+    """
+    place = place_of(path)
+    if not place.is_dir():
+        stat = place.stat()
+        return path.name, stat.st_size, stat.st_mtime_ns
+    digest, entries = hashlib.blake2b(digest_size=8), 0
+    for folder in (place, *sorted(each for each in place.iterdir() if each.is_dir())):
+        with os.scandir(folder) as found:
+            members = sorted(found, key=lambda entry: entry.name)
+        documents = [entry for entry in members if entry.name in _DOCUMENTS] or [entry for entry in members if entry.is_file()]
+        stats = [(entry.name, entry.stat().st_size, entry.stat().st_mtime_ns) for entry in documents]
+        digest.update(repr((folder.name, len(members), folder.stat().st_mtime_ns, stats)).encode())
+        entries += len(members)
+    return path.name, entries, int.from_bytes(digest.digest())
+
+
 def image_files(root: Path) -> list[Path]:
-    """Every image file below a folder, in natural order; hidden files and what archivers leave behind are not."""
+    """Every image below a folder, in natural order: files, and folders that are stores or DICOM series.
+
+    Hidden files and what archivers leave behind are none.
+    """
     return sorted(_walk(root), key=lambda path: natural(path.relative_to(root).as_posix()))
 
 
@@ -78,10 +139,13 @@ def _plain(name: str) -> str:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Image files below a folder, in no order; linked folders are entered, each once."""
+    """Images below a folder, in no order; linked folders are entered, each once, and stores are not."""
     entered: set[str] = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
-        subfolders[:] = [] if real in entered else [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
+        shown = [] if real in entered else [name for name in subfolders if not name.startswith((".", "__MACOSX"))]
+        stores = {name for name in shown if store_of(Path(folder, name))}
+        subfolders[:] = [name for name in shown if name not in stores]
+        yield from (Path(folder, name) for name in stores)
         yield from (Path(folder, name) for name in files if real not in entered and is_image_name(Path(folder, name)))
         entered.add(real)

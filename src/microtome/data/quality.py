@@ -1,7 +1,6 @@
 """What is wrong with a dataset, found before anyone trains: every case read once, every fault named with its file."""
 
 import base64
-import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -14,16 +13,17 @@ import jinja2
 import numpy as np
 
 from microtome.data.case import Case, Finding
-from microtome.data.checks import CaseRow, Severity, class_shares, findings_of, format_share
+from microtome.data.checks import CaseRow, Severity, Values, class_shares, findings_of, format_share, look
 from microtome.data.dataset import Dataset
 from microtome.data.labels import count_codes
 from microtome.data.legend import Legend
 from microtome.data.names import relative, relative_words
+from microtome.data.parts import looked_at
 from microtome.data.split import Split, split_dataset
-from microtome.data.thumbnails import Thumbnail, class_colours, draw_thumbnail
+from microtome.data.thumbnails import Thumbnail, class_colours, draw_middle, draw_thumbnail
 from microtome.errors import DataWarning, MicrotomeError
 from microtome.geometry import format_shape, format_sides
-from microtome.images.image import Image
+from microtome.images.volume import Volume, volume_of
 
 NUMBER_COLUMNS = frozenset({"channels", "annotated"})
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -152,6 +152,9 @@ def case_thumbnails(dataset: Dataset, inspection: Inspection, limit: int = 64) -
     side_px = 264 if len(chosen) > 3 else 360
 
     def draw(name: str) -> Thumbnail:
+        if dataset.is_large(cases[name]):
+            label_parts = dataset.open_label(cases[name]) if rows[name].voxels is not None else None
+            return draw_middle(name, dataset.open_image(cases[name]), label_parts, colours, side_px)
         # A label that could not be read is among the findings already; its image is shown without it.
         label = dataset.read_label(cases[name]) if rows[name].voxels is not None else None
         return draw_thumbnail(name, dataset.read_image(cases[name]), label, colours, side_px)
@@ -210,7 +213,10 @@ def _examine(dataset: Dataset, case: Case, part: str) -> tuple[CaseRow | None, l
     """One case's row, None where its image cannot be read, and what is wrong with it."""
     where = _where(dataset.root, case)
     try:
-        image = dataset.read_image(case)
+        if dataset.is_large(case):
+            return _examine_parts(dataset, case, part)
+        image = volume_of(dataset.read_image(case))
+        values = look([image.pixels])
     except Exception as error:  # noqa: BLE001 - whatever a broken file makes a decoder raise is the finding
         return None, [_unreadable(case, case.images, where, error)]
     found: list[Finding] = []
@@ -222,13 +228,30 @@ def _examine(dataset: Dataset, case: Case, part: str) -> tuple[CaseRow | None, l
             voxels = tuple(counts.get(index, 0) for index in range(len(dataset.legend.names)))
         except Exception as error:  # noqa: BLE001 - as above
             found = [_mismatch(dataset.root, case, error)]
-    return _row(dataset.root, case, image, part, voxels), found
+    return _row(dataset.root, case, (image, values), part, voxels), found
 
 
-def _row(root: Path, case: Case, image: Image, part: str, voxels: tuple[int, ...] | None) -> CaseRow:
+def _examine_parts(dataset: Dataset, case: Case, part: str) -> tuple[CaseRow, list[Finding]]:
+    """The same of a case that is too large to be read at once; what stands in its label was counted when the dataset was opened."""
+    volume, found, voxels = dataset.open_image(case), [], None
+    boxes, seen = looked_at(volume)
+    values = look(volume.pixels[(slice(None), *box)] for box in boxes)
+    if case.name not in dataset.unreadable:
+        try:
+            dataset.open_label(case)
+            voxels = dataset.class_counts[case.name][:-1]
+        except MicrotomeError as error:
+            found.append(_mismatch(dataset.root, case, error))
+    if seen < 1:
+        message = f"{_where(dataset.root, case)}: {format_shape(volume.shape_vox)} voxels are too many to read; its values are those of "
+        message += f"{100 * seen:.2g} % of them, spread over it"
+        found.append(Finding(severity="note", code="sampled-image", case=case.name, message=message, files=case.images))
+    return _row(dataset.root, case, (volume, values), part, voxels), found
+
+
+def _row(root: Path, case: Case, seen: tuple[Volume, Values], part: str, voxels: tuple[int, ...] | None) -> CaseRow:
     """The numbers of one case."""
-    finite = np.isfinite(image.array)
-    values = image.array if finite.all() else image.array[finite]
+    image, values = seen
     return CaseRow(
         name=case.name,
         where=_where(root, case),
@@ -237,23 +260,16 @@ def _row(root: Path, case: Case, image: Image, part: str, voxels: tuple[int, ...
         part=part,
         shape_vox=image.shape_vox,
         channels=image.channels,
-        dtype=str(image.array.dtype),
+        dtype=str(image.pixels.dtype),
         spacing_mm=image.spacing_mm,
         spacing_known=image.spacing_known,
-        low=float(values.min()) if values.size else None,
-        high=float(values.max()) if values.size else None,
-        not_finite=image.array.size - values.size,
-        constant=tuple(n for n, channel in enumerate(image.array) if channel.min() == channel.max()),
+        low=values.low,
+        high=values.high,
+        not_finite=values.not_finite,
+        constant=values.constant,
         voxels=voxels,
-        fingerprint=_fingerprint(image.array),
+        fingerprint=f"{image.shape_vox} {values.fingerprint}",
     )
-
-
-def _fingerprint(array: np.ndarray) -> str:
-    """Equal for arrays of equal shape, type and content, and only for those."""
-    digest = hashlib.blake2b(f"{array.shape} {array.dtype}".encode(), digest_size=16)
-    digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
 
 
 def _unreadable(case: Case, files: tuple[Path, ...], where: str, error: Exception) -> Finding:

@@ -1,14 +1,26 @@
 """The files of one case -> one image: channels stacked, spacing as stated, sections cut, label on the image's grid."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 
-from microtome.data.case import Case
+from microtome.data.case import Case, Plane, Planes
+from microtome.data.legend import Legend
+from microtome.data.parts import check_fits, image_part
+from microtome.data.planes import keep_planes
 from microtome.errors import ConfigError, DataError
 from microtome.geometry import Spacing, format_shape, format_sides, same_grid
-from microtome.images.files import probe_image, read_image
+from microtome.images.files import open_volume, probe_image, read_image
 from microtome.images.image import Header, Image
+from microtome.images.medical import PATIENT_FORMATS
+from microtome.images.volume import Sections, Stacked, Volume
+
+# Formats whose parts are read without the rest, whatever the part.
+PARTED = frozenset({"zarr", "n5", "precomputed", "hdf5", "npy"})
+
+_Pictured = TypeVar("_Pictured", Image, Volume)
 
 
 def read_case_image(case: Case) -> Image:
@@ -20,12 +32,29 @@ def read_case_image(case: Case) -> Image:
     return cut(stack_channels(case), case.sections)
 
 
+def open_case(case: Case) -> Volume:
+    """The image of a case, not read yet: channels stacked, its sections only.
+
+    Raises:
+        DataError: a file cannot be opened, or two of them are not on one grid.
+    """
+    volumes = [open_volume(path) for path in case.images]
+    for other in volumes[1:]:
+        _check_grid(case, volumes[0].header, other, "channels")
+    volume = volumes[0]
+    if len(volumes) > 1:
+        volume = replace(volume, pixels=Stacked(tuple(each.pixels for each in volumes)))
+    return cut_volume(volume, case.sections)
+
+
 def stack_channels(case: Case) -> Image:
     """The image of a case, the channels of all its files one after the other.
 
     Raises:
         DataError: a file cannot be read, or two of them are not on one grid.
     """
+    for path in case.images:
+        check_fits(path)
     images = [read_image(path) for path in case.images]
     if len(images) == 1:
         return images[0]
@@ -45,11 +74,25 @@ def fit_channels(image: Image, channels: int) -> Image:
         return image
     if image.channels == 1 and channels == 3:
         return replace(image, array=np.repeat(image.array, 3, axis=0))
+    raise _channels_error(image, channels)
+
+
+def fit_volume(volume: Volume, channels: int) -> Volume:
+    """Like `fit_channels`, of what is not read yet."""
+    if volume.channels == channels:
+        return volume
+    if volume.channels == 1 and channels == 3:
+        return replace(volume, pixels=Stacked((volume.pixels,) * 3))
+    raise _channels_error(volume, channels)
+
+
+def _channels_error(image: Image | Volume, channels: int) -> DataError:
+    """The error for another number of channels."""
     expected = f"{channels} channel{'s' if channels > 1 else ''}, as the other images have"
-    raise DataError(image.path, expected=expected, got=str(image.channels), do="export it like the others or leave it out")
+    return DataError(image.path, expected=expected, got=str(image.channels), do="export it like the others or leave it out")
 
 
-def with_spacing(image: Image, spacing_mm: Spacing | None) -> Image:
+def with_spacing(image: _Pictured, spacing_mm: Spacing | None) -> _Pictured:
     """The image with another voxel size; origin and directions stay. None changes nothing.
 
     Raises:
@@ -61,7 +104,7 @@ def with_spacing(image: Image, spacing_mm: Spacing | None) -> Image:
         got = f"spacing_mm {list(spacing_mm)}"
         expected = f"a size for each of the {len(image.shape_vox)} axes of {format_shape(image.shape_vox)}"
         raise ConfigError(image.path, expected=expected, got=got, do="mend `spacing_mm` in microtome.yaml")
-    factors = np.asarray(spacing_mm) / np.asarray(image.spacing_mm)
+    factors: np.ndarray = np.asarray(spacing_mm) / np.asarray(image.spacing_mm)
     return replace(image, spacing_mm=spacing_mm, affine=image.affine @ np.diag([*factors, 1.0]), spacing_known=True)
 
 
@@ -74,6 +117,66 @@ def cut(image: Image, sections: tuple[int, int] | None) -> Image:
     return replace(image, array=image.array[:, sections[0] : sections[1]], affine=image.affine @ step)
 
 
+def cut_volume(volume: Volume, sections: tuple[int, int] | None) -> Volume:
+    """Like `cut`, of what is not read yet."""
+    if sections is None:
+        return volume
+    step = np.eye(len(volume.affine))
+    step[0, -1] = sections[0]
+    return replace(volume, pixels=Sections(volume.pixels, *sections), affine=volume.affine @ step)
+
+
+@dataclass(frozen=True)
+class LabelParts:
+    """The label of a case that is not read yet: classes (*S) int16 of the parts that are asked for, NOT_ANNOTATED elsewhere.
+
+    Attributes:
+        volume: one channel of the file's values, of the case's sections only.
+        legend: which value is which class.
+        case: of which the planes count, where not all do.
+    """
+
+    volume: Volume
+    legend: Legend
+    case: Case
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """S."""
+        return self.volume.shape_vox
+
+    @property
+    def dtype(self) -> np.dtype[np.int16]:
+        """That of label maps."""
+        return np.dtype(np.int16)
+
+    def __getitem__(self, part: tuple[slice, ...]) -> np.ndarray:
+        """A part, of as many slices of step 1 as S has axes."""
+        labels = self.legend.decode(image_part(self.volume, part))
+        if self.case.planes is None:
+            return labels
+        starts = [side.indices(size)[0] for side, size in zip(part, self.shape, strict=True)]
+        starts[0] += self.case.sections[0] if self.case.sections else 0
+        planes = Planes(shown=_moved(self.case.planes.shown, starts), hidden=_moved(self.case.planes.hidden, starts))
+        return keep_planes(labels, replace(self.case, sections=None, planes=planes))
+
+
+def open_label_parts(case: Case, legend: Legend) -> LabelParts:
+    """The label of a case that has one label file of one channel, not read yet.
+
+    Raises:
+        DataError: it cannot be opened, or does not lie on the image's grid.
+    """
+    volume = open_volume(case.labels[0])
+    _check_grid(case, probe_image(case.images[0]), volume, "image and label")
+    return LabelParts(cut_volume(volume, case.sections), legend, case)
+
+
+def _moved(planes: Sequence[Plane], starts: Sequence[int]) -> tuple[Plane, ...]:
+    """Planes as they are counted in a part that begins there; those outside of it have no place in it."""
+    return tuple((axis, index - starts[axis]) for axis, index in planes)
+
+
 def checked_label(case: Case, label: Image) -> Image:
     """The label of a case, if it lies on the grid of the case's image.
 
@@ -84,12 +187,12 @@ def checked_label(case: Case, label: Image) -> Image:
     return label
 
 
-def _check_grid(case: Case, image: Header, other: Image, what: str) -> None:
+def _check_grid(case: Case, image: Header, other: Image | Volume, what: str) -> None:
     """Compare shape and, where both files know theirs, place with those of the case's first image."""
     name = case.images[0].name
     if image.shape_vox != other.shape_vox:
         raise _shape_error(case, image.shape_vox, name, other)
-    if image.affine is not None and other.format == "nifti" and not same_grid(image.affine, other.affine, image.shape_vox):
+    if image.affine is not None and other.format in PATIENT_FORMATS and not same_grid(image.affine, other.affine, image.shape_vox):
         raise DataError(
             case.name,
             expected=f"{what} in the same place ({name}, origin {_origin(image.affine)}, spacing {format_sides(image.spacing_mm)})",
@@ -98,7 +201,7 @@ def _check_grid(case: Case, image: Header, other: Image, what: str) -> None:
         )
 
 
-def _shape_error(case: Case, shape_vox: tuple[int, ...], name: str, label: Image) -> DataError:
+def _shape_error(case: Case, shape_vox: tuple[int, ...], name: str, label: Image | Volume) -> DataError:
     """Two shapes that should be one."""
     turned = label.shape_vox == (*shape_vox[:-2], shape_vox[-1], shape_vox[-2])
     hint = "; it lies on its side (an EXIF orientation that one of the two lost?)" if turned else ""

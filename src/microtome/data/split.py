@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from microtome.data.case import NOT_ANNOTATED, Case, Finding, Plane, Planes
+from microtome.data.case import Case, Finding, Plane, Planes
 from microtome.data.dataset import Dataset
-from microtome.data.names import natural, some
+from microtome.data.names import natural, place_of, some
 from microtome.data.planes import annotated_planes, plane_name
 from microtome.errors import ConfigError, DataError
 
@@ -90,7 +90,9 @@ def leaks(split: Split) -> list[Finding]:
     Files are read only where their sizes agree. (`microtome inspect` compares pixels, which takes longer.)
     """
     parts = {"train": split.train, "validation": split.validation}
-    files = {part: {path for case in cases for path in case.images} for part, cases in parts.items()}
+    # Of stores nothing is compared: their bytes are in many files.
+    places = {part: {place_of(path) for case in cases for path in case.images} for part, cases in parts.items()}
+    files = {part: {place for place in found if place.is_file()} for part, found in places.items()}
     files = {part: paths - (files["train"] & files["validation"]) for part, paths in files.items()}
     sizes = {part: {path.stat().st_size for path in paths} for part, paths in files.items()}
     shared = sizes["train"] & sizes["validation"]
@@ -219,15 +221,15 @@ def _best_fold(group: _Group, dealt: Sequence[_Fold], sizes: Mapping[int, int], 
 
 def _sections(dataset: Dataset, case: Case, part: int, parts: int) -> Split:
     """A single case cut along its slowest axis into blocks with equally many annotated sections."""
-    label = dataset.read_label(case)
-    annotated = np.flatnonzero((label != NOT_ANNOTATED).reshape(len(label), -1).any(axis=1))
+    found = dataset.annotated_sections(case)
+    annotated = np.flatnonzero(found)
     if len(annotated) < 2:
-        got = f"{len(annotated)} of {len(label)}"
+        got = f"{len(annotated)} of {len(found)}"
         raise ConfigError(case.name, expected="two annotated sections or rows at least", got=got, do="train with --fold all")
     parts = _available(part, parts, len(annotated), "annotated sections")
     # Part 1 is the last block: round(k n / N) counted from the end.
     first, past = (len(annotated) - round(k * len(annotated) / parts) for k in (part, part - 1))
-    return _cut(case, len(label), _border(annotated, first, len(label)), _border(annotated, past, len(label)))
+    return _cut(case, len(found), _border(annotated, first, len(found)), _border(annotated, past, len(found)))
 
 
 def _border(annotated: np.ndarray, index: int, sections: int) -> int:
@@ -243,11 +245,11 @@ def _fixed_sections(dataset: Dataset, cases: Sequence[Case], sections: tuple[int
     if len(cases) != 1:
         got = f"{len(cases)} labelled cases"
         raise ConfigError(named_by, expected="a single stack for `validation_sections`", got=got, do="use `validation: [case, ...]`")
-    label = dataset.read_label(cases[0])
-    if sections[1] > len(label) or sections[1] - sections[0] == len(label):
-        expected = f"`validation_sections` within the {len(label)} sections of {cases[0].name}, and some that train"
+    count = dataset.header(cases[0]).shape_vox[0]
+    if sections[1] > count or sections[1] - sections[0] == count:
+        expected = f"`validation_sections` within the {count} sections of {cases[0].name}, and some that train"
         raise ConfigError(named_by, expected=expected, got=str(list(sections)), do="mend `validation_sections`")
-    return _cut(cases[0], len(label), *sections)
+    return _cut(cases[0], count, *sections)
 
 
 def _cut(case: Case, sections: int, first: int, past: int) -> Split:

@@ -1,15 +1,19 @@
 """A case as a small picture: one section of the image with its label drawn over it, as PNG bytes."""
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import PIL.Image
 from scipy import ndimage
 
 from microtome.data.case import NOT_ANNOTATED
+from microtome.data.parts import image_part, middle_of
 from microtome.images.image import Image
+from microtome.images.volume import Pixels, Volume
 
+# Pixels of the part of a large section that is drawn.
+MIDDLE_SIDE = 2048
 # Told apart on grey, on H&E pink and by most colour-blind eyes; a ninth class takes the first colour again.
 COLOURS: tuple[tuple[int, int, int], ...] = (
     (255, 140, 0),
@@ -72,6 +76,24 @@ def draw_thumbnail(
     if label_YX is not None:
         _paint(rgb, resized_label(label_YX, height_width), colours)
     return Thumbnail(case=case, png=_png(rgb), size=(height_width[1], height_width[0]), section=section)
+
+
+def draw_middle(
+    case: str, volume: Volume, label: Pixels | None, colours: tuple[tuple[int, int, int] | None, ...], side_px: int = 264
+) -> Thumbnail:
+    """Draw the middle of a case that is too large to be read: of its middle section, or of a picture, at most `MIDDLE_SIDE` a side.
+
+    Args:
+        case: its name.
+        volume: of the image.
+        label: (*S) int16 classes, or None.
+        colours: as `class_colours` gives them.
+        side_px: length of the longest side.
+    """
+    flat = len(volume.shape_vox) == 2
+    box = middle_of(volume, (MIDDLE_SIDE, MIDDLE_SIDE) if flat else (1, MIDDLE_SIDE, MIDDLE_SIDE))
+    drawn = draw_thumbnail(case, image_part(volume, box), None if label is None else label[box], colours, side_px)
+    return drawn if flat else replace(drawn, section=box[0].start)
 
 
 def _section(image: Image, label: np.ndarray | None, colours: tuple[tuple[int, int, int] | None, ...]) -> int | None:

@@ -246,7 +246,7 @@ def _strip(dataset: Dataset, case: Case | None, title: tuple[str, str], files: M
     if case is None:
         return Strip(case=name, place=place, where="", pictures=(), notes=("The case is not in the data any more.",))
     try:
-        image, truth = dataset.read_image(case), dataset.read_label(case)
+        image, truth = dataset.read_pair(case)
     except MicrotomeError as error:
         return Strip(case=name, place=place, where="", pictures=(), notes=(f"The case cannot be read any more ({error}).",))
     section = fullest_section(truth, dataset.legend.background) if truth.ndim == 3 else None

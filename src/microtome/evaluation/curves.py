@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from microtome.data.legend import Legend
+from microtome.data.thumbnails import class_colours
+
 Colour = tuple[int, int, int]
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1080, 52, 30, 10, 56
@@ -194,6 +197,12 @@ def dice_chart(history: History, colours: Mapping[str, Colour]) -> Chart:
     best = history.best
     marker = None if best is None else Tick(at=x.at(best.step), words=f"kept: step {best.step:,}")
     return Chart(title="Validation Dice", height=270, x_ticks=_step_ticks(history, x), y_ticks=y.ticks(), lines=tuple(lines), marker=marker)
+
+
+def foreground_colours(legend: Legend) -> dict[str, Colour]:
+    """The classes whose Dice is drawn, and their colours."""
+    colours = class_colours(len(legend.names), legend.background)
+    return {legend.names[index]: colour for index in legend.foreground if (colour := colours[index]) is not None}
 
 
 def readable(colour: Colour) -> Colour:

@@ -3,33 +3,40 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from microtome.data.case import NOT_ANNOTATED, Case, LabelValue
+from microtome.data.case import Case, LabelValue
 from microtome.data.classes import LegendRules, make_legend
+from microtome.data.containers import contents_of
 from microtome.data.dataset import Dataset, open_dataset
 from microtome.data.description import NAMES, load_description
 from microtome.data.labels import count_codes, scan_labels
 from microtome.data.layouts import find_layout
 from microtome.data.legend import Legend, code_of, format_value, label_codes, value_of
-from microtome.data.listing import LISTING, Listing, read_listing
-from microtome.data.names import image_files, some, unique_names
-from microtome.errors import ConfigError, DataError, DataWarning
-from microtome.evaluation.pairing import Named, pair
+from microtome.data.listing import Listing, read_listing
+from microtome.data.names import is_image_place, some, stem_of
+from microtome.errors import ConfigError, DataError, DataWarning, MicrotomeError
+from microtome.evaluation.instance_scores import ObjectScore, draw_objects, score_objects, summarise_objects
+from microtome.evaluation.pairing import Named, files_by_stem, label_maps, object_maps, pair, prediction_files
 from microtome.evaluation.scores import METRICS, CaseScore, score_case, summarise
 from microtome.geometry import Spacing, format_shape
-from microtome.images.files import probe_image, read_image, stem_of
+from microtome.images.files import probe_image, read_image
+from microtome.images.image import Image
 
 __all__ = ["METRICS", "CaseScore", "evaluate", "score_case", "summarise"]
 
 # Each thread holds one case; more threads than this would buy little and cost memory.
 MOST_THREADS = 8
+# Cases that a page shows, the worst first.
+MOST_PICTURES = 6
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +46,11 @@ class Truth:
     Attributes:
         named: its name and the names of its prediction.
         place: the file named in errors.
-        read: gives the classes (*S).
+        read: gives the classes, or the numbers of the objects, (*S).
         spacing_mm: along S, 1 where unknown.
         spacing_known: whether distances are in mm.
         group: cases of one group (a patient) are no independent witnesses; empty where nobody says.
+        read_image: gives the image, where there is one.
     """
 
     named: Named
@@ -51,83 +59,81 @@ class Truth:
     spacing_mm: Spacing
     spacing_known: bool
     group: str = ""
+    read_image: Callable[[], Image] | None = None
 
 
-def evaluate(predictions: Path, truth: Path, *, tolerance_mm: float | None = None) -> dict[str, Any]:
+def evaluate(
+    predictions: Path, truth: Path, *, tolerance_mm: float | None = None, instances: bool = False, pictures: bool = False
+) -> dict[str, Any]:
     """Score every case of `truth`; the result is what `metrics.json` holds.
 
     Files are paired by name, words like `labels`, `mask`, `volume` aside; two single files are a pair whatever they
     are called. A `predictions.json` that `predict` wrote beside its files says which case each of them is of.
 
     Args:
-        predictions: a label file, or a folder of them, with the label values of the training data.
+        predictions: a label file or store, or a folder of them, with the label values of the training data.
         truth: a label file, a folder of them, or a dataset as `open_dataset` reads it.
         tolerance_mm: of `nsd`; None: the largest voxel side of each case.
+        instances: values are numbers of objects, which are scored one by one; else they are classes. Of a folder that `predict`
+            wrote these are the maps that its --instances makes.
+        pictures: of objects: the worst cases are drawn, into `pictures` of the result, as `draw_objects` has them.
 
     Raises:
         DataError: a case without a prediction, a prediction without a case, one that `predictions.json` does not list,
             a value that the legend does not know, shapes that differ, a case in which nothing is annotated.
+        ConfigError: a tolerance that is no length, or beside `instances`, which have no use for it.
+
+    Warns:
+        DataWarning: cases without a voxel size; objects that are probably classes.
     """
-    if tolerance_mm is not None and not (tolerance_mm >= 0 and math.isfinite(tolerance_mm)):
-        raise ConfigError("tolerance", expected="a length in mm of at least 0", got=str(tolerance_mm), do="give another --tolerance")
-    for path in (predictions, truth):
-        if not path.exists():
-            raise DataError(path, expected="a file or a folder", got="nothing there", do="check the path")
-    listed = read_listing(predictions if predictions.is_dir() else predictions.parent)
+    _check(predictions, truth, tolerance_mm, instances)
+    folder = predictions.parent if is_image_place(predictions) else predictions
+    listed = read_listing(folder)
+    if instances:
+        truths = _open_objects(truth)
+        found = object_maps(_paired(predictions, truth, listed, truths), folder, listed)
+        return _evaluate_objects(truths, found, (truth, predictions), pictures)
     legend, truths = _open_truth(truth, listed.legend if listed else None)
-    files = _prediction_files(predictions, listed)
-    if predictions.is_file() and truth.is_file():
-        files = {truths[0].named.case: predictions}
-    found = pair(files, [item.named for item in truths], where=predictions)
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        scored = list(pool.map(lambda item: _score(item, found[item.named.case], legend, tolerance_mm), truths))
+    found = label_maps(_paired(predictions, truth, listed, truths))
+    scored = _each(truths, lambda item: _score(item, found[item.named.case], legend, tolerance_mm))
     in_voxels = [item.named.case for item in truths if not item.spacing_known]
     if in_voxels:
         message = (
             f"{truth}: {len(in_voxels)} of {len(truths)} cases have no voxel size (first: {in_voxels[0]}); their distances are in voxels"
         )
         warnings.warn(message, DataWarning, stacklevel=2)
-    groups = {item.named.case: item.group for item in truths if item.group}
-    return summarise([row for rows in scored for row in rows], legend, tolerance_mm=tolerance_mm, in_voxels=in_voxels, groups=groups)
+    rows = [row for rows in scored for row in rows]
+    return summarise(rows, legend, tolerance_mm=tolerance_mm, in_voxels=in_voxels, groups=_groups(truths))
 
 
-def _prediction_files(predictions: Path, listed: Listing | None) -> dict[str, Path]:
-    """The prediction files by the names that cases may know them by.
-
-    Raises:
-        DataError: two are listed for one case, or one in the folder is not listed.
-    """
-    if predictions.is_file():
-        entry = listed.entries.get(predictions.name) if listed else None
-        return {entry.case if entry else stem_of(predictions): predictions}
-    if listed is None:
-        return _files_by_stem(predictions)
-    files: dict[str, Path] = {}
-    for name, entry in listed.entries.items():
-        if entry.case in files:
-            got = f"{files[entry.case].name} and {name}"
-            raise DataError(predictions / LISTING, expected=f"one prediction of {entry.case}", got=got, do="predict into an empty folder")
-        files[entry.case] = predictions / name
-    known = set(files.values())
-    # A label file is not left out in silence: it may be somebody's prediction of a case, or that of an unfinished call.
-    others = [path.relative_to(predictions).as_posix() for path in image_files(predictions) if path not in known]
-    if others:
-        got = f"{len(others)} that {LISTING} does not list: {some(others)}"
-        raise DataError(predictions, expected="only files that `predict` wrote", got=got, do="predict again, or move them away")
-    # A file that is listed and not there is reported as the missing prediction of its case.
-    return {case: path for case, path in files.items() if path.is_file()}
+def _check(predictions: Path, truth: Path, tolerance_mm: float | None, instances: bool) -> None:
+    """Refuse what cannot be before anything is read."""
+    if tolerance_mm is not None and not (tolerance_mm >= 0 and math.isfinite(tolerance_mm)):
+        raise ConfigError("tolerance", expected="a length in mm of at least 0", got=str(tolerance_mm), do="give another --tolerance")
+    if tolerance_mm is not None and instances:
+        raise ConfigError("tolerance", expected="none beside --instances", got=f"{tolerance_mm:g} mm", do="leave one of them out")
+    for path in (predictions, truth):
+        if not (path.exists() or is_image_place(path)):
+            raise DataError(path, expected="a file or a folder", got="nothing there", do="check the path")
 
 
-def _files_by_stem(folder: Path) -> dict[str, Path]:
-    """All images below a folder by their relative path without suffix.
+def _paired(predictions: Path, truth: Path, listed: Listing | None, truths: Sequence[Truth]) -> dict[str, Path]:
+    """The prediction file of each case; two single files are a pair whatever they are called."""
+    files = prediction_files(predictions, listed)
+    if is_image_place(predictions) and is_image_place(truth):
+        files = {truths[0].named.case: predictions}
+    return pair(files, [item.named for item in truths], where=predictions)
 
-    Raises:
-        DataError: none there, or two that differ in the suffix only.
-    """
-    paths = image_files(folder)
-    if not paths:
-        raise DataError(folder, expected="label images", got="none", do="check the path")
-    return dict(zip(unique_names(folder, paths), paths, strict=True))
+
+def _each(truths: Sequence[Truth], score: Callable[[Truth], Result]) -> list[Result]:
+    """What a function gives of each case, some at a time."""
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(score, truths))
+
+
+def _groups(truths: Sequence[Truth]) -> dict[str, str]:
+    """Case -> group, where somebody says."""
+    return {item.named.case: item.group for item in truths if item.group}
 
 
 def _open_truth(path: Path, legend: Legend | None) -> tuple[Legend, list[Truth]]:
@@ -137,14 +143,17 @@ def _open_truth(path: Path, legend: Legend | None) -> tuple[Legend, list[Truth]]
         dataset = dataset if legend is None else _with_legend(dataset, legend)
         # Not only those that can be read: a label that cannot is an error here, not a case less.
         return dataset.legend, [_dataset_truth(dataset, case) for case in dataset.cases if case.labels]
-    files = {stem_of(path): path} if path.is_file() else _files_by_stem(path)
+    files = {stem_of(path): path} if is_image_place(path) else files_by_stem(path)
     legend = legend or _legend_of(files)
-    return legend, [_file_truth(name, file, legend) for name, file in files.items()]
+    return legend, [_file_truth(name, file, partial(_classes, file, legend)) for name, file in files.items()]
 
 
 def _is_dataset(path: Path) -> bool:
-    """Whether a path is a folder in which images and labels pair, or that describes itself; else it is labels only."""
-    if not path.is_dir():
+    """Whether a path is a folder in which images and labels pair, or that describes itself, or holds both; else it is labels only."""
+    contents = contents_of(path)
+    if contents is not None and contents.images and contents.labels:
+        return True
+    if is_image_place(path) or not path.is_dir():
         return False
     config, named_by = load_description(path)
     try:
@@ -196,6 +205,7 @@ def _dataset_truth(dataset: Dataset, case: Case) -> Truth:
         spacing_mm=spacing_mm,
         spacing_known=known,
         group=case.group,
+        read_image=partial(dataset.read_image, case),
     )
 
 
@@ -212,13 +222,13 @@ def _spacing(dataset: Dataset, case: Case) -> tuple[Spacing, bool]:
     return best.spacing_mm, best.spacing_known
 
 
-def _file_truth(name: str, path: Path, legend: Legend) -> Truth:
+def _file_truth(name: str, path: Path, read: Callable[[], np.ndarray]) -> Truth:
     """A label file that belongs to no dataset."""
     header = probe_image(path)
     return Truth(
         named=Named(case=name, names=(name, stem_of(path))),
         place=path,
-        read=lambda: _classes(path, legend),
+        read=read,
         spacing_mm=header.spacing_mm,
         spacing_known=header.spacing_known,
     )
@@ -226,8 +236,13 @@ def _file_truth(name: str, path: Path, legend: Legend) -> Truth:
 
 def _score(item: Truth, path: Path, legend: Legend, tolerance_mm: float | None) -> list[CaseScore]:
     """The rows of one case."""
+    truth, prediction = _checked(item, path, _classes(path, legend))
+    return score_case(truth, prediction, item.spacing_mm, legend, tolerance_mm, case=item.named.case)
+
+
+def _checked(item: Truth, path: Path, prediction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Truth and prediction (*S) of one case, which must have one shape, and something that is annotated."""
     truth = item.read()
-    prediction = _classes(path, legend)
     if truth.shape != prediction.shape:
         raise DataError(
             path,
@@ -235,9 +250,9 @@ def _score(item: Truth, path: Path, legend: Legend, tolerance_mm: float | None) 
             got=format_shape(prediction.shape),
             do="predict this image again, or check that the two belong together",
         )
-    if np.all(truth == NOT_ANNOTATED):
+    if np.all(truth < 0):
         raise DataError(item.place, expected="an annotated voxel", got="none", do="annotate a part of it, or leave this case out")
-    return score_case(truth, prediction, item.spacing_mm, legend, tolerance_mm, case=item.named.case)
+    return truth, prediction
 
 
 def _classes(path: Path, legend: Legend) -> np.ndarray:
@@ -252,3 +267,77 @@ def _classes(path: Path, legend: Legend) -> np.ndarray:
         got = some(map(format_value, unknown))
         raise DataError(path, expected=f"label values of {legend.words}", got=got, do="check its label values")
     return legend.lookup(codes, colour=colour)
+
+
+def _open_objects(path: Path) -> list[Truth]:
+    """The cases of a truth whose label values are numbers of objects."""
+    if _is_dataset(path):
+        dataset = _of_objects(open_dataset(path))
+        cases = [case for case in dataset.cases if case.labels]
+        return [replace(_dataset_truth(dataset, case), read=partial(_instances, dataset, case)) for case in cases]
+    files = {stem_of(path): path} if is_image_place(path) else files_by_stem(path)
+    return [_file_truth(name, file, partial(_numbers, file)) for name, file in files.items()]
+
+
+def _of_objects(dataset: Dataset) -> Dataset:
+    """The dataset with a legend of objects, where its values look like classes.
+
+    A value that only seemed to mean "not annotated" may well be an object; one below 0 cannot, nor can one that was stated.
+    """
+    legend = dataset.legend
+    if legend.kind == "instances":
+        return dataset
+    stated = dataset.config.not_annotated is not None
+    ignored = tuple(value for value in legend.ignored if stated or (isinstance(value, int) and value < 0))
+    return replace(dataset, legend=replace(legend, kind="instances", ignored=ignored, snap=False))
+
+
+def _instances(dataset: Dataset, case: Case) -> np.ndarray:
+    """The objects (*S) of a case of a dataset of objects."""
+    objects = dataset.read_instances(case)
+    if objects is None:
+        raise ValueError(f"{dataset.root} must have a legend of instances, got {dataset.legend.kind}")
+    return objects
+
+
+def _numbers(path: Path) -> np.ndarray:
+    """The numbers of objects (*S) in a label file.
+
+    Raises:
+        DataError: values are no whole numbers, or the file has channels that are no colours.
+    """
+    return label_codes(read_image(path, palette="indices"))[0]
+
+
+def _evaluate_objects(truths: Sequence[Truth], found: Mapping[str, Path], where: tuple[Path, Path], pictures: bool) -> dict[str, Any]:
+    """Scores of the objects in truth and predictions, `where` they are, with the worst cases drawn if that is asked for."""
+
+    def score(item: Truth) -> ObjectScore:
+        path = found[item.named.case]
+        return score_objects(*_checked(item, path, _numbers(path)), case=item.named.case)
+
+    rows = _each(truths, score)
+    _warn_of_classes(rows, where)
+    result = summarise_objects(rows, groups=_groups(truths))
+    if pictures:
+        by_name = {item.named.case: item for item in truths}
+        result["pictures"] = _each([by_name[name] for name in result["worst"][:MOST_PICTURES]], lambda item: _draw(item, found))
+    return result
+
+
+def _warn_of_classes(rows: Sequence[ObjectScore], where: tuple[Path, Path]) -> None:
+    """Warn where truth or predictions have at most one object in every case, as masks of a class have."""
+    most = max(row.num_truth for row in rows), max(row.num_predicted for row in rows)
+    if min(most) <= 1:
+        message = f"{where[0 if most[0] <= 1 else 1]}: no file has more than one value beside 0, so all of its foreground counts as one "
+        warnings.warn(message + "object; if the values are classes, give each object a number of its own", DataWarning, stacklevel=4)
+
+
+def _draw(item: Truth, found: Mapping[str, Path]) -> dict[str, Any]:
+    """The picture of one case; without its image where that is not there or cannot be read."""
+    truth, prediction = item.read(), _numbers(found[item.named.case])
+    try:
+        image = item.read_image() if item.read_image else None
+    except MicrotomeError:
+        image = None
+    return draw_objects(truth, prediction, image, case=item.named.case)

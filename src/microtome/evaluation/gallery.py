@@ -26,6 +26,7 @@ from microtome.evaluation.metrics import dice
 from microtome.geometry import format_shape
 from microtome.images.files import read_image
 from microtome.images.image import Image
+from microtome.images.medical import PATIENT_FORMATS
 
 # What an error map (*S) int16 holds, beside NOT_ANNOTATED.
 CORRECT, MISSED, INVENTED, WRONG_CLASS = 0, 1, 2, 3
@@ -309,7 +310,7 @@ def _drawn(dataset: Dataset, case: Case | None, name: str, predictions: Predicti
         missing = "no prediction of it" if path is None else "no such labelled case in the data any more"
         return f"{name} is not shown: {missing}."
     try:
-        image, truth = dataset.read_image(case), dataset.read_label(case)
+        image, truth = dataset.read_pair(case)
         prediction = dataset.legend.decode(read_image(path, palette=dataset.legend.palette))
     except MicrotomeError as error:
         return f"{name} is not shown: {error}."
@@ -330,7 +331,7 @@ def _orientation(image: Image) -> tuple[tuple[slice, slice], str]:
     Up is anterior or superior, and the patient's right is on the left, as if seen from the feet: along both axes of the
     picture the coordinates of NIfTI's world (right, anterior, superior) fall.
     """
-    if image.format != "nifti":
+    if image.format not in PATIENT_FORMATS or len(image.affine) != 4:
         return (slice(None), slice(None)), ""
     columns = image.affine[:3, 1:3]
     axes = np.abs(columns).argmax(axis=0)

@@ -7,9 +7,27 @@ from typing import Any
 
 import jinja2
 
+from microtome.files import write_json, write_text
+
 # Names of metrics as people write them; what is not here is shown as it is, with spaces.
-WORDS = MappingProxyType({"dice": "Dice", "iou": "IoU", "hd95_mm": "HD95", "assd_mm": "ASSD", "nsd": "NSD", "volume_mm3": "volume"})
-LENGTHS, VOLUMES = ("hd95_mm", "assd_mm"), ("volume_mm3",)
+WORDS = MappingProxyType(
+    {"dice": "Dice", "iou": "IoU", "hd95_mm": "HD95", "assd_mm": "ASSD", "nsd": "NSD", "volume_mm3": "volume"}
+    | {"ap50": "AP50", "ap": "AP 0.50–0.95", "pq": "PQ", "sq": "SQ", "rq": "RQ", "seg": "SEG", "arand": "ARand error"}
+    | {"voi": "VOI", "voi_split": "VOI split", "voi_merge": "VOI merge", "v_rand": "V-Rand", "v_info": "V-Info"}
+)
+# Metrics from 0 to 1 that a bar shows in the table of cases, of classes and of objects.
+BARS = ("dice", "pq")
+LENGTHS, VOLUMES, BITS = ("hd95_mm", "assd_mm"), ("volume_mm3",), ("voi", "voi_split", "voi_merge")
+
+
+def write_scores(result: Mapping[str, Any], json_file: Path | None, html: Path | None) -> list[Path]:
+    """Write all numbers, and the page of them, where a file is given; the files written."""
+    if json_file is not None:
+        # Pictures are for the page alone.
+        write_json(json_file, {name: value for name, value in result.items() if name != "pictures"})
+    if html is not None:
+        write_text(html, scores_html(result))
+    return [path for path in (json_file, html) if path is not None]
 
 
 def scores_html(result: Mapping[str, Any]) -> str:
@@ -18,7 +36,8 @@ def scores_html(result: Mapping[str, Any]) -> str:
     for row in result["cases"]:
         rows[row["case"]].append(row)
     unit = {"mm": "mm", "voxel": "voxel"}.get(result["conventions"]["unit"], "mm or voxel")
-    values = {**result, "cases": list(rows.values()), "unit": unit}
+    parts = {"pictures": result.get("pictures", ()), "objects": result.get("objects"), "bars": BARS}
+    values = {**result, **parts, "cases": list(rows.values()), "unit": unit}
     return environment().get_template("scores.html").render(values)
 
 
@@ -48,4 +67,6 @@ def _words(name: str, unit: str = "") -> str:
     words = WORDS.get(name, name.replace("_", " "))
     if unit and name in LENGTHS:
         return f"{words} ({unit})"
+    if unit and name in BITS:
+        return f"{words} (bits)"
     return f"{words} ({unit.replace(' or', '³ or')}³)" if unit and name in VOLUMES else words

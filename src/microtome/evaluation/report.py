@@ -14,7 +14,8 @@ from microtome.data.dataset import Dataset
 from microtome.data.legend import Legend, format_value
 from microtome.data.thumbnails import class_colours
 from microtome.errors import ConfigError, DataError
-from microtome.evaluation.curves import Colour, History, charts, format_duration, read_history
+from microtome.evaluation.calibration_page import describe
+from microtome.evaluation.curves import Colour, History, charts, foreground_colours, format_duration, read_history
 from microtome.evaluation.gallery import ERROR_COLOURS, Exhibit, Gallery, Predictions, format_share, make_gallery, read_predictions
 from microtome.evaluation.pages import environment
 from microtome.files import write_text
@@ -94,8 +95,9 @@ def build_report(run: Path, *, dataset: Dataset | None = None) -> Path:
             gallery_title=_gallery_title(record, gallery),
             errors=_error_swatches(record.legend),
             classes=_class_rows(record.legend),
-            charts=charts(record.history, _colours(record.legend)),
+            charts=charts(record.history, foreground_colours(record.legend)),
             scored=_scored(record),
+            sureness=describe(record.metrics, validated=bool(record.data["validation"])),
             plan_rows=plan_rows(record.plan),
             findings=_findings(record.data["findings"]),
             parts=[(name, *_listed(record.data[name], MOST_NAMED)) for name in ("train", "validation")],
@@ -342,12 +344,6 @@ def _class_rows(legend: Legend) -> list[tuple[str, Colour | None, str]]:
         (name, colour, ", ".join(map(format_value, values)))
         for name, colour, values in zip(legend.names, colours, legend.values, strict=True)
     ]
-
-
-def _colours(legend: Legend) -> dict[str, Colour]:
-    """The foreground classes and their colours."""
-    colours = class_colours(len(legend.names), legend.background)
-    return {legend.names[index]: colour for index in legend.foreground if (colour := colours[index]) is not None}
 
 
 def _error_swatches(legend: Legend) -> list[tuple[str, Colour]]:

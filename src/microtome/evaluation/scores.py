@@ -46,26 +46,47 @@ EMPTY_CASES = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class CaseScore:
-    """The numbers of one class in one case.
+class Row:
+    """The numbers of one class, or of all objects, in one case.
 
     Attributes:
-        values: a number for each of `METRICS`, NaN where undefined.
-        volume_truth_mm3: what `volume_mm3` should be.
-        tolerance_mm: what `nsd` was computed with.
+        values: a number for each metric, NaN where undefined.
     """
 
     case: str
     class_name: str
     values: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """The row of `cases` in `metrics.json`."""
+        return {"case": self.case, "class": self.class_name, **{name: number(value) for name, value in self.values.items()}}
+
+    def badness(self, name: str) -> float:
+        """A number that is larger for a worse value of this metric."""
+        return -self.values[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseScore(Row):
+    """The numbers of one class in one case, one for each of `METRICS`.
+
+    Attributes:
+        volume_truth_mm3: what `volume_mm3` should be.
+        tolerance_mm: what `nsd` was computed with.
+    """
+
     volume_truth_mm3: float
     tolerance_mm: float
 
     def to_json(self) -> dict[str, Any]:
         """The row of `cases` in `metrics.json`."""
-        numbers = {name: _number(value) for name, value in self.values.items()}
-        extra = {"volume_truth_mm3": self.volume_truth_mm3, "tolerance_mm": self.tolerance_mm}
-        return {"case": self.case, "class": self.class_name, **numbers, **extra}
+        return {**super().to_json(), "volume_truth_mm3": self.volume_truth_mm3, "tolerance_mm": self.tolerance_mm}
+
+    def badness(self, name: str) -> float:
+        """Of a volume how far it is from the truth."""
+        if name == "volume_mm3":
+            return abs(self.values[name] - self.volume_truth_mm3)
+        return self.values[name] if name in DISTANCES else super().badness(name)
 
 
 def score_case(
@@ -127,13 +148,43 @@ def summarise(
     order = np.argsort(np.nan_to_num(means["dice"], nan=np.inf), kind="stable")
     shown = [row for row in rows if row.class_name in foreground]
     return {
-        "summary": {name: _summary(values, shown, name, members) for name, values in means.items()},
-        "classes": {name: _class_scores([row for row in rows if row.class_name == name]) for name in legend.names},
+        "summary": {name: summary_of(name, values, shown, members) for name, values in means.items()},
+        "classes": {name: class_scores([row for row in rows if row.class_name == name], METRICS) for name in legend.names},
         "cases": [row.to_json() for row in rows],
         "worst": [list(by_case)[index] for index in order],
-        "conventions": {"interval": _interval(members), **_conventions(rows, sorted(foreground), tolerance_mm, in_voxels)},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in ("microtome", "numpy", "scipy")}},
+        "conventions": {"interval": interval_words(members), **_conventions(rows, sorted(foreground), tolerance_mm, in_voxels)},
+        "versions": versions(),
     }
+
+
+def summary_of(name: str, values: np.ndarray, rows: Sequence[Row], groups: Sequence[str]) -> dict[str, float | int | None]:
+    """Mean and interval of one number a case (cases,), over how many cases, and how many rows had to be left out of it."""
+    mean, low, high = mean_interval(values, groups)
+    undefined = sum(not math.isfinite(row.values[name]) for row in rows)
+    return {"mean": number(mean), "low": number(low), "high": number(high), "cases": int(np.isfinite(values).sum()), "undefined": undefined}
+
+
+def class_scores(rows: Sequence[Row], names: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Mean, SD, median and worst of each metric over the cases of one class."""
+    return {name: _spread(rows, name) for name in names}
+
+
+def interval_words(groups: Sequence[str]) -> str:
+    """How the intervals were made, from the group of each case."""
+    units = "cases"
+    if len(set(groups)) < len(groups):
+        units = f"groups ({len(set(groups))} groups of {len(groups)} cases, as the dataset's `groups` or `group_by` says)"
+    return f"{COVERAGE:.0%} percentile bootstrap over {units}, {RESAMPLES} resamples, fixed seed; too narrow with few of them"
+
+
+def versions() -> dict[str, str]:
+    """Of what computed the numbers."""
+    return {"python": platform.python_version(), **{name: version(name) for name in ("microtome", "numpy", "scipy")}}
+
+
+def number(value: float) -> float | None:
+    """JSON has no NaN: undefined is null."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _mask_scores(
@@ -154,45 +205,19 @@ def _mask_scores(
     }
 
 
-def _summary(values: np.ndarray, rows: Sequence[CaseScore], name: str, groups: Sequence[str]) -> dict[str, float | int | None]:
-    """Mean and interval of one number a case (cases,), over how many cases, and how many rows had to be left out of it."""
-    mean, low, high = mean_interval(values, groups)
-    undefined = sum(not math.isfinite(row.values[name]) for row in rows)
-    return {
-        "mean": _number(mean),
-        "low": _number(low),
-        "high": _number(high),
-        "cases": int(np.isfinite(values).sum()),
-        "undefined": undefined,
-    }
-
-
-def _class_scores(rows: Sequence[CaseScore]) -> dict[str, dict[str, Any]]:
-    """Mean, SD, median and worst of each metric over the cases of one class."""
-    return {name: _spread(rows, name) for name in METRICS}
-
-
-def _spread(rows: Sequence[CaseScore], name: str) -> dict[str, Any]:
+def _spread(rows: Sequence[Row], name: str) -> dict[str, Any]:
     """Mean, SD, median and worst of one metric over the rows where it is defined, and how many are not."""
     defined = [row for row in rows if math.isfinite(row.values[name])]
     values = np.array([row.values[name] for row in defined])
-    worst = max(defined, key=lambda row: _badness(row, name), default=None)
+    worst = max(defined, key=lambda row: row.badness(name), default=None)
     return {
-        "mean": _number(_mean(values)),
+        "mean": number(_mean(values)),
         "sd": float(values.std(ddof=1)) if values.size > 1 else None,
         "median": float(np.median(values)) if values.size else None,
         "worst": worst.values[name] if worst else None,
         "worst_case": worst.case if worst else None,
         "undefined": len(rows) - len(defined),
     }
-
-
-def _badness(row: CaseScore, name: str) -> float:
-    """A number that is larger for a worse value of this metric."""
-    value = row.values[name]
-    if name == "volume_mm3":
-        return abs(value - row.volume_truth_mm3)
-    return value if name in DISTANCES else -value
 
 
 def _conventions(
@@ -214,21 +239,8 @@ def _conventions(
     }
 
 
-def _interval(groups: Sequence[str]) -> str:
-    """How the intervals were made, from the group of each case."""
-    units = "cases"
-    if len(set(groups)) < len(groups):
-        units = f"groups ({len(set(groups))} groups of {len(groups)} cases, as the dataset's `groups` or `group_by` says)"
-    return f"{COVERAGE:.0%} percentile bootstrap over {units}, {RESAMPLES} resamples, fixed seed; too narrow with few of them"
-
-
 def _mean(values: Sequence[float] | np.ndarray) -> float:
     """The mean of the defined values; NaN if there are none."""
     defined = np.asarray(values, float)
     defined = defined[np.isfinite(defined)]
     return float(defined.mean()) if defined.size else math.nan
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN: undefined is null."""
-    return float(value) if math.isfinite(value) else None

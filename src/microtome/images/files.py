@@ -1,9 +1,11 @@
-"""Any image file <-> Image: which reader a file needs is decided by its first bytes, never by its name."""
+"""Any image file or store <-> Image or Volume: which reader it needs is decided by its first bytes, never by its name."""
 
 import dataclasses
 import gzip
+import math
 import re
 import warnings
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 
@@ -15,6 +17,7 @@ from microtome.images.image import Header, Image, Limits, Palette, decoding
 from microtome.images.medical import GZIP_MAGIC, NIFTI2_BYTES, is_nifti, probe_nifti, read_nifti, write_nifti
 from microtome.images.raster import probe_raster, read_raster, write_png
 from microtome.images.tiff import probe_tiff, read_tiff, write_tiff
+from microtome.images.volume import Volume, url_of, volume_of
 
 # Longest first, so that `.nii.gz` is not cut to `.nii`.
 _SUFFIXES = MappingProxyType(
@@ -22,6 +25,8 @@ _SUFFIXES = MappingProxyType(
         ".ome.tiff": "tiff",
         ".ome.tif": "tiff",
         ".nii.gz": "nifti",
+        ".ome.zarr": "zarr",
+        ".seg.nrrd": "nrrd",
         ".tiff": "tiff",
         ".jpeg": "jpeg",
         ".nii": "nifti",
@@ -30,23 +35,70 @@ _SUFFIXES = MappingProxyType(
         ".jpg": "jpeg",
         ".bmp": "bmp",
         ".gif": "gif",
+        ".zarr": "zarr",
+        ".n5": "n5",
+        ".precomputed": "precomputed",
+        ".hdf5": "hdf5",
+        ".h5": "hdf5",
+        ".hdf": "hdf5",
+        ".ilp": "hdf5",
+        ".npy": "npy",
+        ".nrrd": "nrrd",
+        ".nhdr": "nrrd",
+        ".mha": "metaimage",
+        ".mhd": "metaimage",
+        ".dcm": "dicom",
     }
 )
+# Kinds of which parts are read, each by a function `(path, limits) -> Volume`; imported late, as most files need none of them.
+_OPENERS = MappingProxyType(
+    {
+        "zarr": ("microtome.images.chunked", "open_chunked"),
+        "n5": ("microtome.images.chunked", "open_chunked"),
+        "precomputed": ("microtome.images.chunked", "open_chunked"),
+        "hdf5": ("microtome.images.hdf5", "open_hdf5"),
+        "npy": ("microtome.images.npy", "open_npy"),
+        "nrrd": ("microtome.images.itk", "open_itk"),
+        "metaimage": ("microtome.images.itk", "open_itk"),
+        "dicom": ("microtome.images.dicom", "open_dicom"),
+        "tiff": ("microtome.images.tiff_parts", "open_tiff"),
+        "nifti": ("microtome.images.nifti_parts", "open_nifti"),
+    }
+)
+# Kinds that are written whole, each by a function `(path, image)`; NIfTI, TIFF and PNG have theirs above.
+_WRITERS = MappingProxyType(
+    {
+        "hdf5": ("microtome.images.hdf5", "write_hdf5"),
+        "npy": ("microtome.images.npy", "write_npy"),
+        "nrrd": ("microtome.images.itk", "write_itk"),
+        "metaimage": ("microtome.images.itk", "write_itk"),
+        "zarr": ("microtome.images.omezarr", "write_omezarr"),
+        "dicom": ("microtome.images.dicom_seg", "write_seg"),
+    }
+)
+# A label map of an image of this kind is a file of that suffix; of all others a PNG, since their own would change the values.
+_LABEL_SUFFIXES = MappingProxyType(
+    {"tiff": ".tif", "hdf5": ".h5", "npy": ".npy", "nrrd": ".nrrd", "metaimage": ".mha", "dicom": ".nii.gz"}
+    | dict.fromkeys(("zarr", "n5", "precomputed"), ".ome.zarr")
+)
+# Files that make a folder a store, and the kind that it is.
+_MARKERS = ((".zgroup", "zarr"), (".zarray", "zarr"), ("zarr.json", "zarr"), ("attributes.json", "n5"), ("info", "precomputed"))
 _MAGIC = (
     (rb"\x89PNG\r\n\x1a\n", "png"),
     (rb"\xff\xd8\xff", "jpeg"),
     (rb"BM.{4}\0\0\0\0", "bmp"),
     (rb"GIF8[79]a", "gif"),
     (rb"II[\x2a\x2b]\0|MM\0[\x2a\x2b]", "tiff"),
+    (rb"\x89HDF\r\n\x1a\n", "hdf5"),
+    (rb"\x93NUMPY", "npy"),
+    (rb"NRRD000", "nrrd"),
+    (rb"ObjectType|NDims", "metaimage"),
+    (rb".{128}DICM", "dicom"),
 )
 # Known only so that the message can say what the file is.
 _FOREIGN = (
-    (rb".{128}DICM", "a DICOM file"),
-    (rb"\x89HDF\r\n\x1a\n", "an HDF5 file"),
     (rb"PK\x03\x04", "a ZIP archive"),
     (rb"\x1f\x8b", "packed data that are not NIfTI"),
-    (rb"NRRD000", "an NRRD file"),
-    (rb"ObjectType", "a MetaImage file"),
     (rb"RIFF.{4}WEBP", "a WebP picture"),
     (rb"\0\0\0\x0cjP  ", "a JPEG 2000 picture"),
     (rb"\s*<", "text such as HTML or XML"),
@@ -56,16 +108,18 @@ _FOREIGN = (
 
 
 def read_image(path: Path, *, palette: Palette = "colours", limits: Limits = Limits()) -> Image:  # noqa: B008 - frozen
-    """Read a PNG, JPEG, BMP, GIF, TIFF, OME-TIFF or NIfTI file.
+    """Read all of an image into memory.
 
     Args:
-        path: the file; what it is is told by its first bytes.
+        path: a PNG, JPEG, BMP, GIF, TIFF, OME-TIFF, NIfTI, NRRD, MetaImage or NPY file; a dataset in an HDF5 file (`file.h5/raw`);
+            a folder of DICOM files; an OME-Zarr, Zarr, N5 or Neuroglancer store, here or by its URL. What it is is told by its
+            first bytes.
         palette: what a palette image gives: "colours", 3 channels; or "indices", 1 channel, for label maps.
         limits: what its header may claim.
 
     Returns:
-        The image, (C, *S), with its geometry; see `read_raster`, `read_tiff`, `read_nifti` for what becomes of
-        alpha, palettes, orientation, units and scales.
+        The image, (C, *S), with its geometry; see the reader of its kind for what becomes of alpha, palettes,
+        orientation, units and scales.
 
     Raises:
         DataError: not there, not an image, damaged, or beyond the limits; names the file.
@@ -78,7 +132,17 @@ def read_image(path: Path, *, palette: Palette = "colours", limits: Limits = Lim
         return read_nifti(path, limits)
     if kind == "tiff":
         return read_tiff(path, palette, limits)
-    return read_raster(path, kind, palette, limits)
+    return _loaded(path, kind, limits) if kind in _OPENERS else read_raster(path, kind, palette, limits)
+
+
+def open_volume(path: Path, *, limits: Limits = Limits()) -> Volume:  # noqa: B008 - frozen
+    """Open an image to read it part by part; `read_image` has the words. A kind that is decoded only as a whole is read now.
+
+    Raises:
+        DataError: not there, not an image, its header is damaged or beyond the limits.
+    """
+    kind = _checked_kind(path)
+    return _opened(path, kind, limits) if kind in _OPENERS else volume_of(read_raster(path, kind, "colours", limits))
 
 
 def probe_image(path: Path) -> Header:
@@ -90,10 +154,12 @@ def probe_image(path: Path) -> Header:
     kind = _checked_kind(path)
     if kind == "nifti":
         return probe_nifti(path)
-    return probe_tiff(path) if kind == "tiff" else probe_raster(path, kind)
+    if kind == "tiff":
+        return probe_tiff(path)
+    return _opened(path, kind, Limits()).header if kind in _OPENERS else probe_raster(path, kind)
 
 
-def write_labels(path: Path, labels: np.ndarray, like: Image) -> None:
+def write_labels(path: Path, labels: np.ndarray, like: Image | Volume) -> None:
     """Write a label map of an image in that image's real format and geometry, in one step.
 
     Integers are stored in the smallest type that holds them. A JPEG, BMP or GIF gets a PNG: its own format would
@@ -116,31 +182,37 @@ def write_labels(path: Path, labels: np.ndarray, like: Image) -> None:
     if _SUFFIXES.get(suffix_of(path)) != _SUFFIXES[label_suffix(like)]:
         raise DataError(path, expected=f"a name ending in {label_suffix(like)}", got=f"`{path.name}`", do="rename the output")
     array = labels if colours else _smallest(labels)[None]
-    write_image(path, dataclasses.replace(like, array=array))
+    write_image(path, like.with_array(array) if isinstance(like, Volume) else dataclasses.replace(like, array=array))
 
 
 def write_image(path: Path, image: Image) -> None:
-    """Write an image with its geometry in the format that `path`'s suffix names: PNG, TIFF or NIfTI, in one step.
+    """Write an image with its geometry in the format that `path`'s suffix names, in one step.
 
     Raises:
-        DataError: another suffix, or a type that the format does not hold.
+        DataError: a suffix of no format that is written, or a type that the format does not hold.
     """
-    kind = _SUFFIXES.get(suffix_of(path))
+    kind = _SUFFIXES.get(suffix_of(path), "")
     if kind == "png":
         write_png(path, image.array.astype(np.uint8) if image.array.dtype == np.bool_ else image.array)
     elif kind == "tiff":
         write_tiff(path, image)
     elif kind == "nifti":
         write_nifti(path, image)
+    elif kind is not None and kind in _WRITERS:
+        module, name = _WRITERS[kind]
+        getattr(import_module(module), name)(path, image)
     else:
-        raise DataError(path, expected="a name ending in .png, .tif, .nii or .nii.gz", got=f"`{path.name}`", do="rename the output")
+        expected = "a name ending in .png, .tif, .nii, .nii.gz, .nrrd, .mha, .h5 or .npy"
+        raise DataError(path, expected=expected, got=f"`{path.name}`", do="rename the output")
 
 
-def label_suffix(image: Image) -> str:
+def label_suffix(image: Image | Volume) -> str:
     """The suffix of a label map of this image: its own format's, or .png where that one would change the values."""
     if image.format == "nifti":
         return ".nii.gz" if image.extra.get("compressed", True) else ".nii"
-    return ".tif" if image.format == "tiff" else ".png"
+    if image.format == "dicom" and len(image.shape_vox) == 3 and "source" in image.extra:
+        return ".dcm"
+    return _LABEL_SUFFIXES.get(image.format, ".png")
 
 
 def is_image_name(path: Path) -> bool:
@@ -169,12 +241,57 @@ def _checked_kind(path: Path) -> str:
     return kind
 
 
+def _opened(path: Path, kind: str, limits: Limits) -> Volume:
+    """What the opener of a kind gives."""
+    module, name = _OPENERS[kind]
+    volume: Volume = getattr(import_module(module), name)(path, limits)
+    return volume
+
+
+def _loaded(path: Path, kind: str, limits: Limits) -> Image:
+    """All of what an opener gives, which may be more than fits in memory.
+
+    Raises:
+        DataError: it is beyond the limits.
+    """
+    volume = _opened(path, kind, limits)
+    if kind == "hdf5":
+        # Alone of these, its chunks may hold a million times their size.
+        limits.check(next(above for above in (path, *path.parents) if above.is_file()), volume.header)
+    if math.prod(volume.pixels.shape) > limits.max_voxels:
+        got = f"{volume.channels} channels of {format_shape(volume.shape_vox)}"
+        raise DataError(path, expected=f"at most {limits.max_voxels} values (max_voxels)", got=got, do="open it part by part, or cut it")
+    return volume.load()
+
+
+def store_kind(folder: Path) -> str:
+    """The kind of store that a folder is: "zarr", "n5", "precomputed", "dicom"; "" of one that is none."""
+    for marker, kind in _MARKERS:
+        if (folder / marker).is_file():
+            return kind
+    # One that is no series says so when it is opened.
+    first = next((path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")), None)
+    return "dicom" if first is not None and _head(first)[128:132] == b"DICM" else ""
+
+
 def _kind_of(path: Path) -> str:
-    """The format by the file's first bytes.
+    """The format by the first bytes of a file, the marks of a folder, or the file that a path leads into.
 
     Raises:
         DataError: it cannot be read, or is of no known format; says what it is, if that is known.
     """
+    if (url := url_of(path)) is not None:
+        from microtome.images.chunked import kind_of_url
+
+        return kind_of_url(url)
+    if path.is_dir():
+        if kind := store_kind(path):
+            return kind
+        if (path.parent / "info").is_file():
+            return "precomputed"
+        raise DataError(path, expected="an image", got="a folder that is no store of one", do="give a folder of DICOM, Zarr, N5 or an info")
+    if not path.exists() and any(_kind_of(above) == "hdf5" for above in path.parents if above.is_file()):
+        return "hdf5"
     head = _head(path)
     if is_nifti(_unpacked(path) if head.startswith(GZIP_MAGIC) else head):
         return "nifti"
@@ -182,7 +299,8 @@ def _kind_of(path: Path) -> str:
         if re.match(pattern, head, re.DOTALL):
             return kind
     got = next((words for pattern, words in _FOREIGN if re.match(pattern, head, re.DOTALL)), f"bytes {head[:8].hex(' ')}")
-    raise DataError(path, expected="a PNG, JPEG, BMP, GIF, TIFF or NIfTI file", got=got, do="convert it, or take it out of the folder")
+    expected = "a PNG, JPEG, BMP, GIF, TIFF, NIfTI, NRRD, MetaImage, DICOM, HDF5 or NPY file"
+    raise DataError(path, expected=expected, got=got, do="convert it, or take it out of the folder")
 
 
 def _head(path: Path) -> bytes:

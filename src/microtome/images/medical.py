@@ -26,8 +26,50 @@ _PAIR_MAGICS = (b"ni1\0", b"ni2\0")
 _MM_PER_UNIT = MappingProxyType({1: 1000.0, 2: 1.0, 3: 0.001})  # the low 3 bits of xyzt_units: metre, mm, micron
 _MAX_OFFSET = 2**27  # header extensions of more than 128 MiB are damage, or a way to make us inflate zeros
 _CHUNK_BYTES = 2**24
+# Formats whose volumes lie in a patient: the millimetres of their affines are x to the right, y to the front, z upwards.
+PATIENT_FORMATS = frozenset({"nifti", "nrrd", "metaimage", "dicom"})
 _SAME_PLACE_VOX = 0.01  # a header holds single precision
 _Unpacked = gzip.GzipFile | io.BufferedReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a header puts its voxels: affine (4, 4) from (z, y, x) to mm, and what is wrong with it."""
+
+    affine: np.ndarray
+    spacing_mm: Spacing
+    known: bool
+    faults: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a header says.
+
+    Attributes:
+        header: of the image that comes of the file.
+        place: where it is.
+        dtype, values: what type of values the file has, and how many.
+        slope, intercept: values of the file times slope plus intercept are the image's.
+        block: the header's bytes.
+        offset: where it says that the voxels begin.
+        compressed: whether the file is packed with gzip.
+    """
+
+    header: Header
+    place: Place
+    dtype: np.dtype[Any]
+    values: int
+    slope: float
+    intercept: float
+    block: bytes
+    offset: float
+    compressed: bool
+
+    @property
+    def extra(self) -> dict[str, Any]:
+        """What `write_nifti` needs to give back the same kind of file."""
+        return {"header": self.block, "compressed": self.compressed}
 
 
 def is_nifti(head: bytes) -> bool:
@@ -41,6 +83,32 @@ def probe_nifti(path: Path) -> Header:
         return _describe(path, _read_header(path, file)).header
 
 
+def inspect_nifti(path: Path, limits: Limits) -> Found:
+    """What a file's header says, before a voxel is decoded; warns of what had to be assumed.
+
+    Raises:
+        DataError: as `read_nifti`, but for damage behind the header.
+    """
+    with decoding(path, "NIfTI"), _opened(path) as file:
+        found = _describe(path, _read_header(path, file))
+    limits.check(path, found.header)
+    for fault in found.place.faults:
+        warnings.warn(f"{path}: {fault}", DataWarning, stacklevel=3)
+    return found
+
+
+def decode_nifti(path: Path, found: Found) -> np.ndarray:
+    """All voxels (C, Z, Y, X) of a file with that header.
+
+    Raises:
+        DataError: damaged or cut off.
+    """
+    with decoding(path, "NIfTI"), _opened(path) as file:
+        file.seek(data_offset(path, found))
+        values = _read_values(path, file, found.dtype, found.values)
+        return scaled(_channels_first(values, found.header.shape_vox), found)
+
+
 def read_nifti(path: Path, limits: Limits) -> Image:
     """A volume (C, Z, Y, X) in the file's type, or float32 where the file scales its values.
 
@@ -52,25 +120,37 @@ def read_nifti(path: Path, limits: Limits) -> Image:
     Raises:
         DataError: damaged, complex-valued, without a usable affine, or beyond `limits`.
     """
-    with decoding(path, "NIfTI"), _opened(path) as file:
-        nifti = _read_header(path, file)
-        found = _describe(path, nifti)
-        limits.check(path, found.header)
-        for fault in found.place.faults:
-            warnings.warn(f"{path}: {fault}", DataWarning, stacklevel=3)
-        _skip_to_data(path, file, nifti)
-        values = _read_values(path, file, found.dtype, found.values)
-    compressed = _is_gzip(path)
+    found = inspect_nifti(path, limits)
     return Image(
-        array=_scaled(_channels_first(values, found.header.shape_vox), found),
+        array=decode_nifti(path, found),
         spacing_mm=found.place.spacing_mm,
         affine=found.place.affine,
         axes="CZYX",
         path=path,
         format="nifti",
         spacing_known=found.place.known,
-        extra={"header": bytes(nifti.binaryblock), "compressed": compressed},
+        extra=found.extra,
     )
+
+
+def data_offset(path: Path, found: Found) -> int:
+    """Where the first voxel begins, in the file unpacked."""
+    # The standard lets 0 stand for right behind the header and its 4 bytes of flags.
+    first, offset = len(found.block) + 4, found.offset
+    if not (offset == 0 or first - 4 <= offset <= _MAX_OFFSET):
+        raise DataError(path, expected=f"vox_offset from {first} to {_MAX_OFFSET}", got=f"{offset:g}", do="export it again")
+    return int(offset) or first
+
+
+def scaled(array: np.ndarray, found: Found) -> np.ndarray:
+    """Values times slope plus intercept, in the type that the header promised."""
+    if (found.slope, found.intercept) != (1.0, 0.0) and not found.dtype.names:
+        # Single precision holds every value of 16 bits; wider ones are rounded once, at the end.
+        work = np.float32 if array.dtype.itemsize <= 2 else np.float64
+        array = array.astype(work)
+        array *= work(found.slope)
+        array += work(found.intercept)
+    return native(array.astype(found.header.dtype, copy=False))
 
 
 def write_nifti(path: Path, image: Image) -> None:
@@ -90,28 +170,6 @@ def write_nifti(path: Path, image: Image) -> None:
                 _write_all(packed, start, array)
         else:
             _write_all(raw, start, array)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Place:
-    """Where a header puts its voxels: affine (4, 4) from (z, y, x) to mm, and what is wrong with it."""
-
-    affine: np.ndarray
-    spacing_mm: Spacing
-    known: bool
-    faults: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Found:
-    """What a header says: `dtype` and `values` of the file, `header` of the image that comes of them."""
-
-    header: Header
-    place: _Place
-    dtype: np.dtype[Any]
-    values: int
-    slope: float
-    intercept: float
 
 
 def _is_gzip(path: Path) -> bool:
@@ -148,7 +206,7 @@ def _new_header(version: int, block: bytes | None = None) -> Any:
     return kind(block, check=False)
 
 
-def _describe(path: Path, nifti: Any) -> _Found:
+def _describe(path: Path, nifti: Any) -> Found:
     """Shape, type, scale and place of what a header describes."""
     file_shape = tuple(int(n) for n in nifti.get_data_shape())
     if not 1 <= len(file_shape) <= 7 or min(file_shape) < 1:
@@ -168,7 +226,17 @@ def _describe(path: Path, nifti: Any) -> _Found:
         format="nifti",
         affine=place.affine,
     )
-    return _Found(header=header, place=place, dtype=dtype, values=math.prod(file_shape), slope=slope, intercept=intercept)
+    return Found(
+        header=header,
+        place=place,
+        dtype=dtype,
+        values=math.prod(file_shape),
+        slope=slope,
+        intercept=intercept,
+        block=bytes(nifti.binaryblock),
+        offset=float(nifti["vox_offset"]),
+        compressed=_is_gzip(path),
+    )
 
 
 def _result_type(path: Path, dtype: np.dtype[Any], *, scaled: bool) -> np.dtype[Any]:
@@ -182,7 +250,7 @@ def _result_type(path: Path, dtype: np.dtype[Any], *, scaled: bool) -> np.dtype[
     return np.dtype(np.float64) if dtype.itemsize > 8 else dtype.newbyteorder("=")
 
 
-def _place(path: Path, nifti: Any) -> _Place:
+def _place(path: Path, nifti: Any) -> Place:
     """The best affine of a header, in mm and for the order Z, Y, X.
 
     Raises:
@@ -203,7 +271,7 @@ def _place(path: Path, nifti: Any) -> _Place:
         unusable.append(f"its {name} puts all voxels into a plane and is not used")
     affine = np.array(affine, float)[:, [2, 1, 0, 3]]
     affine[:3] *= _mm_per_unit(nifti)
-    return _Place(affine=affine, spacing_mm=spacing_of(affine), known=not missing, faults=(*unusable, *missing))
+    return Place(affine=affine, spacing_mm=spacing_of(affine), known=not missing, faults=(*unusable, *missing))
 
 
 def _mm_per_unit(nifti: Any) -> float:
@@ -222,16 +290,6 @@ def _with_sound_pixdim(path: Path, nifti: Any) -> tuple[Any, list[str]]:
     # Axes that the file does not have need no voxel size.
     real = [axis for axis in missing if "XYZ".index(axis) < int(nifti["dim"][0])]
     return sound, [f"voxel size 0 along {', '.join(real)}; a size of 1 is assumed"] if real else []
-
-
-def _skip_to_data(path: Path, file: _Unpacked, nifti: Any) -> None:
-    """Put the file at its first voxel."""
-    offset = float(nifti["vox_offset"])
-    # The standard lets 0 stand for right behind the header and its 4 bytes of flags.
-    first = len(nifti.binaryblock) + 4
-    if not (offset == 0 or first - 4 <= offset <= _MAX_OFFSET):
-        raise DataError(path, expected=f"vox_offset from {first} to {_MAX_OFFSET}", got=f"{offset:g}", do="export it again")
-    file.seek(int(offset) or first)
 
 
 def _read_values(path: Path, file: _Unpacked, dtype: np.dtype[Any], count: int) -> np.ndarray:
@@ -263,17 +321,6 @@ def _channels_first(values: np.ndarray, shape_vox: Shape) -> np.ndarray:
     return np.moveaxis(records, -1, 1).reshape(-1, *shape_vox)
 
 
-def _scaled(array: np.ndarray, found: _Found) -> np.ndarray:
-    """Values times slope plus intercept, in the type that the header promised."""
-    if (found.slope, found.intercept) != (1.0, 0.0) and not found.dtype.names:
-        # Single precision holds every value of 16 bits; wider ones are rounded once, at the end.
-        work = np.float32 if array.dtype.itemsize <= 2 else np.float64
-        array = array.astype(work)
-        array *= work(found.slope)
-        array += work(found.intercept)
-    return native(array.astype(found.header.dtype, copy=False))
-
-
 def _storable(array: np.ndarray) -> np.ndarray:
     """The array in a little-endian type that NIfTI knows."""
     if array.dtype == np.bool_:
@@ -299,7 +346,7 @@ def _header_for(image: Image, array: np.ndarray) -> Any:
     header["vox_offset"] = len(header.binaryblock) + 4
     for name, value in (("scl_slope", 1), ("scl_inter", 0), ("cal_max", 0), ("cal_min", 0), ("intent_code", 0)):
         header[name] = value
-    affine = _world_affine(image)
+    affine = world_affine(image)
     if not original or not same_grid(_place(image.path, header).affine, affine, array.shape[1:], _SAME_PLACE_VOX):
         _set_affine(header, affine)
     return header
@@ -312,12 +359,12 @@ def _file_shape(old: Shape, xyz: Shape, channels: int) -> Shape:
     return xyz if channels == 1 else (*xyz, channels)
 
 
-def _world_affine(image: Image) -> np.ndarray:
+def world_affine(image: Image) -> np.ndarray:
     """(z, y, x) -> (x, y, z) in mm, (4, 4). A picture becomes one section, 1 mm thick."""
     affine = np.eye(4)
     affine[-len(image.affine) :, -len(image.affine) :] = image.affine
-    # What comes from other formats has its millimetres in the order of the axes, Z first.
-    return affine if image.format == "nifti" and len(image.affine) == 4 else affine[[2, 1, 0, 3]]
+    # What comes from formats without a patient has its millimetres in the order of the axes, Z first.
+    return affine if image.format in PATIENT_FORMATS and len(image.affine) == 4 else affine[[2, 1, 0, 3]]
 
 
 def _set_affine(header: Any, affine: np.ndarray) -> None:

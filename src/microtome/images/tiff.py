@@ -17,6 +17,7 @@ from microtome.errors import DataError, DataWarning
 from microtome.files import atomic_path
 from microtome.geometry import Shape, Spacing, affine_from_spacing, format_shape
 from microtome.images.image import Header, Image, Limits, Palette, decoding, native
+from microtome.images.parts import cut_off
 
 _MM_PER_UNIT = MappingProxyType(
     {"pm": 1e-9, "å": 1e-7, "angstrom": 1e-7, "nm": 1e-6, "nanometer": 1e-6, "nanometre": 1e-6}
@@ -37,10 +38,35 @@ _IMAGEJ_TYPES = ("uint8", "uint16", "float32")
 _IMAGEJ_MAX_BYTES = 2**31  # ImageJ's own TIFF has 32-bit offsets
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a file's first series becomes an image.
+
+    Attributes:
+        series: tifffile's series, which decodes.
+        file_shape, order: its axes without those of length 1, and where each goes: channels first, then S.
+        kept: channels that are not alpha.
+        palette: (n, 3) uint8 if the file has one; `coloured` if it is to be applied.
+        extra: what `write_tiff` needs to give back the same kind of file: "ome", "imagej" or "plain", and the palette.
+        faults: what had to be assumed, for warnings.
+    """
+
+    header: Header
+    series: Any
+    file_shape: Shape
+    order: tuple[int, ...]
+    kept: int
+    palette: np.ndarray | None
+    coloured: bool
+    cmyk: bool
+    extra: dict[str, Any]
+    faults: tuple[str, ...]
+
+
 def probe_tiff(path: Path) -> Header:
     """What `read_tiff` will give, from the tags and metadata alone."""
-    with _opened(path) as tiff:
-        return _describe(path, tiff, "colours").header
+    with opened_tiff(path) as tiff:
+        return describe_tiff(path, tiff, "colours").header
 
 
 def read_tiff(path: Path, palette: Palette, limits: Limits) -> Image:
@@ -55,14 +81,13 @@ def read_tiff(path: Path, palette: Palette, limits: Limits) -> Image:
     Raises:
         DataError: damaged, a time series, more than one axis beside C, Y, X, complex, or beyond `limits`.
     """
-    with _opened(path) as tiff:
-        plan = _describe(path, tiff, palette)
+    with opened_tiff(path) as tiff:
+        plan = describe_tiff(path, tiff, palette)
         limits.check(path, plan.header)
-        _check_whole(path, plan.series)
+        check_whole(path, plan.series)
         for fault in plan.faults:
             warnings.warn(f"{path}: {fault}", DataWarning, stacklevel=3)
-        array = np.asarray(plan.series.asarray()).reshape(plan.file_shape).transpose(plan.order)
-        array = native(_coloured(array.reshape(-1, *plan.header.shape_vox)[: plan.kept], plan))
+        array = decode_tiff(plan)
     return Image(
         array=array,
         spacing_mm=plan.header.spacing_mm,
@@ -71,8 +96,14 @@ def read_tiff(path: Path, palette: Palette, limits: Limits) -> Image:
         path=path,
         format="tiff",
         spacing_known=plan.header.spacing_known,
-        extra={"tiff_kind": plan.kind} | ({} if plan.palette is None else {"palette": plan.palette}),
+        extra=plan.extra,
     )
+
+
+def decode_tiff(plan: Plan) -> np.ndarray:
+    """All of the image (C, *S), while its file is open."""
+    array = np.asarray(plan.series.asarray()).reshape(plan.file_shape).transpose(plan.order)
+    return native(_coloured(array.reshape(-1, *plan.header.shape_vox)[: plan.kept], plan))
 
 
 def write_tiff(path: Path, image: Image) -> None:
@@ -104,33 +135,8 @@ def write_tiff(path: Path, image: Image) -> None:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """How a file's first series becomes an image.
-
-    Attributes:
-        series: tifffile's series, which decodes.
-        file_shape, order: its axes without those of length 1, and where each goes: channels first, then S.
-        kept: channels that are not alpha.
-        palette: (n, 3) uint8 if the file has one; `coloured` if it is to be applied.
-        kind: "ome", "imagej" or "plain".
-        faults: what had to be assumed, for warnings.
-    """
-
-    header: Header
-    series: Any
-    file_shape: Shape
-    order: tuple[int, ...]
-    kept: int
-    palette: np.ndarray | None
-    coloured: bool
-    cmyk: bool
-    kind: str
-    faults: tuple[str, ...]
-
-
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened_tiff(path: Path) -> Iterator[Any]:
     """The file with its chain of pages walked, so that a file cut between pages is not read as a shorter stack."""
     # Late, here and for writing: other formats need none of it, and it takes a twentieth of a second.
     import tifffile
@@ -163,22 +169,18 @@ def _check_pages(path: Path, file: IO[bytes]) -> None:
         for tag, kind, values, place in entry.iter_unpack(_exactly(path, file, count * entry.size, size)):
             length = values * _TYPE_BYTES.get(kind, 1)
             if tag in _VITAL_TAGS and length > len(place) and link.unpack(place)[0] + length > size:
-                raise _cut_off(path, link.unpack(place)[0] + length, size)
+                raise cut_off(path, link.unpack(place)[0] + length, size)
         offset = link.unpack(_exactly(path, file, link.size, size))[0]
 
 
 def _exactly(path: Path, file: IO[bytes], length: int, size: int) -> bytes:
     """The next `length` bytes of a file of `size` bytes."""
     if (end := file.tell() + length) > size:
-        raise _cut_off(path, end, size)
+        raise cut_off(path, end, size)
     return file.read(length)
 
 
-def _cut_off(path: Path, wanted: int, size: int) -> DataError:
-    return DataError(path, expected=f"{wanted} bytes", got=f"{size}: it was cut off", do="copy, download or export it again")
-
-
-def _describe(path: Path, tiff: Any, palette: Palette) -> _Plan:
+def describe_tiff(path: Path, tiff: Any, palette: Palette) -> Plan:
     """What the first series of a file holds and how to arrange it."""
     series = tiff.series[0]
     page = series.keyframe
@@ -192,6 +194,7 @@ def _describe(path: Path, tiff: Any, palette: Palette) -> _Plan:
     cmyk = int(page.photometric) == _CMYK and channels >= _MOST_SAMPLES and dtype == np.uint8
     kept = 4 if cmyk else channels - _alpha_channels(page, names, channels)
     spacing, known, assumed = _spacing(_scale(tiff, page), len(shape))
+    kind = "ome" if tiff.is_ome else "imagej" if tiff.is_imagej else "plain"
     faults = [*thin, *assumed, *_oddities(tiff, page, len(shape))]
     header = Header(
         shape_vox=shape,
@@ -201,7 +204,7 @@ def _describe(path: Path, tiff: Any, palette: Palette) -> _Plan:
         spacing_known=known,
         format="tiff",
     )
-    return _Plan(
+    return Plan(
         header=header,
         series=series,
         file_shape=tuple(series.shape),
@@ -210,7 +213,7 @@ def _describe(path: Path, tiff: Any, palette: Palette) -> _Plan:
         palette=colours,
         coloured=coloured,
         cmyk=cmyk,
-        kind="ome" if tiff.is_ome else "imagej" if tiff.is_imagej else "plain",
+        extra={"tiff_kind": kind} | ({} if colours is None else {"palette": colours}),
         faults=tuple(faults),
     )
 
@@ -231,7 +234,7 @@ def _check_complete(path: Path, tiff: Any, series: Any) -> None:
         raise DataError(path, expected="all planes", got=got, do="it was cut off; copy or export it again")
 
 
-def _check_whole(path: Path, series: Any) -> None:
+def check_whole(path: Path, series: Any) -> None:
     """Refuse a file that ends before its pixels do: some decoders fill the rest with grey."""
     for page in series.pages:
         if page is None:
@@ -239,7 +242,7 @@ def _check_whole(path: Path, series: Any) -> None:
         size = page.parent.filehandle.size
         end = max((start + length for start, length in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
         if end > size:
-            raise _cut_off(path, end, size)
+            raise cut_off(path, end, size)
 
 
 def _axis_names(series: Any) -> tuple[str, list[str]]:
@@ -297,7 +300,7 @@ def _oddities(tiff: Any, page: Any, dims: int) -> Iterator[str]:
         yield f"its orientation tag {orientation.value} is not applied"
 
 
-def _coloured(array: np.ndarray, plan: _Plan) -> np.ndarray:
+def _coloured(array: np.ndarray, plan: Plan) -> np.ndarray:
     """(C, *S) with the palette applied, CMYK turned into RGB, and bits as 0 and 1."""
     if plan.coloured and plan.palette is not None:
         table = np.zeros((np.iinfo(array.dtype).max + 1, 3), np.uint8)

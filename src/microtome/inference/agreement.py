@@ -23,6 +23,8 @@ class Bound:
 
 # One voxel of so many may be further off: it may turn over in any other arithmetic, and its label is counted.
 ONE_VOXEL_OF = 1000
+# Whose probabilities are compared at a time.
+VOXELS = 1 << 14
 # By the arithmetic (docs/decisions/0013). Ties are not left out: where two classes are alike to the last bit, a changed label
 # counts as any other.
 BOUNDS = MappingProxyType({"fp32": Bound(0.999, 1e-3), "bf16": Bound(0.999, 0.05), "int8": Bound(0.998, 0.2)})
@@ -66,14 +68,19 @@ def agreement(logits_KS: np.ndarray, oracle_KS: np.ndarray) -> Agreement:
     if logits_KS.shape != oracle_KS.shape or not (np.isfinite(logits_KS).all() and np.isfinite(oracle_KS).all()):
         return Agreement(0.0, 1.0)
     labels = float((best_class(logits_KS) == best_class(oracle_KS)).mean())
-    differences = np.abs(_softmax(logits_KS) - _softmax(oracle_KS)).max(axis=0).ravel()
+    ours_KN, theirs_KN = (logits.reshape(len(logits), -1) for logits in (logits_KS, oracle_KS))
+    differences = np.empty(ours_KN.shape[1], np.float32)
+    # Some voxels at a time: probabilities of all classes of a whole patch would be most of what a prediction takes.
+    for first in range(0, differences.size, VOXELS):
+        part = slice(first, first + VOXELS)
+        np.abs(_softmax(ours_KN[:, part]) - _softmax(theirs_KN[:, part])).max(axis=0, out=differences[part])
     place = differences.size - 1 - differences.size // ONE_VOXEL_OF
     return Agreement(labels, float(np.partition(differences, place)[place]))
 
 
-def _softmax(logits_KS: np.ndarray) -> np.ndarray:
-    """Probabilities (K, *S)."""
-    powers = np.exp(logits_KS - logits_KS.max(axis=0))
+def _softmax(logits_KN: np.ndarray) -> np.ndarray:
+    """Probabilities (K, N)."""
+    powers = np.exp(logits_KN - logits_KN.max(axis=0))
     probabilities: np.ndarray = powers / powers.sum(axis=0)
     return probabilities
 

@@ -70,6 +70,21 @@ def rotated_mean(
     return total_BKS / count
 
 
+def with_entropy(network: Pass) -> Pass:
+    """The network with a last class more: the entropy of its softmax, 0 to 1, as `uncertainty.entropy` has it; logits in float32.
+
+    Averaged by the functions above it becomes the mean over passes of each pass's entropy.
+    """
+
+    def forward(image_BCS: Tensor) -> Tensor:
+        logits_BKS = network(image_BCS).float()
+        log_BKS = logits_BKS.log_softmax(dim=1)
+        entropy_B1S = -(log_BKS.exp() * log_BKS).sum(dim=1, keepdim=True) / max(math.log(logits_BKS.shape[1]), 1.0e-9)
+        return torch.cat([logits_BKS, entropy_B1S.clamp(0, 1)], dim=1)
+
+    return forward
+
+
 def _turn(array_BCS: Tensor, angle: float, oblong: float, shape: tuple[int, ...], outside: str) -> Tensor:
     """The last two axes turned by an angle about the middle onto a plane of another shape; pixels are `oblong` times as wide as high."""
     height, width = array_BCS.shape[-2:]

@@ -1,12 +1,13 @@
-"""Any engine, averaged over the mirrored versions of a tile; the words for what an output is averaged over. No torch."""
+"""Any engine, averaged over the mirrored versions of a tile, and how unsure each was; the words for what is averaged. No torch."""
 
 import itertools
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
 from microtome.geometry import Spacing
+from microtome.inference.uncertainty import entropy, probabilities
 
 TTA = Literal["none", "mirror", "rotations"]
 # U-Net's result on the EM data is the mean over 7 rotated versions (Ronneberger 2015, section 4). Which 7 is not said; even
@@ -57,6 +58,52 @@ class Mirrored:
     def averaged(self, tta: TTA, mirror_axes: tuple[int, ...], spacing_mm: Spacing) -> Engine:
         """The engine below, averaged otherwise."""
         return self.engine.averaged(tta, mirror_axes, spacing_mm)
+
+
+@runtime_checkable
+class Spreads(Protocol):
+    """An engine that adds the layer of `with_spread` itself."""
+
+    def with_spread(self) -> Engine:
+        """The same engine with that layer."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """An engine whose output has a last layer more: the entropy of its answer.
+
+    Everything linear that comes after, the mean over passes and the blending of tiles, treats it as it treats a logit.
+
+    Attributes:
+        engine: that is asked, one pass at a time.
+    """
+
+    engine: Engine
+
+    @property
+    def name(self) -> str:
+        """The engine's."""
+        return self.engine.name
+
+    def __call__(self, image_CS: np.ndarray) -> np.ndarray:
+        """Logits and entropy (K + 1, *S') of one tile."""
+        logits_KS = self.engine(image_CS)
+        return np.concatenate([logits_KS, entropy(probabilities(logits_KS))[None]])
+
+    def averaged(self, tta: TTA, mirror_axes: tuple[int, ...], spacing_mm: Spacing) -> Engine:
+        """The engine below, averaged, with that layer."""
+        return with_spread(self.engine.averaged(tta, mirror_axes, spacing_mm))
+
+
+def with_spread(engine: Engine) -> Engine:
+    """The same engine with a further layer: (K + 1, *S'), mean logits, and last the mean over passes of each pass's `entropy`.
+
+    The logits are those that the engine gives without it, bit for bit. With `uncertainty.disagreement` the layer tells how far the
+    passes differ; of a single pass it is that pass's entropy.
+    """
+    if isinstance(engine, Spreads):
+        return engine.with_spread()
+    return replace(engine, engine=with_spread(engine.engine)) if isinstance(engine, Mirrored) else Spread(engine)
 
 
 def versions(axes: tuple[int, ...]) -> list[tuple[int, ...]]:

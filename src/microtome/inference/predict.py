@@ -1,32 +1,96 @@
-"""An image of any size -> labels: tiles along the slowest axis, a slab of logits at a time.
+"""A volume of any size -> labels, probabilities, uncertainty: tiles along the slowest axis, finished rows handed out as they come.
 
-Weighted logits of overlapping tiles are added up in a slab as deep as one tile. Rows that no tile to come can touch
-are divided by their weights, brought to the original grid a few rows at a time, turned into labels and freed, so that
-memory holds a slab of all classes, never all classes of the whole image, nor any of the original grid.
+    source (rows read, grey, on the grid)  ->  tiles  ->  engine  ->  slabs (blended, on the original grid)  ->  finished rows
+
+Reading is a thread ahead of the network, and what takes the rows may write in another: `docs/decisions/0017` has the whole road.
 """
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Protocol
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from microtome.config import Plan
 from microtome.geometry import Shape, Spacing
-from microtome.preprocess import CHUNK_VALUES, Band, Resampler, grid_shape, normalise, resample
-from microtome.tiling import Tile, blend_weights, cover, read_mirrored
+from microtome.images.volume import Volume
+from microtome.inference.layout import Layout, Shapes, Sized, choose_layout, choose_tile
+from microtome.inference.slabs import Box, Restoring, Slabs, blended
+from microtome.inference.source import Grey, Source, measure
+from microtome.inference.uncertainty import disagreement, entropy, probabilities, to_uint8
+from microtome.preprocess import CHUNK_VALUES, grid_shape
+from microtome.tiling import Tile, folded
 
 Engine = Callable[[np.ndarray], np.ndarray]
+# Arrays by name, each (*S) or (layers, *S).
+Finished = Mapping[str, np.ndarray]
 
 
-class Sized(Protocol):
-    """What a network tells about the sizes that it takes."""
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What is to come of the logits of each voxel.
 
-    context_vox: int
+    Attributes:
+        labels: its class, int16.
+        probabilities: of each class; "uint8" times 255, or "float16"; "" for none.
+        uncertainty: the entropy of the probabilities, 0 to 1, uint8 times 255.
+        spread: how far the passes of an averaged engine differ, the same; the engine answers with a layer more.
+        foreground: the probability of not being this class, uint8 times 255; None for none.
+        temperature: that logits are divided by before they become probabilities.
+    """
 
-    def nearest_sizes(self, n: int, axis: int) -> tuple[int, int]:
-        """The nearest sizes that fit, below or equal and above or equal."""
+    labels: bool = True
+    probabilities: Literal["", "uint8", "float16"] = ""
+    uncertainty: bool = False
+    spread: bool = False
+    foreground: int | None = None
+    temperature: float = 1.0
+
+    @property
+    def only_labels(self) -> bool:
+        """Whether the sums need no division by their weights."""
+        return not (self.probabilities or self.uncertainty or self.spread or self.foreground is not None)
+
+    def arrays(self, classes: int) -> dict[str, tuple[int, np.dtype]]:
+        """Name -> (layers, 0 for a map without that axis; type) of all that will come."""
+        names: dict[str, tuple[int, np.dtype]] = {}
+        if self.labels:
+            names["labels"] = (0, np.dtype(np.int16))
+        if self.probabilities:
+            names["probabilities"] = (classes, np.dtype(self.probabilities))
+        for name, asked in (("uncertainty", self.uncertainty), ("disagreement", self.spread), ("foreground", self.foreground is not None)):
+            if asked:
+                names[name] = (0, np.dtype(np.uint8))
+        return names
+
+    def voxel_bytes(self, classes: int) -> int:
+        """Bytes of a voxel in all of them."""
+        return sum(max(1, layers) * kind.itemsize for layers, kind in self.arrays(classes).values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """One volume to be predicted.
+
+    Attributes:
+        volume: of as many channels as the plan, or grey where the plan has three.
+        plan: of the network.
+        layout: how it is cut.
+        grey: what values become.
+        engine: a tile (C, *S) -> its logits (L, *S'); S has as many axes as the plan.
+        wanted: what is to come of it.
+    """
+
+    volume: Volume
+    plan: Plan
+    layout: Layout
+    grey: Grey
+    engine: Engine
+    wanted: Wanted = Wanted()
 
 
 def predict_labels(array: np.ndarray, spacing_mm: Spacing, *, plan: Plan, network: Sized, engine: Engine) -> np.ndarray:
@@ -34,153 +98,137 @@ def predict_labels(array: np.ndarray, spacing_mm: Spacing, *, plan: Plan, networ
 
     A 2D network sees a volume section by section.
     """
-    shape = tuple(array.shape[1:])
-    prepared = resample(normalise(array, plan.normalisation), grid_shape(shape, spacing_mm, plan), plan.interpolation)
-    if len(shape) == plan.dims:
-        return _labels(prepared, shape, plan, network, engine)
-    return np.stack([_labels(prepared[:, z], shape[1:], plan, network, engine) for z in range(shape[0])])
+    volume = in_memory(array)
+    layout = layout_for(volume, spacing_mm, plan, network)
+    grey = Grey(plan.normalisation, measure(volume, layout.shapes.grid, plan))
+    return predict_whole(Task(volume=volume, plan=plan, layout=layout, grey=grey, engine=engine))["labels"]
 
 
-def _labels(prepared: np.ndarray, shape_vox: Shape, plan: Plan, network: Sized, engine: Engine) -> np.ndarray:
-    """Classes (*S) on the original grid of a prepared image (C, *grid)."""
-    labels = np.empty(shape_vox, np.int16)
-    grid = tuple(prepared.shape[1:])
-    # A common factor of all classes changes no winner, unless voxels of different factors are then interpolated.
-    slabs = logit_slabs(prepared, plan, network, engine, divided=grid != tuple(shape_vox))
-    for first, logits_KS in on_grid(slabs, grid, shape_vox):
-        labels[first : first + logits_KS.shape[1]] = best_class(logits_KS)
-    return labels
+def predict_whole(task: Task, allocate: Callable[[Shape, np.dtype], np.ndarray] = np.empty) -> dict[str, np.ndarray]:
+    """All that is wanted of a volume as arrays as large as it: by name, (*S) or (layers, *S)."""
+    shape = task.volume.shape_vox
+    wanted = task.wanted.arrays(len(task.plan.classes))
+    arrays = {name: allocate((layers, *shape) if layers else shape, kind) for name, (layers, kind) in wanted.items()}
+    for box in task.layout.boxes():
+        rest = tuple(slice(a, b) for a, b in box[1:])
+        for first, finished in finished_rows(task, box):
+            for name, rows in finished.items():
+                place = slice(first, first + rows.shape[-len(shape)])
+                arrays[name][(*(slice(None),) * (rows.ndim - len(shape)), place, *rest)] = rows
+    return arrays
 
 
-def choose_tile(shape_vox: Shape, plan: Plan, network: Sized) -> Shape:
-    """The network's output size for this image: the whole image if a training step held as many voxels, else less.
+def finished_rows(task: Task, box: Box) -> Iterator[tuple[int, Finished]]:
+    """All that is wanted of a box of the original grid, from the first row to the last: (first row, arrays (rows, *plane)).
 
-    What fitted into memory with gradients for `batch` patches fits without them for one tile of that size.
+    The arrays are the caller's to keep.
     """
-    context = network.context_vox
-
-    def fitting(size: int, axis: int) -> int:
-        return network.nearest_sizes(size + 2 * context, axis)[1] - 2 * context
-
-    tile = [min(fitting(patch - 2 * context, i), fitting(shape_vox[i], i)) for i, patch in enumerate(plan.patch_vox)]
-    budget = np.prod(plan.patch_vox) * plan.batch
-    while True:
-        # Grow the axis that is cut into most tiles; fewer seams, less computed twice.
-        cuts = [(size / side, i) for i, (size, side) in enumerate(zip(shape_vox, tile, strict=True)) if side < size]
-        if not cuts:
-            return tuple(tile)
-        axis = max(cuts)[1]
-        larger = [min(fitting(2 * n, i), fitting(shape_vox[i], i)) if i == axis else n for i, n in enumerate(tile)]
-        if np.prod([n + 2 * context for n in larger]) > budget or larger == tile:
-            return tuple(tile)
-        tile = larger
+    for first, logits_LS in logit_rows(task, box):
+        yield first, finish(logits_LS, task.wanted, len(task.plan.classes))
 
 
-def logit_slabs(
-    prepared: np.ndarray, plan: Plan, network: Sized, engine: Engine, *, divided: bool = True
-) -> Iterator[tuple[int, np.ndarray]]:
-    """Blended logits of a prepared image (C, *S), from the first row to the last: (first row, (K, rows, *S[1:])).
+def logit_rows(task: Task, box: Box) -> Slabs:
+    """Blended logits of a box of the original grid; the next step overwrites them."""
+    shapes = task.layout.shapes
+    restoring = Restoring(shapes.grid, shapes.shape_vox, box, task.layout.brick_rows)
+    # A common factor of all classes changes no winner, unless voxels of different factors are then interpolated.
+    divided = not (restoring.same and task.wanted.only_labels)
+    with closing(_answers(task, shapes.tiles(restoring.needed))) as answers:
+        yield from restoring(blended(answers, restoring.needed, shapes.tile_vox, alone=shapes.apart, divided=divided))
+
+
+def _answers(task: Task, tiles: Sequence[Tile]) -> Generator[tuple[Tile, np.ndarray]]:
+    """Each tile with its logits; the next one is read while the network computes."""
+    shapes = task.layout.shapes
+    index = [[folded(np.arange(*tile.read[axis]), size) for tile in tiles] for axis, size in enumerate(shapes.grid)]
+    plane = [(min(int(places.min()) for places in axis), max(int(places.max()) for places in axis) + 1) for axis in index[1:]]
+    source = Source(task.volume, shapes.grid, task.plan, task.grey, plane)
+    # A tile at the end is mirrored into rows that those before it have left behind.
+    needed_from = np.minimum.accumulate([int(places.min()) for places in index[0]][::-1])[::-1]
+    sections = len(shapes.grid) > task.plan.dims
+    with ThreadPoolExecutor(1, thread_name_prefix="reading") as reader:
+        waiting = reader.submit(source.tile, tiles[0].read, int(needed_from[0]))
+        for number, tile in enumerate(tiles):
+            image_CS = waiting.result()
+            if number + 1 < len(tiles):
+                waiting = reader.submit(source.tile, tiles[number + 1].read, int(needed_from[number + 1]))
+            yield tile, task.engine(image_CS[:, 0])[:, None] if sections else task.engine(image_CS)
+
+
+def finish(logits_LS: np.ndarray, wanted: Wanted, classes: int) -> dict[str, np.ndarray]:
+    """What is wanted of some rows of logits (L, *S), of which the first `classes` layers are the classes'."""
+    logits_KS = logits_LS[:classes]
+    finished = {"labels": best_class(logits_KS)} if wanted.labels else {}
+    if wanted.only_labels:
+        return finished
+    chances_KS = probabilities(logits_KS, wanted.temperature)
+    if wanted.probabilities:
+        finished["probabilities"] = to_uint8(chances_KS) if wanted.probabilities == "uint8" else chances_KS.astype(np.float16)
+    if wanted.uncertainty:
+        finished["uncertainty"] = to_uint8(entropy(chances_KS))
+    if wanted.spread:
+        # Of the passes as they are: a temperature was fitted to their mean.
+        plain_KS = chances_KS if wanted.temperature == 1 else probabilities(logits_KS)
+        finished["disagreement"] = to_uint8(disagreement(plain_KS, logits_LS[classes]))
+    if wanted.foreground is not None:
+        finished["foreground"] = to_uint8(1 - chances_KS[wanted.foreground])
+    return finished
+
+
+def in_memory(array: np.ndarray) -> Volume:
+    """An array (C, *S) as a volume without a place in the world."""
+    spacing = (1.0,) * (array.ndim - 1)
+    axes = "C" + "ZYX"[-(array.ndim - 1) :]
+    place = np.eye(array.ndim)
+    chunk = (1, *array.shape[2:])
+    return Volume(pixels=array, spacing_mm=spacing, affine=place, axes=axes, path=Path("array"), format="array", chunk_vox=chunk)
+
+
+def layout_for(
+    volume: Volume,
+    spacing_mm: Spacing,
+    plan: Plan,
+    network: Sized,
+    *,
+    wanted: Wanted = Wanted(),
+    limit_bytes: int | None = None,
+    bricks: Shape | None = None,
+    tile_bytes: float = 0.0,
+) -> Layout:
+    """How a volume is cut, so that it fits into memory.
 
     Args:
-        prepared: float32, on the plan's grid.
+        volume: what is to be predicted.
+        spacing_mm: that it is taken to have.
         plan: of the network.
         network: what sizes it takes.
-        engine: a tile's image (C, *read) -> its logits (K, *blend).
-        divided: False leaves the sums undivided by their weights: enough to tell the best class.
-
-    Yields:
-        arrays that the next step overwrites: copy what is to be kept.
+        wanted: what is to come of it.
+        limit_bytes: what may be taken beside the process as it is; None: what is usual, or needed.
+        bricks: sides (*S) of what is written at once; None where all comes into arrays.
+        tile_bytes: that the network's library takes for each voxel of a tile beyond a patch.
     """
-    shape = prepared.shape[1:]
-    tile = choose_tile(shape, plan, network)
-    parts = cover(shape, tile, overlap=plan.overlap, context_vox=(network.context_vox,) * len(shape))
-    if len(parts) == 1:
-        logits_KS = engine(read_mirrored(prepared, parts[0].read))
-        inside = tuple(slice(-first, size - first) for (first, _), size in zip(parts[0].blend, shape, strict=True))
-        yield 0, logits_KS[(slice(None), *inside)]
-        return
-    slab = _Slab(shape, tile, classes=len(plan.classes), divided=divided)
-    for part in parts:
-        yield from slab.advance(max(part.blend[0][0], 0))
-        slab.add(part, engine(read_mirrored(prepared, part.read)))
-    yield from slab.advance(shape[0])
+    shape, grid = volume.shape_vox, grid_shape(volume.shape_vox, spacing_mm, plan)
+    sections = len(shape) - plan.dims
+    classes = len(plan.classes)
 
+    def shapes(grow: bool) -> Shapes:
+        tile = choose_tile(grid[sections:], plan, network, grow=grow)
+        return Shapes(
+            shape_vox=shape,
+            grid=grid,
+            tile_vox=(1,) * sections + tile,
+            context_vox=(0,) * sections + (network.context_vox,) * plan.dims,
+            overlap=plan.overlap,
+            channels=plan.channels,
+            layers=classes + wanted.spread,
+            value_bytes=volume.pixels.dtype.itemsize,
+            chunk_rows=min(volume.chunk_vox[0], shape[0]),
+            out_bytes=wanted.voxel_bytes(classes),
+            engine_bytes=max(0, round(tile_bytes * (math.prod(tile) - math.prod(choose_tile(grid[sections:], plan, network, grow=False))))),
+        )
 
-class _Slab:
-    """Sums of weighted logits, and of the weights, for the rows that tiles can still touch.
-
-    Row r of the image lies at r modulo the slab's depth, so that no row is ever moved.
-    """
-
-    def __init__(self, shape_vox: Shape, tile: Shape, *, classes: int, divided: bool) -> None:
-        self.shape, self.first, self.depth = shape_vox, 0, min(tile[0], shape_vox[0])
-        self.tile_weights = blend_weights(tile)
-        self.logits = np.zeros((classes, self.depth, *shape_vox[1:]), np.float32)
-        self.weights = np.zeros((self.depth, *shape_vox[1:]), np.float32) if divided else None
-
-    def add(self, tile: Tile, logits_KS: np.ndarray) -> None:
-        """Add the part of a tile's output that lies inside of the image."""
-        inside = [(max(a, 0), min(b, n)) for (a, b), n in zip(tile.blend, self.shape, strict=True)]
-        source = [slice(a - t, b - t) for (a, b), (t, _) in zip(inside, tile.blend, strict=True)]
-        logits_KS, weights = logits_KS[(slice(None), *source)], self.tile_weights[tuple(source)]
-        rest = tuple(slice(a, b) for a, b in inside[1:])
-        # Products of a few rows of one class at a time stay in the processor's cache.
-        few = max(1, CHUNK_VALUES // 8 // math.prod(weights.shape[1:]))
-        products = np.empty((min(few, len(weights)), *weights.shape[1:]), np.float32)
-        for first, past in self._places(*inside[0], few):
-            rows = slice(first - inside[0][0], past - inside[0][0])
-            place = (slice(first % self.depth, first % self.depth + past - first), *rest)
-            if self.weights is not None:
-                self.weights[place] += weights[rows]
-            for sums, logits in zip(self.logits, logits_KS, strict=True):
-                sums[place] += np.multiply(logits[rows], weights[rows], out=products[: past - first])
-
-    def advance(self, row: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Hand out the rows before `row`, which no later tile touches, and make room for as many new ones."""
-        for first, past in self._places(self.first, row, self.depth):
-            place = slice(first % self.depth, first % self.depth + past - first)
-            logits = self.logits[:, place]
-            if self.weights is not None:
-                logits /= self.weights[place]
-                self.weights[place] = 0
-            yield first, logits
-            logits[...] = 0
-        self.first = max(row, self.first)
-
-    def _places(self, first: int, past: int, most: int) -> Iterator[tuple[int, int]]:
-        """Rows first..past in pieces of at most `most`, none of which runs over the slab's end."""
-        while first < past:
-            until = min(past, first + most, first - first % self.depth + self.depth)
-            yield first, until
-            first = until
-
-
-def on_grid(slabs: Iterator[tuple[int, np.ndarray]], grid: Shape, shape_vox: Shape) -> Iterator[tuple[int, np.ndarray]]:
-    """Slabs of logits on the network's grid, linearly interpolated to the original grid a few rows at a time, once complete.
-
-    The next step overwrites what was handed out.
-    """
-    if tuple(grid) == tuple(shape_vox):
-        yield from slabs
-        return
-    resampler: Resampler | None = None
-    waiting: deque[Band] = deque()
-    # Rows of slabs before that some output still needs, from row `base` on.
-    kept, base = np.empty(0), 0
-    for first, part in slabs:
-        if resampler is None:
-            resampler = Resampler(grid, shape_vox, len(part), values=CHUNK_VALUES)
-            waiting.extend(resampler.rows)
-            kept = part[:, :0]
-        past = first + part.shape[1]
-        while waiting and waiting[0].high <= past:
-            band = waiting.popleft()
-            rows = part[:, max(band.low - first, 0) : band.high - first]
-            if band.low < first:
-                rows = np.concatenate([kept[:, band.low - base :], rows], axis=1)
-            yield band.first, resampler(band, rows)
-        low = waiting[0].low if waiting else past
-        kept, base = (part[:, low - first :].copy(), low) if low >= first else (np.concatenate([kept[:, low - base :], part], axis=1), low)
+    brick = tuple(min(side, size) for side, size in zip(bricks, shape, strict=True)) if bricks else None
+    return choose_layout(shapes, limit_bytes, brick=brick, where=str(volume.path))
 
 
 def best_class(logits_KS: np.ndarray) -> np.ndarray:

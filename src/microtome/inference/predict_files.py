@@ -2,26 +2,40 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from microtome.data.case import Case
 from microtome.data.inputs import list_images
 from microtome.data.listing import LISTING, Listing, continued_listing, recording
-from microtome.data.reading import read_case_image
+from microtome.data.reading import open_case
 from microtome.errors import DataError
 from microtome.images.files import label_suffix, write_labels
+from microtome.images.volume import url_of
+from microtome.inference.asked import Options
+from microtome.inference.finishing import STORE_SUFFIX, STORES, predict_maps, write_map
 from microtome.inference.predictor import Predictor
 
-# What `label_suffix` may give.
-LABEL_SUFFIXES = (".png", ".tif", ".nii", ".nii.gz")
+# What `label_suffix` may give; stores are looked after by their own record.
+LABEL_SUFFIXES = (".png", ".tif", ".nii", ".nii.gz", ".h5", ".npy", ".nrrd", ".mha", ".dcm")
 
 
 def predict_files(
-    predictor: Predictor, inputs: Sequence[Path], out: Path, *, on_done: Callable[[str, int, int], None] = lambda name, done, of: None
+    predictor: Predictor,
+    inputs: Sequence[Path],
+    out: Path,
+    *,
+    options: Options = Options(),  # noqa: B008 - frozen
+    on_done: Callable[[str, int, int], None] = lambda name, done, of: None,
+    on_voxels: Callable[[int, int], None] = lambda done, of: None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
-    """Label every image among `inputs` (files, folders, datasets) into `out`; returns the files written.
+    """Label every image among `inputs` (files, folders, stores, datasets) into `out`; returns what was written.
 
-    Each file appears when it is complete. A file that cannot be labelled stops nothing: the others are written first.
+    Each file appears when it is complete, beside it maps in folders of their own (`probabilities/`, `uncertainty/`, ...); a chunked
+    image gets an OME-Zarr store, which goes on where a killed call left it. What cannot be labelled stops nothing: the others are
+    written first.
 
     Raises:
         DataError: no images, two that would have the same name in `out`, `out` among the images or with files that
@@ -29,6 +43,7 @@ def predict_files(
             images that failed.
     """
     legend = predictor.bundle.legend
+    options.check(legend)
     _check_out(inputs, out)
     listed = continued_listing(out, legend)
     cases = list(_cases(inputs, predictor.bundle.plan.channels))
@@ -37,7 +52,8 @@ def predict_files(
     with recording(out, legend, (safe_name(case.name) for case in cases)) as record:
         for number, case in enumerate(cases, start=1):
             try:
-                written.append(write_prediction(predictor, case, out, images=len(cases) - number + 1))
+                words: dict[str, Any] = {"options": options, "images": len(cases) - number + 1, "on_voxels": on_voxels, "say": say}
+                written.append(write_prediction(predictor, case, out, **words))
                 record.add(written[-1], case)
             except DataError as error:
                 failed.append(error)
@@ -55,12 +71,34 @@ def predict_files(
     return written
 
 
-def write_prediction(predictor: Predictor, case: Case, out: Path, *, images: int = 1) -> Path:
+def write_prediction(
+    predictor: Predictor,
+    case: Case,
+    out: Path,
+    *,
+    options: Options = Options(),  # noqa: B008 - frozen
+    images: int = 1,
+    on_voxels: Callable[[int, int], None] = lambda done, of: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> Path:
     """Predict one case, the first of so many to come, and write it, with the values of the training labels, under the case's name."""
-    image = read_case_image(case)
-    labels = predictor.bundle.legend.encode(predictor(image, images=images))
-    path = out / (safe_name(case.name) + label_suffix(image))
-    write_labels(path, labels, like=image)
+    volume = open_case(case)
+    name = safe_name(case.name)
+    if options.store or options.cluster or volume.format in STORES:
+        # Late: what reads and writes stores is slow to import, and a picture needs none of it.
+        from microtome.inference.storing import write_store
+
+        return write_store(predictor, case, out / f"{name}{STORE_SUFFIX}", options, images=images, on_voxels=on_voxels, say=say)
+    maps = predict_maps(predictor, volume, options, images=images)
+    for kind, array in maps.items():
+        if kind != "labels":
+            write_map(out / kind / name, array, volume)
+    path, legend = out / (name + label_suffix(volume)), predictor.bundle.legend
+    if volume.format == "dicom":
+        # A segment is named.
+        names = {int(value[0]): word for word, value in zip(legend.names, legend.values, strict=True) if isinstance(value[0], int)}
+        volume = replace(volume, extra={**volume.extra, "classes": names})
+    write_labels(path, legend.encode(maps["labels"]), like=volume)
     return path
 
 
@@ -72,7 +110,7 @@ def safe_name(name: str) -> str:
 def _cases(inputs: Sequence[Path], channels: int) -> Iterator[Case]:
     """The images that paths mean."""
     for path in inputs:
-        if not path.exists():
+        if url_of(path) is None and not path.exists() and not any(above.is_file() for above in path.parents):
             raise DataError(path, expected="an image or a folder", got="nothing there", do="check the path")
         yield from list_images(path, channels=channels)
 

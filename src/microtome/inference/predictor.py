@@ -3,23 +3,26 @@
 import math
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from microtome.bundle import Bundle, load_bundle
 from microtome.config import Plan
-from microtome.data.reading import fit_channels
 from microtome.errors import ConfigError, DataError, DataWarning
 from microtome.geometry import Shape, Sizes, Spacing
-from microtome.images.files import read_image
+from microtome.images.files import open_volume
 from microtome.images.image import Image
+from microtome.images.volume import Volume, volume_of
 from microtome.inference.engines import Engines
-from microtome.inference.mirroring import TTA, Engine, passes
-from microtome.inference.predict import Sized, choose_tile, predict_labels
+from microtome.inference.layout import Layout, Sized, choose_tile
+from microtome.inference.mirroring import TTA, Engine, passes, with_spread
+from microtome.inference.predict import Task, Wanted, layout_for, predict_whole
 from microtome.inference.search import Choice, Job
-from microtome.machine import recycle_memory
+from microtome.inference.source import Grey, measure
+from microtome.machine import recycle_memory, resident_bytes
 from microtome.preprocess import grid_shape, voxel_size
 from microtome.tiling import cover
 
@@ -72,6 +75,7 @@ class Predictor:
         recycle_memory()
         check_turned(bundle.plan, tta)
         self.bundle, self.tta, self.mirror_axes, self._on_choice = bundle, tta, mirror_axes(bundle.plan, tta), on_choice
+        self.device, self.head = device, head
         self._engine: Engine | None
         if isinstance(engine, str):
             self._engines = Engines(bundle, engine=engine, device=device, tta=tta, head=head)
@@ -79,6 +83,7 @@ class Predictor:
         else:
             self._engine = engine.averaged(tta, self.mirror_axes, bundle.plan.spacing_mm)
         self._sizes = self._known_sizes(head)
+        self._base: Base | None = None
 
     def __call__(self, image: Image | Path | str, *, images: int = 1) -> np.ndarray:
         """The class of each voxel, (*S) int16, counted as in `bundle.legend.names`.
@@ -90,19 +95,60 @@ class Predictor:
         Raises:
             DataError: other channels or axes than the model was trained on.
         """
-        if not isinstance(image, Image):
-            image = read_image(Path(image))
+        volume = volume_of(image) if isinstance(image, Image) else open_volume(Path(image))
+        return predict_whole(self.task(volume, images=images))["labels"]
+
+    def task(
+        self,
+        volume: Volume,
+        wanted: Wanted = Wanted(),  # noqa: B008 - frozen
+        *,
+        images: int = 1,
+        limit_bytes: int | None = None,
+        bricks: Shape | None = None,
+    ) -> Task:
+        """What there is to do for a volume, all that must be known of it measured.
+
+        Args:
+            volume: an image.
+            wanted: what is to come of it.
+            images: as above.
+            limit_bytes: memory that this process may take, all in all.
+            bricks: sides (*S) of what is written at once; None where all comes into arrays.
+
+        Raises:
+            ConfigError: the memory is not enough; says how much is.
+            DataError: other channels or axes than the model was trained on.
+        """
+        layout = self.layout(volume, wanted, images=images, limit_bytes=limit_bytes, bricks=bricks)
+        grey = Grey(self.bundle.plan.normalisation, measure(volume, layout.shapes.grid, self.bundle.plan))
+        return self.task_of(volume, wanted, layout, grey)
+
+    def task_of(self, volume: Volume, wanted: Wanted, layout: Layout, grey: Grey) -> Task:
+        """The same with what was decided and measured before; the engine is there already."""
+        assert self._engine is not None, "a layout was made with it"
+        engine = with_spread(self._engine) if wanted.spread else self._engine
+        return Task(volume=volume, plan=self.bundle.plan, layout=layout, grey=grey, engine=engine, wanted=wanted)
+
+    def layout(
+        self, volume: Volume, wanted: Wanted, *, images: int = 1, limit_bytes: int | None = None, bricks: Shape | None = None
+    ) -> Layout:
+        """How a volume is cut, the engine chosen for it if it is not yet; the words are those of `task`."""
         plan = self.bundle.plan
-        self._check(image)
-        if image.channels < plan.channels:
-            warnings.warn(f"{image.path}: grey, and the model learned from colours: it may be wrong here", DataWarning, stacklevel=2)
-        image = fit_channels(image, plan.channels)
-        if plan.assumed_spacing_mm and not (image.spacing_known or plan.stated_spacing_mm or plan.resize_vox):
+        self._check(volume)
+        if volume.channels < plan.channels:
+            warnings.warn(f"{volume.path}: grey, and the model learned from colours: it may be wrong here", DataWarning, stacklevel=2)
+        if plan.assumed_spacing_mm and not (volume.spacing_known or plan.stated_spacing_mm or plan.resize_vox):
             sizes = " × ".join(f"{value:g}" for value in plan.assumed_spacing_mm)
-            warnings.warn(f"{image.path}: no voxel size in the file; {sizes} mm is assumed, as in training", DataWarning, stacklevel=2)
-        spacing_mm = voxel_size(image, plan)
-        engine = self._engine_for(image.shape_vox, spacing_mm, images)
-        return predict_labels(image.array, spacing_mm, plan=plan, network=self._sizes, engine=engine)
+            warnings.warn(f"{volume.path}: no voxel size in the file; {sizes} mm is assumed, as in training", DataWarning, stacklevel=2)
+        spacing_mm = voxel_size(volume, plan)
+        engine = self._engine_for(volume.shape_vox, spacing_mm, images)
+        words: dict[str, Any] = {"wanted": wanted, "bricks": bricks}
+        if limit_bytes is not None:
+            if self._base is None:
+                self._base = measure_base(engine, volume.shape_vox, plan, self._sizes)
+            words |= {"limit_bytes": limit_bytes - self._base.resident, "tile_bytes": self._base.each}
+        return layout_for(volume, spacing_mm, plan, self._sizes, **words)
 
     @property
     def engine(self) -> Engine | None:
@@ -120,6 +166,9 @@ class Predictor:
     def _take(self, choice: Choice) -> Engine:
         """The chosen engine, averaged as asked, and its reason told."""
         self._on_choice(choice.reason)
+        # The samples that it was held to are of no more use, and those of many classes take as much memory as a tile does.
+        del self._engines
+        self.bundle = replace(self.bundle, samples=None)
         return choice.engine.averaged(self.tta, self.mirror_axes, self.bundle.plan.spacing_mm)
 
     def _known_sizes(self, head: int | None) -> Sized:
@@ -131,7 +180,7 @@ class Predictor:
         assert network is not None, "such bundles are for torch alone"
         return network
 
-    def _check(self, image: Image) -> None:
+    def _check(self, image: Volume) -> None:
         """Refuse an image of another kind than the training images."""
         plan = self.bundle.plan
         if image.channels not in (plan.channels, 1 if plan.channels == 3 else plan.channels):
@@ -142,6 +191,22 @@ class Predictor:
             raise DataError(
                 image.path, expected=f"{len(plan.spacing_mm)} axes as in training", got=got, do="use a model trained on such images"
             )
+
+
+class Base(NamedTuple):
+    """Memory of a process with its engine warm, and of each voxel of a tile in the engine."""
+
+    resident: int
+    each: float
+
+
+def measure_base(engine: Engine, shape_vox: Shape, plan: Plan, network: Sized) -> Base:
+    """What the process holds once the network has computed a tile of a patch's size, measured by computing one."""
+    before = resident_bytes()
+    tile = choose_tile(shape_vox[-plan.dims :], plan, network, grow=False)
+    engine(np.zeros((plan.channels, *(side + 2 * network.context_vox for side in tile)), np.float32))
+    after = resident_bytes(most=True)
+    return Base(after, max(0, after - before) / math.prod(tile))
 
 
 def mirror_axes(plan: Plan, tta: TTA) -> tuple[int, ...]:

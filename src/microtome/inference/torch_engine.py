@@ -7,7 +7,7 @@ import torch
 
 from microtome.bundle import Bundle
 from microtome.geometry import Spacing
-from microtome.inference.averaging import Pass, mirrored_mean, rotated_mean
+from microtome.inference.averaging import Pass, mirrored_mean, rotated_mean, with_entropy
 from microtome.inference.cuda_graphs import RepeatedTiles
 from microtome.inference.devices import arithmetic, has_bf16, to_device
 from microtome.inference.mirroring import TTA
@@ -27,6 +27,7 @@ class TorchEngine:
         mirror_axes: axes of S that may be mirrored.
         spacing_mm: voxel size of the network's grid, of which the last two count: what is turned is millimetres.
         forward: what is called in the network's place, and gives the same; None: the network.
+        spread: whether the output has a last layer more, as `mirroring.with_spread` says.
     """
 
     network: Network
@@ -36,6 +37,7 @@ class TorchEngine:
     mirror_axes: tuple[int, ...] = ()
     spacing_mm: Spacing = (1.0, 1.0)
     forward: Pass | None = None
+    spread: bool = False
 
     @property
     def name(self) -> str:
@@ -43,9 +45,10 @@ class TorchEngine:
         return "torch" if (self.precision, self._dtype()) == ("fp32", torch.float32) else "torch-bf16"
 
     def __call__(self, image_CS: np.ndarray) -> np.ndarray:
-        """Logits (K, *S') float32 of one tile (C, *S); S' is S less the network's border on both sides."""
+        """Logits (K, *S'), or with `spread` (K + 1, *S'), float32 of one tile (C, *S); S' is S less the network's border on both sides."""
         image_BCS = torch.from_numpy(image_CS).unsqueeze(0).to(self.device, self._dtype())
         forward = self.forward or self.network
+        forward = with_entropy(forward) if self.spread else forward
         with torch.inference_mode(), arithmetic(self.device, self.precision):
             if self.tta == "rotations":
                 sizes, border = self.network.nearest_sizes, self.network.context_vox
@@ -58,6 +61,10 @@ class TorchEngine:
     def averaged(self, tta: TTA, mirror_axes: tuple[int, ...], spacing_mm: Spacing) -> "TorchEngine":
         """The same network, its output the mean over versions of the tile."""
         return replace(self, tta=tta, mirror_axes=mirror_axes, spacing_mm=spacing_mm)
+
+    def with_spread(self) -> "TorchEngine":
+        """The same network, its output with the mean entropy of the passes as a last layer."""
+        return replace(self, spread=True)
 
     def _dtype(self) -> torch.dtype:
         """The type of the weights."""

@@ -15,13 +15,16 @@ from microtome.inference.restore import restore
 from microtome.training.golden import samples_of
 
 
-def complete_model(folder: Path, dataset: Dataset, cases: Sequence[Case]) -> str | None:
-    """Add samples to the bundle in `folder`, and write its graph beside it if `onnx` is installed; what is there already stays.
+def complete_model(folder: Path, dataset: Dataset, cases: Sequence[Case], temperature: float = 1.0) -> str | None:
+    """Add temperature and samples to the bundle in `folder`, and write its graph beside it if `onnx` is installed.
+
+    What is there already stays, but another temperature.
 
     Args:
         folder: of the run or the model.
         dataset: that it was trained on.
         cases: that it was trained on, of which samples are cut.
+        temperature: that was fitted to its validation cases.
 
     Returns:
         what could not be done, in a line for people: torch predicts with the model all the same. None if all is there, or there is
@@ -29,6 +32,9 @@ def complete_model(folder: Path, dataset: Dataset, cases: Sequence[Case]) -> str
     """
     try:
         bundle = load_bundle(folder)
+        if bundle.temperature != temperature:
+            # By itself, so that samples that cannot be cut do not cost it.
+            bundle = _saved(replace(bundle, temperature=temperature))
         if bundle.samples is None:
             bundle = _with_samples(bundle, dataset, cases)
         if find_graph(bundle, "onnx") is None and find_spec("onnx") is not None:
@@ -42,5 +48,10 @@ def _with_samples(bundle: Bundle, dataset: Dataset, cases: Sequence[Case]) -> Bu
     """The bundle, saved again in its place with samples and with what its network says of sizes."""
     network = restore(bundle)
     samples = samples_of(dataset, cases, bundle.plan, network)
+    return _saved(replace(bundle, samples=samples, sizes=network.sizes, context_vox=network.context_vox))
+
+
+def _saved(bundle: Bundle) -> Bundle:
+    """A bundle that was loaded, changed, in its place."""
     assert bundle.folder is not None, "it was loaded"
-    return save_bundle(bundle.folder, replace(bundle, samples=samples, sizes=network.sizes, context_vox=network.context_vox))
+    return save_bundle(bundle.folder, bundle)

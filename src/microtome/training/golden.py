@@ -104,9 +104,9 @@ def calibration_shape(plan: Plan, network: Network, golden_vox: Shape) -> tuple[
 
 def _prepared(dataset: Dataset, case: Case, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """A case's image (C, *S) as the network sees it, and the places (N,) of its foreground, or of all that is annotated, in flat order."""
-    image = dataset.read_image(case)
+    image, truth = dataset.read_pair(case)
     grid = grid_shape(image.shape_vox, voxel_size(image, plan), plan)
-    label, background = resample_labels(dataset.read_label(case), grid), dataset.legend.background
+    label, background = resample_labels(truth, grid), dataset.legend.background
     foreground = np.flatnonzero((label != NOT_ANNOTATED) & (label != background))
     if not len(foreground):
         foreground = np.flatnonzero(label != NOT_ANNOTATED)

@@ -123,14 +123,25 @@ def _pieces(label_S: np.ndarray, background: int | None) -> np.ndarray:
 def quantiles(image_CS: np.ndarray, scale: Scale | None = None) -> np.ndarray:
     """257 evenly spaced quantiles of each channel of an image's grey values, (C, 257) float32, linear between its sorted values."""
     count = math.prod(image_CS.shape[1:])
-    place = np.linspace(0, count - 1, QUANTILES)
-    below = place.astype(int)
-    above, share = np.minimum(below + 1, count - 1), place - below
+    below, above, _ = quantile_places(count)
     ends = np.empty((len(image_CS), 2, QUANTILES), np.float32)
     for pair, channel in zip(ends, image_CS, strict=True):
         # A sort of the whole is several times faster than NumPy's search for so many quantiles.
         values = np.sort(channel, axis=None)
         pair[:] = values[below], values[above]
+    return between(ends, count, scale)
+
+
+def quantile_places(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of so many sorted values: the places below and above each quantile, and how far it lies from the one to the other; (257,) each."""
+    place = np.linspace(0, count - 1, QUANTILES)
+    below = place.astype(int)
+    return below, np.minimum(below + 1, count - 1), place - below
+
+
+def between(ends: np.ndarray, count: int, scale: Scale | None = None) -> np.ndarray:
+    """The quantiles (C, 257) float32 of so many values, from those below and above each of them (C, 2, 257) float32, scaled in place."""
+    share = quantile_places(count)[2]
     if scale is not None:
         # Scaling keeps the order of values, so the few are scaled and not the many.
         scale.apply(ends)
@@ -158,7 +169,7 @@ def draw_voxels(rng: np.random.Generator, label: np.ndarray, k: int) -> np.ndarr
 
 def stored_bytes(dataset: Dataset, case: Case, plan: Plan) -> int:
     """How many bytes a case takes on disk, uncompressed, at most; from its header."""
-    grids = _grids(dataset, case, plan)
+    grids = grids_of(dataset, case, plan)
     voxels = math.prod(grids.new)
     # Of several files only the first's type is known.
     own = min(4, grids.value_bytes) if grids.old == grids.new and len(case.images) == 1 else 4
@@ -172,7 +183,7 @@ def working_bytes(dataset: Dataset, case: Case, plan: Plan) -> int:
 
     Measured by `tracemalloc`: see tests/test_preparing.py.
     """
-    grids, channels = _grids(dataset, case, plan), plan.channels
+    grids, channels = grids_of(dataset, case, plan), plan.channels
     read, made = math.prod(grids.file), math.prod(grids.new)
     # The reader's bytes and the array of them, or the array and its grey values.
     image = max(2 * grids.value_bytes, grids.value_bytes + 4) * channels * read + 4 * channels * made
@@ -185,7 +196,7 @@ def working_bytes(dataset: Dataset, case: Case, plan: Plan) -> int:
     return max(image, label, found, borders) + WORKING_FLOOR
 
 
-class _Grids(NamedTuple):
+class Grids(NamedTuple):
     """Shapes along S of a case's file, of the case in it and on the plan's grid, and the bytes of a value in the file."""
 
     file: Shape
@@ -194,13 +205,12 @@ class _Grids(NamedTuple):
     value_bytes: int
 
 
-def _grids(dataset: Dataset, case: Case, plan: Plan) -> _Grids:
+def grids_of(dataset: Dataset, case: Case, plan: Plan) -> Grids:
     """The sizes of a case, from its header."""
-    # Parts of one stack carry its name with their sections behind it.
-    header = dataset.headers[case.name if case.name in dataset.headers else case.name.rpartition("[")[0]]
+    header = dataset.header(case)
     shape = header.shape_vox
     if case.sections:
         shape = (case.sections[1] - case.sections[0], *shape[1:])
     assumed = header.spacing_mm if header.spacing_known else plan.assumed_spacing_mm or header.spacing_mm
     spacing_mm = plan.stated_spacing_mm or dataset.config.spacing_mm or assumed
-    return _Grids(header.shape_vox, shape, grid_shape(shape, spacing_mm, plan), np.dtype(header.dtype).itemsize)
+    return Grids(header.shape_vox, shape, grid_shape(shape, spacing_mm, plan), np.dtype(header.dtype).itemsize)

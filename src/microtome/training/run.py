@@ -278,7 +278,7 @@ class _Session:
 
     def finish(self) -> None:
         """Predict the validation cases with the best weights, score them, write the report, remove what only training needed."""
-        progress, subset = self.state.progress, None
+        progress, subset, temperature = self.state.progress, None, 1.0
         if progress.best is None:
             # The minutes were over before the first validation, and the process was gone.
             self.save(self.state, validate_now(self.state, self.hooks))
@@ -290,8 +290,9 @@ class _Session:
             if metrics:
                 write_json(self.folder / "metrics.json", metrics)
                 subset = metrics["conventions"].get("validation_subset")
+                temperature = metrics.get("calibration", {}).get("temperature", 1.0)
         # After the scores, which it must not cost.
-        if problem := complete_model(self.folder, self.dataset, self.split.train):
+        if problem := complete_model(self.folder, self.dataset, self.split.train, temperature):
             self.on_event({"event": "finding", "step": progress.step, "severity": "warning", "message": problem})
         reason = "the minutes are over" if self.plan.minutes else "all steps are done"
         if self.plan.minutes and progress.step < self.plan.steps / 2:

@@ -16,11 +16,13 @@ import numpy as np
 
 from microtome.config import Plan
 from microtome.data.dataset import Case, Dataset
+from microtome.data.names import stamp_of
 from microtome.errors import DataWarning, RunError
 from microtome.files import atomic_path
 from microtome.geometry import Shape
 from microtome.machine import free_memory_bytes
 from microtome.training.arrays import MAPPED, SHARDED, Arrays, Scale, StoredArray, packed_bytes, smallest, write_array
+from microtome.training.direct import DirectImage, DirectLabel, Facts, gather, goes_direct, open_views
 from microtome.training.preparing import class_counts, draw_voxels, prepare, quantiles, stored_bytes, working_bytes
 
 # Part of the key of stored files: what an earlier version of this program wrote is not taken for this one's.
@@ -29,6 +31,8 @@ FORMAT = 2
 MOST_THREADS = 16
 # Of the memory that is free when preparing begins; the rest is for what the estimate does not know, and for other programs.
 MEMORY_SHARE = 0.6
+# About what is taken while facts of a case are gathered that is read from where it is: parts as float32, histograms.
+GATHERING_BYTES = 2**30
 # Other cases may compress worse than the first.
 PACKED_MARGIN = 1.15
 # What the name of a stored file begins with: the number of the case, and its key.
@@ -41,7 +45,7 @@ class StoredCase:
 
     Attributes:
         name: the case's name.
-        image: (C, *S) as stored; `crop` gives grey values.
+        image: (C, *S) as stored, here or in the data's own store; `crop` gives grey values.
         label: (*S) as stored, -1 where not annotated.
         class_voxels: for each class that it holds, up to 2000 voxel indices (N, D) drawn from all of them.
         class_counts: how many voxels of each of these classes it really holds.
@@ -52,8 +56,8 @@ class StoredCase:
     """
 
     name: str
-    image: StoredArray | np.ndarray
-    label: StoredArray | np.ndarray
+    image: StoredArray | DirectImage | np.ndarray
+    label: StoredArray | DirectLabel | np.ndarray
     class_voxels: Mapping[int, np.ndarray]
     class_counts: Mapping[int, int]
     weight: float
@@ -97,12 +101,19 @@ class StoredCase:
 
 
 def store_cases(
-    dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Path, on_case: Callable[[int, int], None] = lambda done, of: None
+    dataset: Dataset,
+    cases: Sequence[Case],
+    plan: Plan,
+    folder: Path,
+    on_case: Callable[[int, int], None] = lambda done, of: None,
+    *,
+    direct: bool | None = None,
 ) -> list[StoredCase]:
     """Preprocess cases into `folder` (or take what lies there from an interrupted run); those that hold annotations.
 
     As many at once as there are cores, and as fit into memory, each in a thread of its own. Compressed where the disk is too
     small for them as they are. Each file appears only when complete, and is the same whatever else was prepared beside it.
+    Of a case that is too large for a copy, and whose patches can be read from where it is, only facts are written.
 
     Args:
         dataset: holds the cases.
@@ -110,8 +121,10 @@ def store_cases(
         plan: says grid, grey values, weights and seed.
         folder: of this run alone; what lies there of an interrupted write or of another plan is removed.
         on_case: is told how many of the cases to prepare are done, and how many there are.
+        direct: whether cases are read from where they are; None: those that take more than a quarter of the free memory.
 
     Raises:
+        DataError: a case does not fit in memory, and can neither be read from where it is; says why.
         RunError: they do not fit on the disk, even compressed; or the disk became full, and what was prepared is good.
 
     Warns:
@@ -121,12 +134,17 @@ def store_cases(
     stems = [folder / f"{number:05d}-{_key(dataset, case, plan)}" for number, case in enumerate(cases)]
     missing = [number for number, stem in enumerate(stems) if not _is_stored(stem)]
     _sweep(folder, {stem.name for number, stem in enumerate(stems) if number not in missing})
-    kind = _choose_kind(dataset, [cases[number] for number in missing], plan, folder)
+    in_place = {number for number in missing if goes_direct(dataset, cases[number], plan, direct)}
+    kind = _choose_kind(dataset, [cases[number] for number in missing if number not in in_place], plan, folder)
 
     def store(number: int) -> None:
-        _store(dataset, cases[number], plan, stems[number].with_suffix(kind), np.random.default_rng([plan.seed, number]))
+        rng = np.random.default_rng([plan.seed, number])
+        if number in in_place:
+            _note(stems[number], gather(dataset, cases[number], plan, rng))
+        else:
+            _store(dataset, cases[number], plan, stems[number].with_suffix(kind), rng)
 
-    sizes = {number: working_bytes(dataset, cases[number], plan) for number in missing}
+    sizes = {number: GATHERING_BYTES if number in in_place else working_bytes(dataset, cases[number], plan) for number in missing}
     left = set(missing)
 
     def done(number: int) -> None:
@@ -136,9 +154,9 @@ def store_cases(
     try:
         run_within(int(MEMORY_SHARE * free_memory_bytes()), sizes, store, done)
     except RunError as error:
-        raise _stopped(dataset, [cases[number] for number in sorted(left)], plan, error) from error
+        raise _stopped(dataset, [cases[number] for number in sorted(left - in_place)], plan, error) from error
     arrays = Arrays()
-    stored = [_open(case, stem, arrays) for case, stem in zip(cases, stems, strict=True)]
+    stored = [_open(dataset, case, stem, arrays) for case, stem in zip(cases, stems, strict=True)]
     return [case for case in stored if case.class_voxels]
 
 
@@ -215,8 +233,7 @@ def _key(dataset: Dataset, case: Case, plan: Plan) -> str:
     grid = (plan.dims, plan.spacing_mm, plan.stated_spacing_mm, plan.assumed_spacing_mm, plan.resize_vox, plan.interpolation)
     loss = plan.loss
     borders = (loss.border_weight, loss.border_sigma, loss.balance_classes) if loss.border_weight else ()
-    stats = [(path.name, path.stat()) for path in (*case.images, *case.labels)]
-    files = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    files = [stamp_of(path) for path in (*case.images, *case.labels)]
     data = (case.name, case.sections, case.planes, files, replace(dataset.legend, reason=""), dataset.config.spacing_mm)
     settings = repr((FORMAT, *data, grid, plan.normalisation, borders, plan.seed))
     return hashlib.blake2b(settings.encode(), digest_size=4).hexdigest()
@@ -245,26 +262,39 @@ def _store(dataset: Dataset, case: Case, plan: Plan, stem: Path, rng: np.random.
         if array is not None:
             write_array(stem.with_suffix(f".{name}{stem.suffix}"), array, plan.dims)
     counts = class_counts(label)
-    found = {f"{k}": draw_voxels(rng, label, k) for k in counts}
-    found["counts"] = np.array(list(counts.items()), np.int64).reshape(-1, 2)
-    found["quantiles"], found["shape"] = quantiles(image, scale), np.array(image.shape)
-    if scale is not None:
-        found["scale"] = np.stack(scale)
+    voxels = {k: draw_voxels(rng, label, k) for k in counts}
+    _write_facts(stem, {"shape": np.array(image.shape)}, Facts(voxels, counts, quantiles(image, scale), scale, np.empty(0)))
+
+
+def _note(stem: Path, facts: Facts) -> None:
+    """Write what is known of a case that is read from where it is."""
+    _write_facts(stem, {"fill": facts.fill}, facts)
+
+
+def _write_facts(stem: Path, beside: Mapping[str, np.ndarray], facts: Facts) -> None:
+    """Write the file that makes a case complete."""
+    found = {**beside, **{f"{k}": places for k, places in facts.voxels.items()}, "quantiles": facts.quantiles}
+    found["counts"] = np.array(list(facts.counts.items()), np.int64).reshape(-1, 2)
+    if facts.scale is not None:
+        found["scale"] = np.stack(facts.scale)
     with atomic_path(stem.with_suffix(".voxels.npz")) as part, part.open("wb") as file:
         np.savez(file, allow_pickle=False, **found)
 
 
-def _open(case: Case, stem: Path, arrays: Arrays) -> StoredCase:
-    """A case that was stored; its arrays are opened when they are first read."""
+def _open(dataset: Dataset, case: Case, stem: Path, arrays: Arrays) -> StoredCase:
+    """A case that was stored or noted; its arrays are opened when they are first read."""
     with np.load(stem.with_suffix(".voxels.npz"), allow_pickle=False) as file:
         counts = {int(k): int(count) for k, count in file["counts"]}
         voxels = {k: file[str(k)] for k in counts}
-        table, shape = file["quantiles"], tuple(int(size) for size in file["shape"])
+        table, fill = file["quantiles"], file.get("fill")
+        shape = tuple(int(size) for size in file["shape"]) if fill is None else ()
         scale = Scale.of(file["scale"]) if "scale" in file else None
+    # Parts of one stack are drawn by their size; separate images equally often, whatever their size.
+    weight = float(sum(counts.values())) if case.sections else 1.0
+    if fill is not None:
+        return StoredCase(case.name, *open_views(dataset, case, fill), voxels, counts, weight, table, None, scale)
     image, label = arrays.find(stem, "image", shape), arrays.find(stem, "label", shape[1:])
     weight_map = (
         arrays.find(stem, "weight", shape[1:]) if any(stem.with_suffix(f".weight{kind}").exists() for kind in (MAPPED, SHARDED)) else None
     )
-    # Parts of one stack are drawn by their size; separate images equally often, whatever their size.
-    weight = float(sum(counts.values())) if case.sections else 1.0
     return StoredCase(case.name, image, label, voxels, counts, weight, table, weight_map, scale)

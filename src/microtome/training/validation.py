@@ -16,21 +16,29 @@ from microtome.config import Plan
 from microtome.data.case import Case
 from microtome.data.dataset import Dataset
 from microtome.data.listing import recording
+from microtome.data.names import some
+from microtome.evaluation.calibration import BINS, Evidence, calibrate
 from microtome.evaluation.metrics import dice
 from microtome.evaluation.scores import CaseScore, score_case, summarise
 from microtome.images.files import label_suffix, write_labels
 from microtome.images.image import Image
+from microtome.inference.mirroring import Engine
 from microtome.inference.predict import predict_labels
 from microtome.inference.predict_files import safe_name
 from microtome.inference.predictor import Predictor
 from microtome.inference.torch_engine import TorchEngine
-from microtome.preprocess import voxel_size
+from microtome.preprocess import grid_shape, normalise, resample, resample_labels, voxel_size
+from microtome.tiling import Tile, cover, read_mirrored
 from microtome.training.checkpoint import TrainState
 from microtome.training.loop import Event
 
 # Cases that are predicted at each validation during training, and the share of the minutes that one may take.
 MOST_VALIDATED = 24
 SHARE_OF_MINUTES = 0.03
+# Tiles that the network is shown again to see how sure it is: of all cases together, and of each at most this share of its own.
+MOST_TILES, SHARE_OF_TILES = 32, 0.25
+# Voxels that are kept of them, and their values over all classes, which are time and memory of the fit.
+MOST_VOXELS, MOST_VALUES = 200_000, 1 << 21
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,14 +78,15 @@ class Validation:
         engine = TorchEngine(network=state.average, device=self.device, precision=self.plan.precision)
         began = time.perf_counter()
         for case in self.shuffled[: progress.validated or MOST_VALIDATED]:
-            image, truth = self.dataset.read_image(case), self.dataset.read_label(case)
+            image, truth = self.dataset.read_pair(case)
             labels = predict_labels(image.array, voxel_size(image, self.plan), plan=self.plan, network=state.average, engine=engine)
             annotated = truth >= 0
             table.append([dice((truth == k) & annotated, (labels == k) & annotated) for k in range(len(self.plan.classes))])
             spent = time.perf_counter() - began
             if len(table) == 1 and self.plan.minutes is not None:
-                beside = self._seconds_beside(case, image, truth, labels)
-                began += beside
+                stopped = time.perf_counter()
+                beside = self._seconds_beside(case, image, truth, labels, engine)
+                began += time.perf_counter() - stopped
             if not progress.validated and spent + beside > limit:
                 break
         progress.validated = len(table)
@@ -89,6 +98,8 @@ class Validation:
     ) -> dict[str, Any] | None:
         """Write the predictions of all cases, or of as many of the first as the seconds allow, at least one; their scores.
 
+        How sure the network is of some voxels is asked at the same time, while a case is there, and within the same seconds.
+
         Returns:
             the content of `metrics.json`; None where nothing is annotated.
         """
@@ -96,16 +107,19 @@ class Validation:
         # What lies there is from an end before, by other weights, and may be of more cases.
         shutil.rmtree(out, ignore_errors=True)
         rows: dict[str, list[CaseScore]] = {}
+        gathered: list[Evidence] = []
         unknown = []
         began = time.perf_counter()
         with recording(out, legend, (safe_name(case.name) for case in cases)) as record:
             for done, case in enumerate(cases, start=1):
-                image, truth = self.dataset.read_image(case), self.dataset.read_label(case)
+                image, truth = self.dataset.read_pair(case)
                 labels = predictor(image)
                 record.add(self._write(out, case, image, labels), case)
                 rows[case.name] = self._scores(case, image, truth, labels)
                 if not image.spacing_known:
                     unknown.append(case.name)
+                if done <= MOST_TILES and predictor.engine is not None and predictor.bundle.context_vox is not None:
+                    gathered += self.evidence(case, image, truth, predictor.engine, predictor.bundle.context_vox)
                 on_event({"event": "predicted", "case": case.name, "done": done, "of": len(cases)})
                 if (time.perf_counter() - began) * (done + 1) / done > most_seconds:
                     break
@@ -116,9 +130,49 @@ class Validation:
         metrics = summarise(flat, legend, in_voxels=in_voxels, groups={case.name: case.group for case in self.cases})
         if len(rows) < len(cases):
             metrics["conventions"]["validation_subset"] = f"{len(rows)} of {len(cases)} cases, as the minutes allowed"
-        return metrics
+        large = [case.name for case in cases if case.name in rows and self.dataset.is_large(case)]
+        if large:
+            metrics["conventions"]["validation_parts"] = f"of {some(large)} the middle alone, as it is too large to be held as a whole"
+        return metrics | _calibration(gathered, metrics["conventions"])
 
-    def _seconds_beside(self, case: Case, image: Image, truth: np.ndarray, labels: np.ndarray) -> float:
+    def evidence(self, case: Case, image: Image, truth: np.ndarray, engine: Engine, context_vox: int) -> list[Evidence]:
+        """What the network says of annotated voxels of a case, on its own grid; the same each time, by the plan's seed.
+
+        A voxel of each class in turn is drawn, and the tile that answers for it is computed as prediction would, had it no tiles larger
+        than a patch, before it is blended with others. Of the part that the tile answers for any voxels are taken: near what is
+        looked for, and there each class as often as it is. Were as many taken of each class, "right nine times in ten" would
+        be said of voxels that nobody meets.
+
+        Args:
+            case: of the validation.
+            image: its image as read.
+            truth: its label (*S), -1 not annotated.
+            engine: the network, not averaged.
+            context_vox: border that its output lacks.
+        """
+        plan = self.plan
+        label_S = resample_labels(truth, grid_shape(image.shape_vox, voxel_size(image, plan), plan))
+        rng = np.random.default_rng([plan.seed, self.cases.index(case)])
+        looked_at = min(len(self.cases), MOST_TILES)
+        chosen = _choose_tiles(label_S, plan, context_vox, MOST_TILES // looked_at, rng)
+        if not chosen:
+            return []
+        prepared_CS = resample(normalise(image.array, plan.normalisation), label_S.shape, plan.interpolation)
+        most = min(MOST_VOXELS, MOST_VALUES // len(plan.classes)) // (looked_at * len(chosen))
+        found = []
+        for section, tile in chosen:
+            plane_CS, annotation_S = (prepared_CS, label_S) if section is None else (prepared_CS[:, section], label_S[section])
+            logits_KS = engine(read_mirrored(plane_CS, tile.read))
+            inside = tuple(slice(a - first, b - first) for (a, b), (first, _) in zip(tile.write, tile.blend, strict=True))
+            truth_N = annotation_S[tuple(slice(a, b) for a, b in tile.write)].reshape(-1)
+            places = np.flatnonzero(truth_N >= 0)
+            if len(places) > most:
+                places = rng.choice(places, most, replace=False)
+            logits_KN = logits_KS[:, *inside].reshape(len(logits_KS), -1)[:, places]
+            found.append(Evidence(group=case.group or case.name, logits_KN=logits_KN, truth_N=truth_N[places]))
+        return found
+
+    def _seconds_beside(self, case: Case, image: Image, truth: np.ndarray, labels: np.ndarray, engine: TorchEngine) -> float:
         """What the last prediction does with a case beside predicting it: how long it takes."""
         began = time.perf_counter()
         cache = self.folder / "cache"
@@ -126,7 +180,10 @@ class Validation:
         with TemporaryDirectory(dir=cache) as folder:
             self._write(Path(folder), case, image, labels)
             self._scores(case, image, truth, labels)
-        return time.perf_counter() - began
+        scored = time.perf_counter()
+        self.evidence(case, image, truth, engine, engine.network.context_vox)
+        # Of many cases the first alone are asked.
+        return scored - began + (time.perf_counter() - scored) * min(1.0, MOST_TILES / len(self.cases))
 
     def _write(self, folder: Path, case: Case, image: Image, labels: np.ndarray) -> Path:
         """Write a prediction with the values of the training labels, under the case's name."""
@@ -146,6 +203,45 @@ class Validation:
         mean = _mean([means[k] for k in self.dataset.legend.foreground])
         classes = dict(zip(self.plan.classes, map(_number, means), strict=True))
         return {"score": 0.0 if math.isnan(mean) else mean, "dice": _number(mean), "classes": classes}
+
+
+def _choose_tiles(label_S: np.ndarray, plan: Plan, context_vox: int, most: int, rng: np.random.Generator) -> list[tuple[int | None, Tile]]:
+    """Tiles of a label map, each with the section that it is of, if a 2D network sees a volume; none where nothing is annotated.
+
+    As many at most as are asked for, and as a share of all of them is, but one at least.
+    """
+    sections = label_S.ndim - plan.dims
+    side = tuple(size - 2 * context_vox for size in plan.patch_vox)
+    parts = cover(label_S.shape[sections:], side, overlap=plan.overlap, context_vox=(context_vox,) * plan.dims)
+    # Of each row, how often each class occurs: places are found without a list of all of them, which would be several volumes.
+    counts = np.stack([np.bincount(row[row >= 0], minlength=len(plan.classes)) for row in label_S])
+    present = rng.permutation(np.flatnonzero(counts.sum(axis=0)))
+    if not len(present):
+        return []
+    most = max(1, min(most, int(SHARE_OF_TILES * len(parts) * math.prod(label_S.shape[:sections]))))
+    chosen: list[tuple[int | None, Tile]] = []
+    for number in range(most):
+        k = present[number % len(present)]
+        row = int(np.searchsorted(np.cumsum(counts[:, k]), rng.integers(counts[:, k].sum()), side="right"))
+        within = rng.choice(np.flatnonzero(label_S[row] == k))
+        at = (row, *(int(index) for index in np.unravel_index(within, label_S.shape[1:])))
+        tile = next(part for part in parts if all(a <= index < b for (a, b), index in zip(part.write, at[sections:], strict=True)))
+        found = (row if sections else None, tile)
+        if found not in chosen:
+            chosen.append(found)
+    return chosen
+
+
+def _calibration(gathered: Sequence[Evidence], conventions: dict[str, Any]) -> dict[str, Any]:
+    """What metrics.json says of calibration, if anything can be said; adds to its conventions how it was made."""
+    found = calibrate(gathered)
+    if found is None:
+        return {}
+    conventions["calibration"] = (
+        f"{found.words}; ECE: {BINS} bins of equal width of the chosen class's probability; Brier: squares summed over classes, 0 to 2; "
+        "NLL in nats; of voxels in tiles around every class"
+    )
+    return {"calibration": found.to_json()}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -1,0 +1,213 @@
+"""DICOM segmentation objects <-> label map: read by highdicom, and written with references to the slices that were labelled."""
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from microtome.errors import DataError, missing_extra
+from microtome.files import atomic_path
+from microtome.geometry import format_shape, spacing_of
+from microtome.images.image import Header, Image, Limits, decoding
+from microtome.images.itk import LPS_TO_RAS
+from microtome.images.volume import Volume, volume_of
+
+SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
+_MOST_SEGMENTS = 255
+# A segment that is written here has the value of the label map as its code in this scheme.
+_SCHEME = "99MICROTOME"
+
+
+def pydicom_for(path: Path) -> Any:
+    """The library, which few need."""
+    try:
+        import pydicom
+    except ImportError:
+        raise missing_extra(str(path), "pydicom", "medical") from None
+    return pydicom
+
+
+def open_segmentation(path: Path, limits: Limits) -> Volume:
+    """The label map (1, Z, Y, X) of a segmentation, decoded now; `extra["classes"]` holds the names of its values.
+
+    Values are those that `write_seg` was given; of a segmentation of another program the numbers of its segments.
+
+    Raises:
+        DataError: damaged, segments that overlap, fractions, no place in a patient, or beyond `limits`.
+    """
+    highdicom = _highdicom(path)
+    with decoding(path, "DICOM"):
+        segments = highdicom.seg.segread(path)
+        place = segments.get_volume_geometry()
+        if place is None:
+            segments = _without_spacing(highdicom, path)
+            place = segments.get_volume_geometry()
+        if place is None:
+            raise DataError(path, expected="planes at equal distances", got="none", do="export it with its series")
+        affine = LPS_TO_RAS @ np.asarray(place.affine)
+        header = Header(
+            shape_vox=tuple(place.spatial_shape),
+            channels=1,
+            dtype="uint16",
+            spacing_mm=spacing_of(affine),
+            spacing_known=True,
+            format="dicom",
+        )
+        limits.check(path, header)
+        try:
+            volume = segments.get_volume(combine_segments=True, dtype=np.uint16)
+        except RuntimeError as error:
+            got = str(error).splitlines()[0]
+            raise DataError(path, expected="segments that do not overlap", got=got, do="export each as a file") from error
+        numbers, names = _values_of(segments)
+    labels = numbers[np.asarray(volume.array)]
+    # As series are: along the normal of rows and columns, which have the opposite order in an affine of z, y, x.
+    if np.linalg.det(affine[:3, :3]) > 0:
+        labels, affine = labels[::-1], affine @ _turned(len(labels))
+    image = Image(
+        array=np.ascontiguousarray(labels)[None],
+        spacing_mm=spacing_of(affine),
+        affine=affine,
+        axes="CZYX",
+        path=path,
+        format="dicom",
+        extra={"classes": names},
+    )
+    return volume_of(image)
+
+
+def write_seg(path: Path, image: Image) -> None:
+    """Write a label map (1, Z, Y, X) as a segmentation of one binary segment for each value above 0, in one step.
+
+    Args:
+        path: of the file.
+        image: of integers from 0. `extra["source"]` are the files of its slices in their order, as `open_dicom` gives them,
+            with `extra["frames"]` where they are of one file; `extra["classes"]`, optional, names values; all that it
+            names are segments, be there voxels of them or not.
+
+    Raises:
+        DataError: other values, more than 255 of them, or an image that is no series.
+    """
+    highdicom = _highdicom(path)
+    files, frames = [Path(file) for file in image.extra.get("source", ())], list(image.extra.get("frames", ()))
+    if image.array.ndim != 4 or image.channels != 1 or len(files) != len(image.array[0]):
+        got = f"{image.channels} channels of {format_shape(image.shape_vox)} from {len(files)} slices"
+        raise DataError(path, expected="a label map of a DICOM series", got=got, do="write .nii.gz, .tif or .png instead")
+    names = _named(path, image)
+    order = np.argsort(frames, kind="stable") if frames and len(set(files)) == 1 else np.arange(len(files))
+    labels = image.array[0][order]
+    numbers = np.where(labels > 0, np.searchsorted(list(names), labels) + 1, 0).astype(np.uint8)
+    with decoding(files[0], "DICOM"), warnings.catch_warnings():
+        # Of names of patients that have one part, and the like.
+        warnings.simplefilter("ignore", UserWarning)
+        sources = [pydicom_for(path).dcmread(file, stop_before_pixels=True) for file in dict.fromkeys(files)]
+        _set_spacing(sources, image)
+        segmentation = highdicom.seg.Segmentation(
+            source_images=sources,
+            pixel_array=numbers,
+            segmentation_type="BINARY",
+            segment_descriptions=[_segment(highdicom, number, *one) for number, one in enumerate(names.items(), start=1)],
+            series_instance_uid=highdicom.UID(),
+            series_number=900,
+            sop_instance_uid=highdicom.UID(),
+            instance_number=1,
+            manufacturer="microtome",
+            manufacturer_model_name="microtome",
+            software_versions=version("microtome"),
+            device_serial_number="0",
+            # All planes of the series, so that the label map that is read has its shape.
+            omit_empty_frames=False,
+        )
+    with atomic_path(path) as part:
+        segmentation.save_as(part)
+
+
+def _highdicom(path: Path) -> Any:
+    """The library, which few need."""
+    try:
+        import highdicom
+    except ImportError:
+        raise missing_extra(str(path), "highdicom", "medical") from None
+    return highdicom
+
+
+def _named(path: Path, image: Image) -> dict[int, str]:
+    """Names of the values above 0, by value; the values that are there if the image names none.
+
+    Raises:
+        DataError: values that no segment can have.
+    """
+    array = image.array
+    if array.dtype.kind not in "biu" or int(array.min(initial=0)) < 0:
+        got = f"{array.dtype} from {array.min(initial=0)}"
+        raise DataError(path, expected="whole numbers from 0", got=got, do="write .nii.gz instead")
+    given: Mapping[int, str] = image.extra.get("classes") or {}
+    # No segmentation is without a segment.
+    values = sorted({int(value) for value in (*np.unique(array), *given) if value > 0}) or [1]
+    if len(values) > _MOST_SEGMENTS:
+        got = f"{len(values)} of them"
+        raise DataError(path, expected=f"at most {_MOST_SEGMENTS} segments", got=got, do="write .nii.gz instead")
+    return {value: str(given.get(value, f"label {value}")) for value in values}
+
+
+def _segment(highdicom: Any, number: int, value: int, name: str) -> Any:
+    """The description of a segment, with the value that it has in the label map."""
+    from pydicom.sr.codedict import codes
+
+    algorithm = highdicom.AlgorithmIdentificationSequence(
+        name="microtome", version=version("microtome"), family=codes.DCM.ArtificialIntelligence
+    )
+    return highdicom.seg.SegmentDescription(
+        segment_number=number,
+        segment_label=name[:64],
+        segmented_property_category=codes.SCT.Tissue,
+        segmented_property_type=highdicom.sr.CodedConcept(str(value), _SCHEME, name[:64]),
+        algorithm_type="AUTOMATIC",
+        algorithm_identification=algorithm,
+    )
+
+
+def _set_spacing(sources: Iterable[Any], image: Image) -> None:
+    """Give headers in memory the distance of slices that they have: what files say of it may be anything, and is copied."""
+    columns = image.affine[:3, :3]
+    apart = float(abs(np.linalg.det(columns)) / np.linalg.norm(np.cross(columns[:, 1], columns[:, 2])))
+    for source in sources:
+        for place in list(_measures(source)) or [source]:
+            place.SliceThickness = place.SpacingBetweenSlices = f"{apart:.10g}"
+
+
+def _measures(plain: Any) -> Iterator[Any]:
+    """Where a file of many frames says the distances of pixels and slices."""
+    for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
+        for groups in plain.get(name, ()):
+            yield from groups.get("PixelMeasuresSequence", ())
+
+
+def _without_spacing(highdicom: Any, path: Path) -> Any:
+    """A segmentation whose distance of slices, which its positions belie, is left out."""
+    plain = pydicom_for(path).dcmread(path)
+    for measures in _measures(plain):
+        measures.pop("SpacingBetweenSlices", None)
+    return highdicom.seg.Segmentation.from_dataset(plain, copy=False)
+
+
+def _values_of(segments: Any) -> tuple[np.ndarray, dict[int, str]]:
+    """The value in the label map of each number of a segment, 0 first; and the names of values."""
+    numbers = [int(number) for number in segments.segment_numbers]
+    values, names = np.zeros(max(numbers) + 1, np.uint16), {}
+    for number in numbers:
+        description = segments.get_segment_description(number)
+        code = description.segmented_property_type
+        values[number] = int(code.value) if code.scheme_designator == _SCHEME else number
+        names[int(values[number])] = str(description.segment_label)
+    return values, names
+
+
+def _turned(sections: int) -> np.ndarray:
+    """The affine of sections counted from the other end."""
+    turned = np.diag([-1.0, 1.0, 1.0, 1.0])
+    turned[0, 3] = sections - 1
+    return turned

@@ -1,0 +1,113 @@
+"""One image -> a finished OME-Zarr store: predicted brick by brick, by one process or many, then mended from store to store."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from microtome.data.case import Case
+from microtome.data.legend import Legend
+from microtome.data.parts import parts_of
+from microtome.errors import DataError
+from microtome.geometry import Shape
+from microtome.images.chunked import ChunkedArray
+from microtome.images.omezarr import create_image, create_labels, finish
+from microtome.images.stores import Documents, name_of, remove_store
+from microtome.images.volume import Volume
+from microtome.inference.asked import Options
+from microtome.inference.bricks import LABELS, RECORD, Bricks, recorded, same_request, stored_names, stored_values
+from microtome.inference.finishing import wanted_of
+from microtome.inference.mending import Mending
+from microtome.inference.predictor import Predictor
+from microtome.inference.stored import OnVoxels, Worker, fill_here, job_of, open_store, request_of
+
+
+def write_store(
+    predictor: Predictor,
+    case: Case,
+    place: Path,
+    options: Options,
+    *,
+    images: int = 1,
+    say: Callable[[str], None] = lambda line: None,
+    on_voxels: OnVoxels = lambda done, of: None,
+) -> Path:
+    """Predict one case into an OME-Zarr store, going on where a killed call left it; returns its place.
+
+    What is to be mended is predicted into a store beside it first, which goes when all is done.
+
+    Raises:
+        ConfigError: the memory is not enough.
+        DataError: another prediction lies there, or the image does not fit the model.
+        RunError: the store cannot be written, or workers were lost.
+    """
+    stage = place.with_name(f".stage-{place.name}") if options.mending else place
+    wanted, request, found = wanted_of(predictor, options), {"mending": options.words}, recorded(place)
+    if found is not None and found.complete and same_request(found.request, request_of(predictor, case, wanted) | request):
+        say(f"{name_of(place)}: finished already")
+        return place
+    if options.mending and found is not None:
+        raise DataError(name_of(place), expected="nothing there", got="another prediction", do="give another --out, or remove it")
+    bricks, volume = open_store(predictor, case, stage, wanted, limit_bytes=options.limit_bytes, images=images, request=request)
+    say(bricks.record.layout.words)
+    if not bricks.record.complete:
+        job = job_of(predictor, case, bricks)
+        if options.cluster:
+            from microtome.inference.cluster import fill_on_cluster
+
+            fill_on_cluster(options.cluster, job, bricks, on_voxels=on_voxels, say=say)
+        else:
+            fill_here(Worker(job, predictor), on_voxels)
+        bricks.complete(volume, str(case.images[0]), pyramids=not options.mending)
+    if options.mending:
+        mend_store(bricks, place, volume, options, predictor.bundle.legend, source=str(case.images[0]))
+        remove_store(stage)
+    return place
+
+
+def mend_store(stage: Bricks, place: Path, volume: Volume, options: Options, legend: Legend, *, source: str) -> None:
+    """Bring a finished prediction to another store, its labels mended and its objects numbered, a few bricks in memory at a time.
+
+    After a kill it is done again from the beginning: nothing in the stage is changed.
+    """
+    values = stored_values(legend)
+    background = legend.background
+    assert background is not None, "it was checked"
+    classes = tuple(int(values[index]) for index in legend.foreground)
+    shape, block = volume.shape_vox, stage.chunk_vox
+    mending = Mending(
+        options=options,
+        background=int(values[background]),
+        classes=classes,
+        spacing_mm=volume.spacing_mm,
+        block_vox=block,
+        scratch=lambda shape_vox, kind: create_image(stage.place, "scratch", shape_vox, kind, block),
+    )
+    found = stage.opened()
+    made: dict[str, Mapping[int, str] | None] = {LABELS: stored_names(legend)}
+    labels = create_labels(place, LABELS, shape, values.dtype, block)
+    if options.clean:
+        mending.labels(found["labels"], labels)
+    else:
+        copy_array(found["labels"], labels, block)
+    if options.instances:
+        made["instances"] = None
+        mending.instances(labels, found["foreground"], create_labels(place, "instances", shape, np.dtype(np.uint32), block))
+    for name, (layers, kind) in stage.wanted.arrays(len(legend.names)).items():
+        if name not in ("labels", "foreground"):
+            made[name] = None
+            copy_array(found[name], create_image(place, name, shape, kind, block, layers=layers or None), block)
+    for name, names in made.items():
+        finish(place, name, like=volume, values=names, source=source)
+    Documents(place).write(RECORD, replace(stage.record, complete=True).to_json())
+
+
+def copy_array(source: ChunkedArray, target: ChunkedArray, block_vox: Shape) -> None:
+    """Copy an array (*S) or (layers, *S) block by block, a layer at a time."""
+    lead = len(source.shape) - len(block_vox)
+    for box in parts_of(source.shape[lead:], block_vox, math.prod(block_vox)):
+        for layer in np.ndindex(source.shape[:lead]):
+            part = (*(slice(i, i + 1) for i in layer), *box)
+            target[part] = source[part]

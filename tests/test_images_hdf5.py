@@ -1,0 +1,309 @@
+"""Datasets of HDF5 files, written by h5py and by us."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from microtome.errors import ConfigError, DataError, DataWarning
+from microtome.geometry import affine_from_spacing
+from microtome.images import hdf5
+from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
+from microtome.images.image import Image, Limits
+
+RNG = np.random.default_rng(0)
+STACK = RNG.integers(0, 60_000, (6, 20, 25)).astype(np.uint16)
+UM = 1e-3
+
+
+def written(path, datasets, **attributes):
+    """A file with datasets by name; the attributes are the first one's."""
+    with h5py.File(path, "w") as file:
+        for name, array in datasets.items():
+            file[name] = array
+        file[next(iter(datasets))].attrs.update(attributes)
+    return path
+
+
+AXES = st.sampled_from(["yx", "xy", "zyx", "xyz", "cyx", "yxc", "czyx", "zcyx", "zyxc", "xyzc", "tzyxc", "tczyx", "ctyx"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    names=AXES,
+    dtype=st.sampled_from(["?", "u1", ">i2", "<u4", "i8", "f2", ">f4", "f8"]),
+    chunked=st.booleans(),
+    how=st.sampled_from(["axistags", "axes", "letters", "labels"]),
+    data=st.data(),
+)
+def test_any_part_of_a_dataset_is_that_part_of_the_array(tmp_path_factory, names, dtype, chunked, how, data):
+    path = tmp_path_factory.mktemp("h") / "a.h5"
+    sizes = [1 if name == "t" else data.draw(st.integers(1, 7)) for name in names]
+    array = np.random.default_rng(1).integers(0, 99, sizes).astype(dtype)
+    with h5py.File(path, "w") as file:
+        options = {"chunks": tuple(min(3, size) for size in sizes), "compression": "gzip"} if chunked else {}
+        dataset = file.create_dataset("raw", data=array, **options)
+        if how == "axistags":
+            dataset.attrs["axistags"] = json.dumps({"axes": [{"key": name, "typeFlags": 2, "resolution": 0} for name in names]})
+        elif how == "axes":
+            dataset.attrs["axes"] = names.upper()
+        elif how == "letters":
+            dataset.attrs["axes"] = list(names)
+        else:
+            for dimension, name in zip(dataset.dims, names, strict=True):
+                dimension.label = name
+    wanted = [name for name in "tczyx" if name in names]
+    expected = array.transpose([names.index(name) for name in wanted])
+    expected = expected[0] if "t" in names else expected
+    expected = expected if "c" in names else expected[None]
+    volume = open_volume(path)
+    assert (volume.pixels.shape, volume.channels) == (expected.shape, expected.shape[0])
+    assert volume.pixels.dtype == (np.uint8 if dtype == "?" else np.dtype(dtype).newbyteorder("="))
+    part = tuple(slice(*sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size))))) for size in expected.shape)
+    found = volume.pixels[part]
+    assert found.dtype == volume.pixels.dtype
+    np.testing.assert_array_equal(found, expected[part])
+    np.testing.assert_array_equal(read_image(path).array, expected)
+
+
+@pytest.mark.parametrize(
+    ("shape", "image_shape"),
+    [
+        ((20, 25), (1, 20, 25)),
+        ((6, 20, 25), (1, 6, 20, 25)),
+        ((3, 4, 4), (1, 3, 4, 4)),
+        ((20, 25, 3), (3, 20, 25)),
+        ((2, 6, 20, 25), (2, 6, 20, 25)),
+        ((6, 20, 25, 2), (2, 6, 20, 25)),
+        ((2, 6, 20, 3), (2, 6, 20, 3)),
+        ((1, 2, 6, 20, 25), (2, 6, 20, 25)),
+        ((1, 6, 20, 25, 2), (2, 6, 20, 25)),
+    ],
+)
+def test_axes_without_names_are_told_by_their_number(tmp_path, shape, image_shape):
+    path = written(tmp_path / "a.h5", {"raw": np.zeros(shape, np.uint8)})
+    assert open_volume(path).pixels.shape == image_shape
+
+
+def test_names_of_axes_that_cannot_be_are_left_with_a_warning(tmp_path):
+    path = written(tmp_path / "a.h5", {"raw": STACK}, axes="abc")
+    with pytest.warns(DataWarning, match=r"a\.h5: the names of its axes, 'abc', are not used"):
+        np.testing.assert_array_equal(read_image(path).array, STACK[None])
+
+
+def test_time_points_are_refused(tmp_path):
+    path = written(tmp_path / "a.h5", {"raw": STACK}, axes="tyx")
+    with pytest.raises(DataError, match=r"a\.h5: expected one time point, got 6 of them \(axes TYX, 6×20×25\)"):
+        open_volume(path)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "spacing_mm"),
+    [
+        ({}, None),
+        ({"element_size_um": [2.0, 0.5, 0.25]}, (2 * UM, 0.5 * UM, 0.25 * UM)),
+        ({"element_size_um": [2.0, 0.5, 0.25], "resolution": [1, 1, 1]}, (2 * UM, 0.5 * UM, 0.25 * UM)),
+        ({"resolution": [40, 4, 4]}, (40e-6, 4e-6, 4e-6)),
+        ({"resolution": [40.0, 4.0, 4.0], "unit": "um"}, (40 * UM, 4 * UM, 4 * UM)),
+        ({"resolution": [40.0, 4.0, 4.0], "units": ["mm", "mm", "mm"]}, (40, 4, 4)),
+        ({"spacing": [3.0, 1.0, 1.0]}, (3, 1, 1)),
+    ],
+)
+def test_the_voxel_size_is_what_programs_write(tmp_path, attributes, spacing_mm):
+    volume = open_volume(written(tmp_path / "a.h5", {"raw": STACK}, **attributes))
+    assert volume.spacing_known == (spacing_mm is not None)
+    assert volume.spacing_mm == pytest.approx(spacing_mm or (1, 1, 1))
+    np.testing.assert_allclose(volume.affine, affine_from_spacing(volume.spacing_mm))
+
+
+@pytest.mark.parametrize("sizes", [[0.0, 1, 1], [np.nan, 1, 1], [-1.0, 1, 1], [1.0]])
+def test_a_voxel_size_that_cannot_be_is_left_with_a_warning(tmp_path, sizes):
+    path = written(tmp_path / "a.h5", {"raw": STACK}, element_size_um=sizes)
+    with pytest.warns(DataWarning, match=r"a\.h5: its element_size_um .* is not used"):
+        assert not open_volume(path).spacing_known
+
+
+def test_the_only_dataset_that_may_be_an_image_is_taken(tmp_path):
+    path = written(tmp_path / "a.h5", {"t/deep/one": STACK, "times": np.arange(9), "names": np.array([b"a", b"b"]), "scalar": 3})
+    np.testing.assert_array_equal(read_image(path).array, STACK[None])
+    assert hdf5.datasets(path) == {"t/deep/one": STACK.shape}
+
+
+def test_of_several_datasets_the_one_with_the_name_of_an_image_is_taken(tmp_path):
+    path = written(tmp_path / "a.h5", {"label": STACK * 0, "volumes/raw": STACK, "exported_data": STACK + 1})
+    np.testing.assert_array_equal(read_image(path).array, STACK[None] + 1)
+    np.testing.assert_array_equal(read_image(path / "volumes" / "raw").array, STACK[None])
+    assert probe_image(path / "label").shape_vox == STACK.shape
+    assert hdf5.datasets(path) == dict.fromkeys(("label", "volumes/raw", "exported_data"), STACK.shape)
+
+
+def test_of_several_datasets_without_such_a_name_none_is_guessed(tmp_path):
+    path = written(tmp_path / "a.h5", {"b": STACK, "c": STACK[0]})
+    words = r"a\.h5: expected a dataset of 2 to 5 axes of numbers, got several: b \(6×20×25\), c \(20×25\); give its name as a\.h5/b"
+    with pytest.raises(DataError, match=words):
+        open_volume(path)
+    for name in ("d", "b/c", "b/../b"):
+        with pytest.raises(DataError, match=r"got only b \(6×20×25\), c \(20×25\)"):
+            open_volume(path / name)
+
+
+def test_a_file_without_an_image_is_refused(tmp_path):
+    path = written(tmp_path / "a.h5", {"times": np.arange(9)})
+    with pytest.raises(DataError, match="got none of them"):
+        open_volume(path)
+    with pytest.raises(DataError, match="got none of them"):
+        open_volume(path / "times")
+
+
+@pytest.mark.parametrize("array", [np.zeros((3, 4), complex), np.zeros((3, 4), [("a", "u1")])])
+def test_datasets_of_no_plain_numbers_are_refused(tmp_path, array):
+    with pytest.raises(DataError, match=r"a\.h5/x: expected real numbers"):
+        open_volume(written(tmp_path / "a.h5", {"x": array}) / "x")
+
+
+def hostile(path, kind, other):
+    """A file whose dataset `raw` is somewhere else."""
+    with h5py.File(path, "w") as file:
+        if kind == "external link":
+            file["raw"] = h5py.ExternalLink(str(other), "/secret")
+        elif kind == "soft link to an external link":
+            file["out"] = h5py.ExternalLink(str(other), "/")
+            file["raw"] = h5py.SoftLink("/out/secret")
+        elif kind == "external storage":
+            file.create_dataset("raw", (4, 4), "u1", external=[(str(other), 0, 16)])
+        elif kind == "virtual":
+            layout = h5py.VirtualLayout((6, 20, 25), "u2")
+            layout[:] = h5py.VirtualSource(str(other), "secret", (6, 20, 25))
+            file.create_virtual_dataset("raw", layout)
+        elif kind == "virtual through a link":
+            file["out"] = h5py.ExternalLink(str(other), "/secret")
+            layout = h5py.VirtualLayout((6, 20, 25), "u2")
+            layout[:] = h5py.VirtualSource(".", "out", (6, 20, 25))
+            file.create_virtual_dataset("raw", layout)
+        elif kind == "circle":
+            file["a"], file["raw"] = h5py.SoftLink("/raw"), h5py.SoftLink("/a")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["external link", "soft link to an external link", "external storage", "virtual", "virtual through a link", "circle"],
+)
+def test_a_dataset_in_another_file_is_refused(tmp_path, kind):
+    secret = written(tmp_path / "secret.h5", {"secret": STACK})
+    hostile(tmp_path / "a.h5", kind, secret)
+    words = "links that end" if kind == "circle" else "expected a dataset whose values are in this file, got .*secret"
+    with pytest.raises(DataError, match=words):
+        open_volume(tmp_path / "a.h5" / "raw")
+
+
+def test_links_and_virtual_datasets_within_the_file_are_followed(tmp_path):
+    path = written(tmp_path / "a.h5", {"deep/real": STACK})
+    with h5py.File(path, "a") as file:
+        file["soft"] = h5py.SoftLink("deep/real")
+        layout = h5py.VirtualLayout((2, *STACK.shape), "u2")
+        layout[0] = layout[1] = h5py.VirtualSource(file["deep/real"])
+        file.create_virtual_dataset("twice", layout)
+        file["deep"]["circle"] = file["deep"]
+    np.testing.assert_array_equal(read_image(path / "soft").array, STACK[None])
+    np.testing.assert_array_equal(read_image(path / "twice").array, [STACK, STACK])
+    assert hdf5.datasets(path).keys() == {"deep/real", "twice"}
+
+
+def test_a_compression_that_is_not_here_is_named(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        packing = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        packing.set_chunk((4, 4))
+        # An optional filter is left out where it is not there, so that the file can be written here.
+        packing.set_filter(32013, h5py.h5z.FLAG_OPTIONAL, (1, 2))
+        h5py.h5d.create(file.id, b"raw", h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple((8, 8)), packing)
+    with pytest.raises(DataError, match=r"a\.h5: expected a compression that h5py has, got compression 32013"):
+        open_volume(tmp_path / "a.h5")
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
+def test_a_file_that_was_cut_off_is_an_error(tmp_path, share):
+    path = written(tmp_path / "a.h5", {"raw": STACK})
+    os.truncate(path, int(path.stat().st_size * share))
+    with pytest.raises(DataError, match=r"a\.h5: expected a whole HDF5 file"):
+        open_volume(path)
+
+
+def test_damaged_chunks_are_an_error_that_names_the_file(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("raw", data=STACK, chunks=(2, 20, 25), compression="gzip")
+        place = dataset.id.get_chunk_info(1)
+    content = bytearray((tmp_path / "a.h5").read_bytes())
+    content[place.byte_offset : place.byte_offset + 20] = b"\xff" * 20
+    (tmp_path / "a.h5").write_bytes(content)
+    volume = open_volume(tmp_path / "a.h5")
+    np.testing.assert_array_equal(volume.pixels[:, :2, :, :], STACK[None, :2])
+    with pytest.raises(DataError, match=r"a\.h5: expected a whole HDF5 file, got damaged data"):
+        volume.load()
+
+
+def test_a_volume_that_is_not_there_takes_no_memory_until_it_is_read(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("raw", (2**19, 2**19, 2**19), "f8", chunks=(16, 16, 16))
+    volume = open_volume(tmp_path / "a.h5")
+    assert volume.chunk_vox == (16, 16, 16)
+    assert volume.pixels[:, 5:9, :4, -4:].shape == (1, 4, 4, 4)
+    with pytest.raises(DataError, match=r"a\.h5: expected at most \d+ values \(max_voxels\)"):
+        read_image(tmp_path / "a.h5")
+    with pytest.raises(DataError, match="max_side"):
+        open_volume(tmp_path / "a.h5", limits=Limits(max_side=2**18))
+
+
+def test_many_threads_read_one_dataset(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("raw", data=STACK, chunks=(2, 5, 5), compression="gzip")
+    volume = open_volume(tmp_path / "a.h5")
+    with ThreadPoolExecutor(8) as threads:
+        parts = list(threads.map(lambda y: volume.pixels[:, :, y : y + 1, :], list(range(20)) * 5))
+    np.testing.assert_array_equal(np.concatenate(parts[:20], axis=2), STACK[None])
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 20, 25), (2, 6, 20, 25), (1, 20, 25), (3, 20, 25), (1, 2, 2, 2)])
+@pytest.mark.parametrize("known", [True, False])
+def test_an_image_that_is_written_comes_back(tmp_path, shape, known):
+    spacing = (2e-3, 5e-4, 25e-5)[-len(shape) + 1 :]
+    image = Image(
+        array=RNG.integers(0, 9, shape).astype(np.uint8),
+        spacing_mm=spacing,
+        affine=affine_from_spacing(spacing),
+        axes="CZYX" if len(shape) == 4 else "CYX",
+        path=Path("a.tif"),
+        format="tiff",
+        spacing_known=known,
+    )
+    write_image(tmp_path / "a.h5", image)
+    again = read_image(tmp_path / "a.h5")
+    np.testing.assert_array_equal(again.array, image.array)
+    assert (again.array.dtype, again.axes, again.spacing_known) == (image.array.dtype, image.axes, known)
+    assert again.spacing_mm == pytest.approx(spacing if known else (1,) * len(spacing))
+    with h5py.File(tmp_path / "a.h5") as file:
+        np.testing.assert_array_equal(file["image"], image.array[0] if shape[0] == 1 else image.array)
+        assert file["image"].attrs["axes"] == (image.axes if shape[0] > 1 else image.axes[1:]).lower()
+        assert (file["image"].compression, file["image"].shuffle) == ("gzip", True)
+
+
+def test_labels_of_a_dataset_have_its_voxel_size(tmp_path):
+    path = written(tmp_path / "a.h5", {"raw": STACK}, element_size_um=[2.0, 0.5, 0.25])
+    image = read_image(path)
+    assert label_suffix(image) == ".h5"
+    write_labels(tmp_path / "b.h5", (STACK[:] > 99) * 300, image)
+    again = read_image(tmp_path / "b.h5")
+    np.testing.assert_array_equal(again.array[0], (STACK > 99) * 300)
+    assert again.spacing_mm == pytest.approx(image.spacing_mm)
+
+
+def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatch):
+    path = written(tmp_path / "a.h5", {"raw": STACK})
+    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    with pytest.raises(ConfigError, match=r'a\.h5: expected the package h5py.*pip install "microtome\[hdf5\]"'):
+        open_volume(path)

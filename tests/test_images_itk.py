@@ -1,0 +1,343 @@
+"""NRRD and MetaImage, written by SimpleITK, pynrrd's plain text, and us; places are compared with NIfTI's."""
+
+import gzip
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813 - as its makers write it
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from microtome.errors import ConfigError, DataError
+from microtome.geometry import affine_from_spacing
+from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
+from microtome.images.image import Image, Limits
+
+RNG = np.random.default_rng(0)
+ARRAY = RNG.integers(0, 60_000, (5, 6, 7)).astype(np.uint16)
+NAMES = ["a.nrrd", "a.mha", "a.mhd", "a.nhdr"]
+
+
+def rotation(angles):
+    """A rotation about x, y and z."""
+    matrix = np.eye(3)
+    for axis, angle in enumerate(angles):
+        turn = np.eye(3)
+        i, j = (axis + 1) % 3, (axis + 2) % 3
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        matrix = matrix @ turn
+    return matrix
+
+
+def patient(array=ARRAY, angles=(0.3, -0.2, 0.9), spacing=(0.5, 0.75, 3.0), origin=(-11, 22, 33), mirrored=False):
+    """A SimpleITK image at an oblique place."""
+    picture = sitk.GetImageFromArray(array)
+    picture.SetSpacing(spacing)
+    picture.SetOrigin(origin)
+    picture.SetDirection((rotation(angles) @ np.diag([1, 1, -1 if mirrored else 1])).ravel().tolist())
+    return picture
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    name=st.sampled_from(NAMES),
+    packed=st.booleans(),
+    angles=st.tuples(*[st.floats(-3, 3)] * 3),
+    spacing=st.tuples(*[st.floats(0.1, 9)] * 3),
+    origin=st.tuples(*[st.floats(-200, 200)] * 3),
+    mirrored=st.booleans(),
+)
+def test_the_same_patient_has_the_same_place_as_in_nifti(tmp_path_factory, name, packed, angles, spacing, origin, mirrored):
+    folder = tmp_path_factory.mktemp("i")
+    picture = patient(ARRAY, angles, spacing, origin, mirrored)
+    sitk.WriteImage(picture, str(folder / name), packed)
+    sitk.WriteImage(picture, str(folder / "a.nii.gz"))
+    image, nifti = read_image(folder / name), read_image(folder / "a.nii.gz")
+    np.testing.assert_array_equal(image.array, nifti.array)
+    np.testing.assert_allclose(image.affine, nifti.affine, atol=1e-3)
+    np.testing.assert_allclose(image.spacing_mm, spacing[::-1], rtol=1e-6)
+    assert (image.axes, image.spacing_known, image.format) == ("CZYX", True, "nrrd" if name in ("a.nrrd", "a.nhdr") else "metaimage")
+    # The corner of the last voxel, as ITK itself computes it.
+    lps = picture.TransformIndexToPhysicalPoint((6, 5, 4))
+    np.testing.assert_allclose((image.affine @ [4, 5, 6, 1])[:3], [-lps[0], -lps[1], lps[2]], atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "u2", "i2", "u4", "i4", "u8", "i8", "f4", "f8"])
+@pytest.mark.parametrize(("name", "packed"), [(name, packed) for name in NAMES for packed in (False, True)])
+def test_any_part_is_that_part_of_what_simpleitk_reads(tmp_path, name, packed, dtype):
+    array = RNG.integers(0, 99, (5, 6, 7)).astype(dtype)
+    sitk.WriteImage(patient(array), str(tmp_path / name), packed)
+    volume = open_volume(tmp_path / name)
+    assert type(volume.pixels).__name__ == ("Lazy" if packed else "Mapped")
+    reference = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / name)))
+    part = volume.pixels[:, 1:4, :, 2:5]
+    assert part.dtype == reference.dtype == volume.pixels.dtype
+    np.testing.assert_array_equal(part, reference[None, 1:4, :, 2:5])
+    header, image = probe_image(tmp_path / name), read_image(tmp_path / name)
+    assert (header.channels, *header.shape_vox, header.dtype) == (*image.array.shape, image.array.dtype.name)
+    np.testing.assert_array_equal(image.array[0], array)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
+def test_vectors_and_a_fourth_axis_are_channels(tmp_path, name, packed):
+    array = RNG.integers(0, 99, (5, 6, 7, 3)).astype(np.float32)
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=True), str(tmp_path / name), packed)
+    np.testing.assert_array_equal(read_image(tmp_path / name).array, np.moveaxis(array, -1, 0))
+    fourth = sitk.JoinSeries([patient(ARRAY), patient(ARRAY + 1)])
+    sitk.WriteImage(fourth, str(tmp_path / name), packed)
+    image = read_image(tmp_path / name)
+    np.testing.assert_array_equal(image.array, [ARRAY, ARRAY + 1])
+    sitk.WriteImage(patient(), str(tmp_path / "b.nii"))
+    np.testing.assert_allclose(image.affine, read_image(tmp_path / "b.nii").affine, atol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
+def test_a_picture_has_two_axes_and_its_place(tmp_path, name, packed):
+    picture = sitk.GetImageFromArray(ARRAY[0])
+    picture.SetSpacing((0.5, 2.0))
+    picture.SetOrigin((3.0, 4.0))
+    sitk.WriteImage(picture, str(tmp_path / name), packed)
+    image = read_image(tmp_path / name)
+    np.testing.assert_array_equal(image.array, ARRAY[:1])
+    assert (image.axes, image.spacing_mm) == ("CYX", (2.0, 0.5))
+    assert image.affine.tolist() == [[2, 0, 4], [0, 0.5, 3], [0, 0, 1]]
+    write_image(tmp_path / f"b{Path(name).suffix}", image)
+    again = sitk.ReadImage(str(tmp_path / f"b{Path(name).suffix}"))
+    assert (again.GetSpacing(), again.GetOrigin(), again.GetDirection()) == ((0.5, 2.0), (3.0, 4.0), (1, 0, 0, 1))
+
+
+@pytest.mark.parametrize("name", ["b.nrrd", "b.mha", "b.seg.nrrd"])
+@pytest.mark.parametrize("channels", [1, 2])
+def test_what_is_written_lies_where_it_was(tmp_path, name, channels):
+    sitk.WriteImage(patient(), str(tmp_path / "a.nrrd"))
+    sitk.WriteImage(patient(), str(tmp_path / "a.nii.gz"))
+    for source in ("a.nrrd", "a.nii.gz"):
+        image = read_image(tmp_path / source)
+        stacked = Image(**{**vars(image), "array": np.concatenate([image.array] * channels)})
+        write_image(tmp_path / name, stacked)
+        again = sitk.ReadImage(str(tmp_path / name))
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(again), ARRAY if channels == 1 else np.stack([ARRAY] * 2, -1))
+        for ours, theirs in zip(
+            (again.GetSpacing(), again.GetOrigin(), again.GetDirection()),
+            (patient().GetSpacing(), patient().GetOrigin(), patient().GetDirection()),
+            strict=True,
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        np.testing.assert_allclose(read_image(tmp_path / name).affine, image.affine, atol=1e-4)
+
+
+def test_labels_keep_place_and_format_and_may_become_nifti(tmp_path):
+    for name, suffix in (("a.nrrd", ".nrrd"), ("a.mha", ".mha"), ("a.mhd", ".mha")):
+        sitk.WriteImage(patient(), str(tmp_path / name))
+        image = read_image(tmp_path / name)
+        assert label_suffix(image) == suffix
+        write_labels(tmp_path / f"b{suffix}", (ARRAY > 9) * 300, image)
+        again = sitk.ReadImage(str(tmp_path / f"b{suffix}"))
+        np.testing.assert_array_equal(sitk.GetArrayFromImage(again), (ARRAY > 9) * 300)
+        np.testing.assert_allclose(again.GetDirection(), patient().GetDirection(), atol=1e-7)
+        write_image(tmp_path / "c.nii.gz", image)
+        sitk.WriteImage(patient(), str(tmp_path / "d.nii.gz"))
+        np.testing.assert_allclose(nib.load(tmp_path / "c.nii.gz").affine, nib.load(tmp_path / "d.nii.gz").affine, atol=1e-4)
+
+
+def test_stacks_of_other_formats_are_written_with_their_voxel_size(tmp_path):
+    spacing = (3.0, 0.75, 0.5)
+    image = Image(
+        array=np.array(ARRAY[None] > 9),
+        spacing_mm=spacing,
+        affine=affine_from_spacing(spacing),
+        axes="CZYX",
+        path=Path("a.tif"),
+        format="tiff",
+    )
+    write_image(tmp_path / "a.nrrd", image)
+    again = sitk.ReadImage(str(tmp_path / "a.nrrd"))
+    assert again.GetSpacing() == (0.5, 0.75, 3.0)
+    assert again.GetPixelIDTypeAsString() == "8-bit unsigned integer"
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(again), ARRAY > 9)
+
+
+def test_halves_of_pairs_are_not_written(tmp_path):
+    sitk.WriteImage(patient(), str(tmp_path / "a.mha"))
+    with pytest.raises(DataError, match=r"a name ending in \.nrrd or \.mha, got `b\.mhd`"):
+        write_image(tmp_path / "b.mhd", read_image(tmp_path / "a.mha"))
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mha"]
+
+
+def nrrd(path, data, **fields):
+    """A NRRD file by hand."""
+    values = {"type": "uchar", "dimension": "3", "sizes": "4 3 2", "endian": "little", "encoding": "raw"} | fields
+    text = "NRRD0004\n# a remark: with colons\n" + "".join(
+        f"{name.replace('_', ' ')}: {value}\n" for name, value in values.items() if value
+    )
+    path.write_bytes(text.encode() + b"\n" + data)
+    return path
+
+
+VALUES = np.arange(24, dtype=np.uint8)
+
+
+def test_encodings_that_only_simpleitk_knows_are_read(tmp_path):
+    text = nrrd(tmp_path / "a.nrrd", " ".join(map(str, VALUES)).encode(), encoding="ascii")
+    skipping = nrrd(tmp_path / "b.nrrd", b"xyz" + VALUES.tobytes(), byte_skip="3")
+    packed = nrrd(tmp_path / "c.nrrd", gzip.compress(VALUES.tobytes(), mtime=0), encoding="gzip")
+    for path in (text, skipping, packed):
+        np.testing.assert_array_equal(read_image(path).array.ravel(), VALUES)
+        assert open_volume(path).spacing_known is False
+    (tmp_path / "a.mha").write_text(
+        "ObjectType = Image\nNDims = 2\nBinaryData = False\nDimSize = 2 2\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n1 2 3 4\n"
+    )
+    assert read_image(tmp_path / "a.mha").array.tolist() == [[[1, 2], [3, 4]]]
+
+
+def test_the_unit_of_a_nrrd_is_heeded(tmp_path):
+    fields = {"space_dimension": "3", "space_directions": "(2,0,0) (0,3,0) (0,0,4)", "space_units": '"um" "um" "um"'}
+    volume = open_volume(nrrd(tmp_path / "a.nrrd", VALUES.tobytes(), **fields))
+    assert volume.spacing_mm == pytest.approx((4e-3, 3e-3, 2e-3))
+    assert volume.spacing_known
+
+
+def test_big_endian_files_are_read_in_this_machines_order(tmp_path):
+    array = np.arange(24, dtype=">u2")
+    volume = open_volume(nrrd(tmp_path / "a.nrrd", array.tobytes(), type="ushort", endian="big"))
+    np.testing.assert_array_equal(volume.pixels[:, :, :, :].ravel(), array)
+    assert volume.pixels.dtype.isnative
+    head = "ObjectType = Image\nNDims = 3\nBinaryData = True\nBinaryDataByteOrderMSB = True\nDimSize = 4 3 2\nElementType = MET_USHORT\n"
+    (tmp_path / "a.mha").write_bytes(head.encode() + b"ElementDataFile = LOCAL\n" + array.tobytes())
+    np.testing.assert_array_equal(read_image(tmp_path / "a.mha").array.ravel(), array)
+
+
+SEGMENTS = (
+    "Segment0_ID:=a\nSegment0_LabelValue:={0}\nSegment0_Layer:=0\nSegment0_Name:=liver: left\n"
+    "Segment1_ID:=b\nSegment1_LabelValue:={1}\nSegment1_Layer:={2}\nSegment1_Name:=tumour\n"
+)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gzip"])
+def test_a_segmentation_of_slicer_is_a_label_map(tmp_path, encoding):
+    pack = {"raw": bytes, "gzip": gzip.compress}[encoding]
+    one = VALUES % 3 * 2
+    path = tmp_path / "a.seg.nrrd"
+    nrrd(path, b"", encoding=encoding)
+    path.write_bytes(path.read_bytes()[:-1] + SEGMENTS.format(2, 4, 0).encode() + b"\n" + pack(one.tobytes()))
+    image = read_image(path)
+    np.testing.assert_array_equal(image.array.ravel(), one)
+    assert image.extra["classes"] == {2: "liver: left", 4: "tumour"}
+    layers = np.stack([VALUES > 11, VALUES > 8], axis=-1).astype(np.uint8)
+    nrrd(path, b"", encoding=encoding, sizes="2 4 3 2", dimension="4", kinds="list domain domain domain")
+    path.write_bytes(path.read_bytes()[:-1] + SEGMENTS.format(1, 1, 1).encode() + b"\n" + pack(layers.tobytes()))
+    image = read_image(path)
+    assert image.array.shape == (1, 2, 3, 4)
+    np.testing.assert_array_equal(image.array.ravel(), np.where(VALUES > 11, 1, np.where(VALUES > 8, 2, 0)))
+    assert image.extra["classes"] == {1: "liver: left", 2: "tumour"}
+    assert (probe_image(path).channels, probe_image(path).dtype) == (1, "uint16")
+
+
+META = "ObjectType = Image\nNDims = 3\nBinaryData = True\nDimSize = 4 3 2\nElementType = MET_UCHAR\nElementDataFile = {}\n"
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/../../secret", "LIST\n../secret\n", "s%02d 1 2 1", "C:\\secret"])
+@pytest.mark.parametrize("kind", ["nrrd", "metaimage"])
+def test_voxels_outside_of_the_folder_are_refused(tmp_path, kind, name):
+    (tmp_path / "secret").write_bytes(VALUES.tobytes())
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    if kind == "nrrd":
+        path = nrrd(folder / "a.nhdr", b"", data_file=name)
+    else:
+        path = folder / "a.mhd"
+        path.write_text(META.format(name))
+    with pytest.raises(DataError, match=r"a\.(nhdr|mhd): expected voxels in one file beside it, got"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("field", ["data_file", "datafile", "Data_File", "DATAFILE"])
+def test_each_way_to_write_the_name_of_the_data_is_seen(tmp_path, field):
+    with pytest.raises(DataError, match="voxels in one file beside it"):
+        read_image(nrrd(tmp_path / "a.nhdr", b"", **{field: "../secret"}))
+
+
+def test_a_file_of_voxels_that_is_missing_is_named(tmp_path):
+    (tmp_path / "a.mhd").write_text(META.format("a.raw"))
+    with pytest.raises(DataError, match=r"a\.mhd: expected its voxels in a\.raw, got no such file"):
+        open_volume(tmp_path / "a.mhd")
+    (tmp_path / "a.mhd").write_text(META.partition("ElementDataFile")[0])
+    with pytest.raises(DataError, match=r"a\.mhd: expected a line ElementDataFile"):
+        open_volume(tmp_path / "a.mhd")
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
+def test_a_file_that_was_cut_off_is_an_error(tmp_path, name, packed, share):
+    sitk.WriteImage(patient(RNG.integers(0, 60_000, (9, 20, 20)).astype("u2")), str(tmp_path / name), packed)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(DataError, match=rf"{name}: expected"):
+        read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
+def test_a_wrong_checksum_is_an_error(tmp_path, name):
+    sitk.WriteImage(patient(), str(tmp_path / name), True)
+    whole = bytearray((tmp_path / name).read_bytes())
+    whole[-6 if name == "a.nrrd" else -2] ^= 1
+    (tmp_path / name).write_bytes(whole)
+    with pytest.raises(DataError, match=rf"{name}: expected a whole"):
+        read_image(tmp_path / name)
+
+
+def test_complex_values_and_two_axes_of_channels_are_refused(tmp_path):
+    sitk.WriteImage(sitk.GetImageFromArray(ARRAY.astype(np.complex64)), str(tmp_path / "a.nrrd"))
+    with pytest.raises(DataError, match=r"a\.nrrd: expected real numbers, got values of complex"):
+        open_volume(tmp_path / "a.nrrd")
+    vectors = sitk.GetImageFromArray(np.zeros((5, 6, 7, 2), np.uint8), isVector=True)
+    sitk.WriteImage(sitk.JoinSeries([vectors, vectors]), str(tmp_path / "b.mha"))
+    with pytest.raises(DataError, match=r"b\.mha: expected 2 or 3 axes, and one of channels, got 2 components of 2×5×6×7"):
+        open_volume(tmp_path / "b.mha")
+
+
+def test_limits_are_for_sides_by_part_and_for_voxels_of_the_whole(tmp_path):
+    sitk.WriteImage(patient(), str(tmp_path / "a.nrrd"))
+    sitk.WriteImage(patient(), str(tmp_path / "b.nrrd"), True)
+    assert open_volume(tmp_path / "a.nrrd", limits=Limits(max_voxels=9)).shape_vox == ARRAY.shape
+    for name, limits in (("a.nrrd", Limits(max_side=6)), ("b.nrrd", Limits(max_voxels=9)), ("b.nrrd", Limits(max_side=6))):
+        with pytest.raises(DataError, match=rf"{name}: expected at most"):
+            open_volume(tmp_path / name, limits=limits)
+    huge = nrrd(tmp_path / "c.nrrd", gzip.compress(VALUES.tobytes()), encoding="gzip", sizes="2000 2000 2000")
+    with pytest.raises(DataError, match="max_expansion"):
+        open_volume(huge)
+
+
+def attempt(path):
+    """What reading gives: an image, or the error that a user may see."""
+    try:
+        return read_image(path, limits=Limits(max_voxels=10**6))
+    except DataError as error:
+        return error
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_damaged_bytes_give_an_image_or_a_data_error_and_nothing_else(tmp_path_factory, name, data):
+    path = tmp_path_factory.mktemp("d") / name
+    sitk.WriteImage(patient(), str(path), data.draw(st.booleans()))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(12, 400))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    outcome = attempt(path)
+    assert outcome.where.startswith(str(path.parent)) if isinstance(outcome, DataError) else outcome.array.dtype.kind in "iuf"
+
+
+def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatch):
+    path = nrrd(tmp_path / "a.nrrd", VALUES.tobytes())
+    monkeypatch.setitem(__import__("sys").modules, "SimpleITK", None)
+    with pytest.raises(ConfigError, match=r'expected the package SimpleITK.*pip install "microtome\[medical\]"'):
+        open_volume(path)

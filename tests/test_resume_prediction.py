@@ -1,0 +1,253 @@
+"""A prediction into a store, killed at any instant: what was done is kept, and in the end no byte tells of it."""
+
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+
+from microtome.bundle import load_bundle
+from microtome.data.case import Case
+from microtome.errors import RunError
+from microtome.images.files import open_volume
+from microtome.images.stores import Documents
+from microtome.inference.finishing import Options, predict_maps
+from microtome.inference.predictor import Predictor
+from microtome.inference.storing import write_store
+from tests.stores import small_bundle, write_volume_store
+
+# Bricks of 64 rows, one chunk each.
+SHAPE, BRICKS = (30 * 64 - 21, 15, 16), 30
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["microtome.inference.storing", "microtome.inference.torch_engine", "microtome.models.registry"])
+SCRIPTS = Path(sys.executable).parent
+Contents = dict[str, bytes]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_bundle(tmp_path_factory.mktemp("run"), dims=3)
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    array = np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8)
+    return write_volume_store(tmp_path_factory.mktemp("in") / "a.ome.zarr", array, chunk=(50, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def unbroken(run: Path, image: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Contents, float]:
+    """What a run that nobody disturbs leaves, and the seconds that it takes."""
+    place = tmp_path_factory.mktemp("unbroken") / "a.ome.zarr"
+    # The first child waits for what the others find imported.
+    started_child(run, image, place).join()
+    seconds = []
+    for number in range(2):
+        begun = time.monotonic()
+        child = started_child(run, image, place.with_name(f"{number}.ome.zarr"))
+        child.join()
+        assert child.exitcode == 0
+        seconds.append(time.monotonic() - begun)
+    found = contents(place)
+    assert found == contents(place.with_name("0.ome.zarr"))
+    labels = predict_maps(Predictor(load_bundle(run), engine="torch"), open_volume(image), Options())["labels"]
+    np.testing.assert_array_equal(open_volume(place / "labels" / "prediction").pixels[0:1, 0:9999, 0:99, 0:99][0], labels * 3)
+    return found, min(seconds)
+
+
+def predict(run: Path, image: Path, place: Path) -> None:
+    """What the killed processes do: the whole road of `microtome predict`."""
+    torch.set_num_threads(1)
+    write_store(Predictor(load_bundle(run), engine="torch"), Case(name="a", images=(image,)), place, Options())
+
+
+def started_child(run: Path, image: Path, place: Path) -> BaseProcess:
+    child = FORKS.Process(target=predict, args=(run, image, place))
+    child.start()
+    return child
+
+
+def contents(store: Path) -> Contents:
+    """Every file with its bytes, hidden ones and those of writers too, and every folder."""
+    return {path.relative_to(store).as_posix(): path.read_bytes() if path.is_file() else b"" for path in store.rglob("*")}
+
+
+def marks(place: Path) -> set[str]:
+    return Documents(place).marked()
+
+
+def stamps(place: Path, of: set[str]) -> dict[str, tuple[int, int]]:
+    """For marked bricks, which file holds the chunk and when it was written: another one if it is written again."""
+    found = {mark: (place / "labels" / "prediction" / "0" / mark.partition(".")[2] / "0" / "0").stat() for mark in of}
+    return {mark: (stat.st_mtime_ns, stat.st_ino) for mark, stat in found.items()}
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it never came"
+        time.sleep(0.01)
+
+
+# One process.
+
+
+def kill_again_and_again(start: Callable[[], BaseProcess], place: Path, kills: int, unbroken: tuple[Contents, float]) -> None:
+    """Kill a process that often at random instants, and let it go on; what was marked before is not written again."""
+    seed = time.time_ns()
+    print(f"seed {seed}")  # noqa: T201 - of the instants, for whoever reads of a failure
+    rng, (wanted, seconds) = np.random.default_rng(seed), unbroken
+    hits = 0
+    while True:
+        before = stamps(place, marks(place))
+        child = start()
+        child.join(rng.uniform(0, seconds) if hits < kills else None)
+        child.kill()
+        child.join()
+        if child.exitcode == -signal.SIGKILL:
+            hits += 1
+            assert stamps(place, set(before) & marks(place)) == {mark: before[mark] for mark in set(before) & marks(place)}
+            continue
+        assert child.exitcode == 0
+        assert contents(place) == wanted
+        if hits == kills:
+            return
+        # It came to its end before it was hit.
+        shutil.rmtree(place)
+
+
+@pytest.mark.parametrize("kills", [12, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_process_killed_at_any_instant(run: Path, image: Path, unbroken: tuple[Contents, float], tmp_path: Path, kills: int) -> None:
+    kill_again_and_again(partial(started_child, run, image, tmp_path / "a.ome.zarr"), tmp_path / "a.ome.zarr", kills, unbroken)
+
+
+# Many processes.
+
+
+def words_of(run: Path, image: Path, out: Path, cluster: str) -> list[str]:
+    return [str(SCRIPTS / "microtome"), "predict", str(run), str(image), "--out", str(out), "--engine", "torch", "--cluster", cluster]
+
+
+@contextmanager
+def dask(*words: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of Dask's own command line, in a group of its own; killed with all that it started."""
+    with log.open("wb") as file:
+        process = subprocess.Popen([str(SCRIPTS / "dask"), *words], stdout=file, stderr=file, start_new_session=True)
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def scheduler_and_workers(folder: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """A scheduler with two workers, each a process; the scheduler's file and the scheduler."""
+    file = folder / "scheduler.json"
+    with dask("scheduler", "--scheduler-file", str(file), "--port", "0", "--no-dashboard", log=folder / "scheduler.log") as scheduler:
+        wait_until(file.exists)
+        words = ["worker", "--scheduler-file", str(file), "--nworkers", "2", "--nthreads", "1", "--memory-limit", "0", "--no-dashboard"]
+        with dask(*words, log=folder / "workers.log"):
+            yield file, scheduler
+
+
+def predicted(run: Path, image: Path, place: Path, cluster: str) -> list[str]:
+    """Predict from this process, by a cluster; what was said."""
+    said: list[str] = []
+    options = Options(cluster=cluster)
+    write_store(Predictor(load_bundle(run), engine="torch"), Case(name="a", images=(image,)), place, options, say=said.append)
+    return said
+
+
+def killer(place: Path, kill: Callable[[], None], marked: int) -> threading.Thread:
+    """Calls `kill` once so many bricks are marked."""
+
+    def watch() -> None:
+        wait_until(lambda: len(marks(place)) >= marked)
+        kill()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_a_scheduler_that_is_killed_ends_in_one_line_and_the_same_command_goes_on(
+    run: Path, image: Path, unbroken: tuple[Contents, float], tmp_path: Path
+) -> None:
+    place, marked = tmp_path / "a.ome.zarr", int(np.random.default_rng().integers(1, 8))
+    for folder in ("first", "second"):
+        (tmp_path / folder).mkdir()
+    with scheduler_and_workers(tmp_path / "first") as (file, scheduler):
+        thread = killer(place, scheduler.kill, marked)
+        with pytest.raises(RunError, match="expected a scheduler until the end, got the connection to it was lost") as caught:
+            predicted(run, image, place, str(file))
+        thread.join()
+    assert marked <= int(re.search(r"run the same command again; (\d+) of 30 bricks are done", str(caught.value))[1]) < 30
+    before = stamps(place, marks(place))
+    with scheduler_and_workers(tmp_path / "second") as (file, _):
+        said = predicted(run, image, place, str(file))
+    assert any("scheduler at tcp://" in line for line in said)
+    assert contents(place) == unbroken[0]
+    assert stamps(place, set(before)) == before
+
+
+def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(
+    run: Path, image: Path, unbroken: tuple[Contents, float], tmp_path: Path
+) -> None:
+    place, rng, killed = tmp_path / "a.ome.zarr", np.random.default_rng(), []
+
+    def kill() -> None:
+        for delay in rng.uniform(0, 0.2, 2):
+            time.sleep(delay)
+            workers = [child.pid for child in psutil.Process().children() if "multiprocessing.spawn" in " ".join(child.cmdline())]
+            if workers:
+                killed.append(int(rng.choice(workers)))
+                os.kill(killed[-1], signal.SIGKILL)
+
+    thread = killer(place, kill, 2)
+    predicted(run, image, place, "local:2")
+    thread.join()
+    assert killed
+    assert contents(place) == unbroken[0]
+
+
+def test_the_command_with_its_own_workers_killed_and_repeated(
+    run: Path, image: Path, unbroken: tuple[Contents, float], tmp_path: Path
+) -> None:
+    place, words = tmp_path / "out" / "a.ome.zarr", words_of(run, image, tmp_path / "out", "local:2")
+    for number in (0, 1):
+        # Ctrl-C in a terminal reaches the whole group; SIGKILL nobody but the process itself.
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+        marked = len(marks(place)) + 1
+        wait_until(lambda marked=marked: len(marks(place)) >= marked)
+        children = psutil.Process(process.pid).children(recursive=True)
+        before, asked = stamps(place, marks(place)), time.monotonic()
+        os.killpg(process.pid, signal.SIGINT) if number == 0 else process.kill()
+        said = process.communicate()[0].decode()
+        assert time.monotonic() - asked < 10
+        assert process.returncode == (130 if number == 0 else -signal.SIGKILL)
+        assert "Traceback" not in said
+        assert "Process Dask" not in said
+        assert len(children) >= 2
+        wait_until(lambda children=children: not any(child.is_running() for child in children), 10)
+        assert stamps(place, set(before)) == before
+    # What a cluster began, one process ends.
+    child = started_child(run, image, place)
+    child.join()
+    assert child.exitcode == 0
+    assert contents(place) == unbroken[0]
