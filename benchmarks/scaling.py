@@ -4,17 +4,20 @@
 
 Workers are processes of one thread each, started before; a round is one prediction by `fill_on_cluster` into a new store, the two clusters
 in turn. "no network" does the same with zeros in the place of the network's answers: reading, blending, writing, scheduling. "nothing"
-sends blocks in which no brick is missing. Seconds of a block are those that Dask's task stream has, transitions those that its scheduler
-counts, bytes what the kernel counts for the workers (`rchar`, `wchar`: file caches count as read).
+sends blocks in which no brick is missing. Seconds of a block are those of Dask's task stream, transitions those that its scheduler counts;
+each is a message or two. Bytes read are the parts that the blocks ask for, times the image's bytes on the disk over those in memory; bytes
+written are those of the store.
 """
 
 import argparse
+import json
 import os
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,7 +27,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
-import psutil
 import tensorstore as ts
 import torch
 
@@ -33,8 +35,9 @@ from benchmarks.rows import CACHE, FIELDS, PACKAGES, REPOSITORY, about, read_res
 from microtome.bundle import load_bundle, save_bundle
 from microtome.data.case import Case
 from microtome.files import write_json, write_text
+from microtome.images.volume import Pixels
 from microtome.inference import cluster, stored
-from microtome.inference.bricks import Bricks, Record
+from microtome.inference.bricks import LABELS, Bricks, Record
 from microtome.inference.cluster import Failure, Order, fill_block, fill_on_cluster
 from microtome.inference.layout import Layout, Shapes
 from microtome.inference.predict import Wanted
@@ -45,7 +48,7 @@ from microtome.inference.stored import BRICKS
 PAGE = REPOSITORY / "docs" / "cluster.md"
 BEGIN, END = "<!-- made by `python -m benchmarks.scaling` -->", "<!-- end of what was made -->"
 SETTING, OVERLAP = SETTINGS["thin 32x128x128"], 0.5
-SHAPE, QUICK_SHAPE = (1024, 128, 128), (256, 128, 128)
+SHAPE, QUICK_SHAPE = (1024, 128, 128), (512, 128, 128)
 # Of uint8: a little more than 10 TB.
 PAPER_SHAPE, PAPER_WORKERS = (10_000, 32_768, 32_768), 1000
 COMMAND = "python -m benchmarks.scaling"
@@ -76,7 +79,7 @@ def main(words: Sequence[str]) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         setup = prepared(Path(folder), QUICK_SHAPE if quick else SHAPE)
-        rows = measured(setup, rounds=1 if quick else 5)
+        rows = measured(setup, rounds=1 if quick else 3)
     if quick:
         for row in rows:
             say(rounded(row))
@@ -120,7 +123,7 @@ def measured(setup: Setup, rounds: int) -> list[dict[str, Any]]:
         rows = [row_of(work, engine, found, base) for engine, found in runs.items()]
         rows += [nothing_row(setup, pools[1]), marks_row(setup.folder)]
     for each, row in zip(pools, (rows[0], rows[2]), strict=True):
-        row["start_seconds"] = each.start_seconds
+        row |= {"start_seconds": each.start_seconds, "read_bytes_voxel": bytes_read(setup, each.workers)}
     return rows
 
 
@@ -135,9 +138,7 @@ def pool(workers: int) -> Iterator[Pool]:
 def idle_block(order: Order, box: Box) -> Failure | None:
     """A block whose network answers at once: what all the rest costs."""
     worker = cluster._worker_of(order)
-    shapes, layers = worker.task.layout.shapes, worker.task.layout.shapes.layers
-    answer = np.zeros((layers, *shapes.tile_vox), np.float32)
-    worker.task = replace(worker.task, engine=lambda image_CS: answer)
+    worker.task = replace(worker.task, engine=silent(worker.task.layout.shapes))
     return fill_block(order, box)
 
 
@@ -150,38 +151,62 @@ def one_run(setup: Setup, each: Pool, task: Any) -> dict[str, Any]:
     case = Case(name="image", images=(setup.image,))
     bricks, _ = stored.open_store(setup.predictor, case, place, Wanted())
     job, address = stored.job_of(setup.predictor, case, bricks), each.client.scheduler.address
-    before, transitions = bytes_of(each.client), transitions_of(each.client)
+    cost, boxes = stored.Cost(bricks.record.layout), stored.blocks(bricks, each.workers)
+    transitions = transitions_of(each.client)
     ended: list[int] = []
     with distributed.get_task_stream(client=each.client) as stream, mock.patch.object(cluster, "fill_block", task):
         begun = time.perf_counter()
         fill_on_cluster(address, job, bricks, on_voxels=lambda done, of: ended.append(done), say=lambda line: None)
         seconds = time.perf_counter() - begun
-    moved = [after - first for after, first in zip(bytes_of(each.client), before, strict=True)]
-    blocks = len(ended)
     inside = [piece["stop"] - piece["start"] for record in stream.data for piece in record["startstops"] if piece["action"] == "compute"]
     labels = np.asarray(bricks.opened()["labels"][tuple(slice(0, size) for size in bricks.shape)])
     return {
         "seconds": seconds,
-        "blocks": blocks,
+        "blocks": len(ended),
         "voxels": ended[-1],
+        "tiles": sum(cost(box) for box in boxes),
         "block_seconds": median(inside),
-        "read_bytes_voxel": moved[0] / ended[-1],
-        "written_bytes_voxel": moved[1] / ended[-1],
-        "transitions": (transitions_of(each.client) - transitions) / blocks,
+        "written_bytes_voxel": stored_bytes(place / "labels" / LABELS / "0"),
+        "transitions": (transitions_of(each.client) - transitions) / len(ended),
         "labels": labels,
     }
 
 
-def bytes_of(client: Any) -> tuple[int, int]:
-    """What the workers have read and written so far."""
-    found = list(client.run(_counted).values())
-    return sum(read for read, _ in found), sum(written for _, written in found)
+class Counted:
+    """Pixels that count the values that are asked for."""
+
+    def __init__(self, pixels: Pixels) -> None:
+        self.pixels, self.shape, self.dtype, self.values = pixels, pixels.shape, pixels.dtype, 0
+
+    def __getitem__(self, part: Any) -> np.ndarray:
+        """A part."""
+        found: np.ndarray = self.pixels[part]
+        self.values += found.size
+        return found
 
 
-def _counted() -> tuple[int, int]:
-    """The kernel's counts of this process."""
-    counts = psutil.Process().io_counters()
-    return int(getattr(counts, "read_chars", counts.read_bytes)), int(getattr(counts, "write_chars", counts.write_bytes))
+def bytes_read(setup: Setup, workers: int) -> float:
+    """Bytes that the blocks of so many workers read, a voxel: computed here, without the network."""
+    place = setup.folder / f"read-{workers}.ome.zarr"
+    case = Case(name="image", images=(setup.image,))
+    bricks, volume = stored.open_store(setup.predictor, case, place, Wanted())
+    worker, pixels = stored.Worker(stored.job_of(setup.predictor, case, bricks), setup.predictor), Counted(volume.pixels)
+    worker.task = replace(worker.task, volume=replace(volume, pixels=pixels), engine=silent(worker.task.layout.shapes))
+    for box in stored.blocks(bricks, workers):
+        deque(worker.fill(box), maxlen=0)
+    return pixels.values / pixels.pixels[(slice(0, 1), *(slice(0, n) for n in volume.shape_vox))].size * stored_bytes(setup.image / "0")
+
+
+def stored_bytes(array: Path) -> float:
+    """Bytes of an array of a store for each voxel of the volume."""
+    shape = json.loads((array / ".zarray").read_text())["shape"]
+    return sum(file.stat().st_size for file in array.rglob("*") if file.is_file()) / float(np.prod(shape))
+
+
+def silent(shapes: Shapes) -> Callable[[np.ndarray], np.ndarray]:
+    """An engine that answers at once."""
+    answer = np.zeros((shapes.layers, *shapes.tile_vox), np.float32)
+    return lambda image_CS: answer
 
 
 def transitions_of(client: Any) -> int:
@@ -200,7 +225,7 @@ def row_of(work: str, engine: str, runs: Sequence[Mapping[str, Any]], base: floa
     seconds = [run["seconds"] for run in runs]
     row = {"work": work, "engine": engine, **dict.fromkeys(FIELDS[2:]), "seconds": median(seconds)}
     row |= {"ratio_to_default": base / median(seconds), "rounds": len(runs), "low": min(seconds), "high": max(seconds)}
-    for name in ("blocks", "voxels", "block_seconds", "read_bytes_voxel", "written_bytes_voxel", "transitions"):
+    for name in ("blocks", "voxels", "tiles", "block_seconds", "written_bytes_voxel", "transitions"):
         row[name] = median(run[name] for run in runs)
     return row
 
@@ -284,7 +309,7 @@ def tables(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
     ]
     for row in rows:
         if "blocks" in row:
-            moved = f"{row['read_bytes_voxel']:.3g}, {row['written_bytes_voxel']:.3g}"
+            moved = f"{row['read_bytes_voxel']:.3g}, {row['written_bytes_voxel']:.3g}" if "read_bytes_voxel" in row else ""
             values = (row["engine"], f"{row['seconds']:.3g}", f"{row['ratio_to_default']:.3g}", f"{row['blocks']:g}")
             lines.append(f"| {' | '.join(values)} | {row['block_seconds']:.3g} | {row['transitions']:.3g} | {moved} |")
     lines += ["", "| | |", "|---|---|"]
@@ -303,9 +328,7 @@ def on_paper(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     cost = stored.Cost(layout)
     voxels, tiles = float(np.prod(PAPER_SHAPE)), sum(cost(box) for box in boxes)
     once = cost(tuple((0, size) for size in PAPER_SHAPE))
-    # Tiles of the measured run, from its own geometry.
-    tile_voxels = float(np.prod(SETTING.shape_vox)) * (1 - OVERLAP)
-    seconds_tile = one["seconds"] / (one["voxels"] / tile_voxels)
+    seconds_tile = one["seconds"] / one["tiles"]
     whole = tiles * seconds_tile / PAPER_WORKERS
     bricks = len(OnPaper(layout).missing(1))
     return [

@@ -380,6 +380,12 @@ def test_image_that_the_memory_does_not_hold_is_refused_with_its_bytes(tmp_path:
         dataset.read_image(dataset.cases[0])
     # Some of its sections fit.
     assert dataset.read_image(replace(dataset.cases[0], name="a[0:2]", sections=(0, 2))).shape_vox == (2, 40, 44)
+    # Each of two files of channels would fit alone.
+    path = dataset.cases[0].images[0]
+    monkeypatch.setattr(parts, "free_memory_bytes", lambda: 50_000)
+    check_fits(path)
+    with pytest.raises(DataError, match="got 84480 bytes"):
+        check_fits(path, path)
     png = tmp_path / "small.png"
     png.write_bytes(b"x")
     check_fits(png)

@@ -13,7 +13,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
 from microtome.errors import ConfigError, DataError, DataWarning
-from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image
+from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
 from microtome.images.image import Limits
 from tests.dicom_series import VOLUME, by_simpleitk, dataset, enhanced, oblique, series
 
@@ -211,7 +211,10 @@ def test_colours_without_a_place_are_a_picture_of_three_channels(tmp_path, photo
     image = read_image(tmp_path / "a.dcm")
     assert (image.axes, image.spacing_known, image.spacing_mm, image.array.shape) == ("CYX", False, (1.0, 1.0), (3, 8, 10))
     np.testing.assert_allclose(image.array[:, 3, 3], [200, 30, 90], atol=2)
-    assert label_suffix(image) == ".nii.gz"
+    # A picture's labels are a picture: NIfTI would make them a volume of one section, which no mask of it is.
+    assert label_suffix(image) == ".tif"
+    write_labels(tmp_path / "a.tif", image.array[0] // 100, image)
+    assert open_volume(tmp_path / "a.tif").shape_vox == image.shape_vox
 
 
 def test_a_picture_has_the_pixels_of_its_detector(tmp_path):
@@ -306,7 +309,7 @@ def test_damaged_bytes_give_an_image_or_a_data_error_and_nothing_else(tmp_path_f
     dataset(VOLUME[0], ImagePositionPatient=[0, 0, 0], ImageOrientationPatient=[1, 0, 0, 0, 1, 0]).save_as(path, enforce_file_format=True)
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(132, len(content) - 1))] = data.draw(st.integers(0, 255))
+        content[132 + data.draw(st.integers(0, 2**16)) % (len(content) - 132)] = data.draw(st.integers(0, 255))
     path.write_bytes(content)
     outcome = attempt(path)
     assert outcome.where == str(path) if isinstance(outcome, DataError) else outcome.format == "dicom"

@@ -1,6 +1,7 @@
 """NRRD and MetaImage, written by SimpleITK, pynrrd's plain text, and us; places are compared with NIfTI's."""
 
 import gzip
+import tracemalloc
 from pathlib import Path
 
 import nibabel as nib
@@ -17,6 +18,14 @@ from microtome.images.image import Image, Limits
 
 RNG = np.random.default_rng(0)
 ARRAY = RNG.integers(0, 60_000, (5, 6, 7)).astype(np.uint16)
+PLAIN = {
+    "array": ARRAY[None],
+    "spacing_mm": (1.0, 1.0, 1.0),
+    "affine": np.eye(4),
+    "axes": "CZYX",
+    "path": Path("x.tif"),
+    "format": "tiff",
+}
 NAMES = ["a.nrrd", "a.mha", "a.mhd", "a.nhdr"]
 
 
@@ -341,3 +350,21 @@ def test_without_the_library_the_error_says_what_to_install(tmp_path, monkeypatc
     monkeypatch.setitem(__import__("sys").modules, "SimpleITK", None)
     with pytest.raises(ConfigError, match=r'expected the package SimpleITK.*pip install "microtome\[medical\]"'):
         open_volume(path)
+
+
+def test_segments_that_are_no_numbers_are_damage(tmp_path):
+    write_image(tmp_path / "a.nrrd", Image(**PLAIN))
+    text = (tmp_path / "a.nrrd").read_bytes()
+    (tmp_path / "a.nrrd").write_bytes(text.replace(b"\n\n", b"\nSegment0_ID:=a\nSegment0_Layer:=x\n\n", 1))
+    with pytest.raises(DataError, match=r"a\.nrrd"):
+        open_volume(tmp_path / "a.nrrd")
+
+
+def test_unpacking_holds_little_beside_the_voxels(tmp_path):
+    side = 2**9
+    write_image(tmp_path / "a.mha", Image(**PLAIN | {"array": np.zeros((1, 128, side, side), np.uint8)}))
+    tracemalloc.start()
+    array = open_volume(tmp_path / "a.mha").pixels[:, :1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (array.shape, peak < 2**25 + 2**24 + 2**22) == ((1, 1, side, side), True)

@@ -29,12 +29,13 @@ ARRAY = np.random.default_rng(0).integers(0, 60_000, (5, 12, 14)).astype(np.uint
 def test_any_part_of_an_array_is_that_part_of_the_image(tmp_path_factory, array, order, data):
     path = tmp_path_factory.mktemp("n") / "a.npy"
     np.save(path, np.asarray(array, order=order))
-    expected = array if array.ndim == 4 else array[None]
+    short = [axis for axis, size in enumerate(array.shape) if size <= 4]
+    expected = np.moveaxis(array, -1, 0) if array.ndim > 2 and short == [array.ndim - 1] else array if array.ndim == 4 else array[None]
     volume = open_volume(path)
     assert volume.pixels.shape == expected.shape
     assert volume.pixels.dtype == (np.uint8 if array.dtype == bool else array.dtype.newbyteorder("="))
     assert (volume.axes, volume.spacing_mm, volume.spacing_known) == (
-        "CZYX" if array.ndim > 2 else "CYX",
+        "CZYX" if expected.ndim == 4 else "CYX",
         (1.0,) * (expected.ndim - 1),
         False,
     )
@@ -132,3 +133,16 @@ def test_limits_are_for_sides_by_part_and_for_voxels_of_the_whole(tmp_path):
         open_volume(tmp_path / "a.npy", limits=Limits(max_side=13))
     with pytest.raises(DataError, match="max_voxels"):
         read_image(tmp_path / "a.npy", limits=Limits(max_voxels=9))
+
+
+def test_colours_of_a_picture_are_channels_and_come_back_so(tmp_path):
+    colours = np.random.default_rng(3).integers(0, 255, (9, 7, 3)).astype(np.uint8)
+    np.save(tmp_path / "a.npy", colours)
+    image = read_image(tmp_path / "a.npy")
+    np.testing.assert_array_equal(image.array, colours.transpose(2, 0, 1))
+    np.testing.assert_array_equal(open_volume(tmp_path / "a.npy").pixels[1:, 2:5, 1:], colours[2:5, 1:, 1:].transpose(2, 0, 1))
+    write_image(tmp_path / "b.npy", image)
+    np.testing.assert_array_equal(np.load(tmp_path / "b.npy"), colours)
+    # Four sections of few columns are not.
+    np.save(tmp_path / "c.npy", np.zeros((4, 9, 3), np.uint8))
+    assert open_volume(tmp_path / "c.npy").shape_vox == (4, 9, 3)

@@ -368,3 +368,11 @@ def test_a_store_is_removed_and_can_be_made_anew(tmp_path, place):
         remove_store(place)
         assert read_json(place / "labels" / "cells" / "0", ".zarray") is None
     assert not (tmp_path / "a").exists()
+
+
+def test_a_label_map_leads_to_its_image_from_wherever_it_was_called(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert omezarr.source_of(Path("data/a.tif"), Path("out/a.ome.zarr")) == "../../../../data/a.tif"
+    assert omezarr.source_of(tmp_path / "out" / "a.ome.zarr", Path("out/a.ome.zarr")) == "../.."
+    assert omezarr.source_of(Path("s3://b/a.zarr"), Path("out/a.ome.zarr")) == "s3://b/a.zarr"
+    assert omezarr.source_of(Path("a.tif"), Path("s3://b/a.zarr")) == ""

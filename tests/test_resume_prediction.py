@@ -25,9 +25,11 @@ from microtome.data.case import Case
 from microtome.errors import RunError
 from microtome.images.files import open_volume
 from microtome.images.stores import Documents
+from microtome.inference.bricks import Bricks
 from microtome.inference.finishing import Options, predict_maps
 from microtome.inference.predictor import Predictor
 from microtome.inference.storing import write_store
+from tests.small import one_thread  # noqa: F401 - a fixture
 from tests.stores import small_bundle, write_volume_store
 
 # Bricks of 64 rows, one chunk each.
@@ -135,6 +137,25 @@ def test_a_process_killed_at_any_instant(run: Path, image: Path, unbroken: tuple
     kill_again_and_again(partial(started_child, run, image, tmp_path / "a.ome.zarr"), tmp_path / "a.ome.zarr", kills, unbroken)
 
 
+def test_a_kill_while_the_marks_go_costs_no_brick(
+    run: Path, image: Path, unbroken: tuple[Contents, float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "a.ome.zarr"
+
+    def killed(self: Documents, prefix: str = "") -> None:
+        (place / ".microtome" / "marks" / "0.7").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Documents, "remove", killed)
+        with pytest.raises(KeyboardInterrupt):
+            predict(run, image, place)
+    with monkeypatch.context() as patched:
+        patched.setattr(Bricks, "fill", lambda self, task, box: pytest.fail(f"{box} is computed again"))
+        predict(run, image, place)
+    assert contents(place) == unbroken[0]
+
+
 # Many processes.
 
 
@@ -172,6 +193,14 @@ def predicted(run: Path, image: Path, place: Path, cluster: str) -> list[str]:
     options = Options(cluster=cluster)
     write_store(Predictor(load_bundle(run), engine="torch"), Case(name="a", images=(image,)), place, options, say=said.append)
     return said
+
+
+def is_worker(child: psutil.Process) -> bool:
+    """Whether a child of this process is one that Dask started, and lives."""
+    try:
+        return "multiprocessing.spawn" in " ".join(child.cmdline())
+    except psutil.Error:
+        return False
 
 
 def killer(place: Path, kill: Callable[[], None], marked: int) -> threading.Thread:
@@ -214,8 +243,7 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(
     def kill() -> None:
         for delay in rng.uniform(0, 0.2, 2):
             time.sleep(delay)
-            workers = [child.pid for child in psutil.Process().children() if "multiprocessing.spawn" in " ".join(child.cmdline())]
-            if workers:
+            if workers := [child.pid for child in psutil.Process().children() if is_worker(child)]:
                 killed.append(int(rng.choice(workers)))
                 os.kill(killed[-1], signal.SIGKILL)
 
@@ -229,7 +257,7 @@ def test_workers_that_are_killed_are_replaced_and_nothing_is_lost(
 def test_the_command_with_its_own_workers_killed_and_repeated(
     run: Path, image: Path, unbroken: tuple[Contents, float], tmp_path: Path
 ) -> None:
-    place, words = tmp_path / "out" / "a.ome.zarr", words_of(run, image, tmp_path / "out", "local:2")
+    place, words = tmp_path / "a.ome.zarr", words_of(run, image, tmp_path, "local:2")
     for number in (0, 1):
         # Ctrl-C in a terminal reaches the whole group; SIGKILL nobody but the process itself.
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)

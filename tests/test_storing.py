@@ -1,13 +1,16 @@
 """Predictions in stores: equal to those in memory, taken up again brick by brick, refused where another one lies."""
 
 import json
+import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from microtome.bundle import load_bundle
+from microtome.bundle import load_bundle, save_bundle
 from microtome.config import NormalisationConfig
 from microtome.data.case import Case
 from microtome.errors import ConfigError, DataError
@@ -184,5 +187,144 @@ def test_instances_need_a_background(tmp_path: Path) -> None:
         predict_files(predictor_of(run), [tmp_path], tmp_path / "out", options=Options(clean=CleanUp(keep_largest=True)))
 
 
-def test_bricks_are_whole_chunks() -> None:
+def test_bricks_are_whole_chunks_and_make_up_the_volume_once(run: Path, store: Path, tmp_path: Path) -> None:
+    predictor = predictor_of(run)
+    bricks, _ = stored.open_store(predictor, case_of(store), tmp_path / "out.ome.zarr", wanted_of(predictor, Options()))
+    seen, chunks = np.zeros(SHAPE, int), bricks.opened()["labels"].chunks
+    for box in bricks.missing():
+        for _, brick in bricks.bricks_of(box):
+            seen[tuple(slice(a, b) for a, b in brick)] += 1
+            for (first, past), side, size in zip(brick, chunks, SHAPE, strict=True):
+                assert first % side == 0
+                assert past % side == 0 or past == size
+    assert (seen == 1).all()
     assert all(len(sides) == axes for axes, sides in bricks_module.BRICKS.items())
+
+
+def test_of_an_image_that_changed_nothing_is_taken_over(run: Path, tmp_path: Path) -> None:
+    array, predictor = np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8), predictor_of(run)
+    case = Case(name="a", images=(tmp_path / "a.npy",))
+    np.save(tmp_path / "a.npy", array)
+    place = write_store(predictor, case, tmp_path / "out.ome.zarr", Options())
+    write_store(predictor, case, place, Options())
+    for changed, what in ((array[:-4], "pixels, written"), (255 - array, "written")):
+        np.save(tmp_path / "a.npy", changed)
+        os.utime(tmp_path / "a.npy", ns=(1, 1))
+        with pytest.raises(DataError, match=rf"a finished prediction of another kind \({what}\)"):
+            write_store(predictor, case, place, Options())
+    # Of a store the kind of its pixels tells.
+    moving = write_volume_store(tmp_path / "b.ome.zarr", array, chunk=(8, 16, 16))
+    write_store(predictor, case_of(moving), tmp_path / "b", Options())
+    shutil.rmtree(moving)
+    write_volume_store(moving, array[:-4], chunk=(8, 16, 16))
+    with pytest.raises(DataError, match=r"of another kind \(pixels\)"):
+        write_store(predictor, case_of(moving), tmp_path / "b", Options())
+
+
+def test_the_same_image_from_another_folder_is_the_same(run: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    write_store(predictor_of(run), case_of(store), tmp_path / "out.ome.zarr", Options())
+    monkeypatch.chdir(store.parent)
+    write_store(predictor_of(run), case_of(Path(store.name)), tmp_path / "out.ome.zarr", Options(), say=said.append)
+    assert said == [f"{tmp_path / 'out.ome.zarr'}: finished already"]
+
+
+@pytest.mark.parametrize("options", [Options(), Options(instances=True)], ids=["labels", "instances"])
+def test_a_store_that_is_not_ours_is_left_alone(run: Path, store: Path, tmp_path: Path, options: Options) -> None:
+    foreign = write_volume_store(tmp_path / "out.ome.zarr", np.zeros(SHAPE, np.uint8), chunk=(8, 16, 16))
+    before = contents(foreign)
+    with pytest.raises(DataError, match=r"out.ome.zarr: expected nothing there, got what `predict` did not write"):
+        write_store(predictor_of(run), case_of(store), foreign, options)
+    assert contents(foreign) == before
+    # What a kill leaves before there is a record.
+    (tmp_path / "begun.ome.zarr" / ".microtome").mkdir(parents=True)
+    write_store(predictor_of(run), case_of(store), tmp_path / "begun.ome.zarr", options)
+
+
+def test_what_a_kill_left_on_the_way_goes_with_the_next_call(run: Path, store: Path, tmp_path: Path) -> None:
+    place = write_store(predictor_of(run), case_of(store), tmp_path / "out.ome.zarr", ALL)
+    (tmp_path / ".stage-out.ome.zarr" / "labels").mkdir(parents=True)
+    write_store(predictor_of(run), case_of(store), place, ALL)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.ome.zarr"]
+
+
+def test_auto_goes_on_with_the_engine_that_began(run: Path, store: Path, tmp_path: Path) -> None:
+    predictor, place = predictor_of(run), tmp_path / "out.ome.zarr"
+    stored.open_store(predictor, case_of(store), place, wanted_of(predictor, Options()), request={"mending": {}})
+    chosen = Predictor(load_bundle(run))
+    record = json.loads((place / ".microtome" / "record.json").read_text())
+    (place / ".microtome" / "record.json").write_text(json.dumps(record | {"engine": "torch-bf16"}))
+    # An engine that was chosen for an image before is no word of the user's.
+    assert chosen.engine is not None
+    assert chosen.engine.name == "torch"
+    bricks, _ = stored.open_store(chosen, case_of(store), place, wanted_of(chosen, Options()), request={"mending": {}})
+    assert bricks.record.engine == "torch-bf16"
+
+
+def test_less_memory_than_it_was_begun_for_is_refused(run: Path, store: Path, tmp_path: Path) -> None:
+    predictor, place = predictor_of(run), tmp_path / "out.ome.zarr"
+    wanted = wanted_of(predictor, Options())
+    stored.open_store(predictor, case_of(store), place, wanted, limit_bytes=8 * 10**9)
+    stored.open_store(predictor, case_of(store), place, wanted, limit_bytes=8 * 10**9)
+    with pytest.raises(ConfigError, match=r"or more for which this prediction was begun, got --memory 0.1"):
+        stored.open_store(predictor, case_of(store), place, wanted, limit_bytes=10**8)
+
+
+@pytest.mark.parametrize("memory", [float("nan"), float("inf"), 0.0, -1.0])
+def test_memory_is_a_number_above_0(memory: float) -> None:
+    with pytest.raises(ConfigError, match="--memory: expected a number of GB above 0"):
+        Options(memory_gb=memory)
+
+
+def test_label_files_are_not_written_to_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small_bundle(tmp_path / "run", dims=2)
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 255, (40, 36)).astype(np.uint8))
+    monkeypatch.chdir(tmp_path)
+    out = Path("memory://test-storing/out")
+    with pytest.raises(DataError, match=r"memory://test-storing/out: expected a folder .* --ome-zarr"):
+        predict_files(predictor_of(run), [tmp_path / "a.npy"], out)
+    [place] = predict_files(predictor_of(run), [tmp_path / "a.npy"], out, options=Options(store=True))
+    assert read_image(place / "labels" / "prediction").shape_vox == (40, 36)
+    # Nothing of the URL became a folder here.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.npy", "run"]
+
+
+def test_a_large_plain_image_tells_how_far_it_is_and_how_it_is_cut(run: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8))
+    done, said = list[tuple[int, int]](), list[str]()
+    words: dict[str, Any] = {"on_voxels": lambda now, of: done.append((now, of)), "say": said.append}
+    predict_files(predictor_of(run), [tmp_path / "a.npy"], tmp_path / "out", options=Options(memory_gb=8), **words)
+    assert len(done) > 1
+    assert done[-1] == (np.prod(SHAPE), np.prod(SHAPE))
+    assert done == sorted(done)
+    assert len(said) == 1
+    assert "slabs of" in said[0]
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "sections": {"plan": {"spacing_mm": (2.0, 1.0, 1.0)}},
+    "resized": {"plan": {"resize_vox": (16, 16), "spacing_mm": (1.0, 1.0, 1.0)}},
+    "colours": {"values": (((0, 0, 0),), ((255, 0, 10),)), "kind": "colours"},
+    "objects": {"values": ((0,), (255,)), "kind": "instances"},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_stores_hold_what_plain_files_do(tmp_path: Path, kind: str) -> None:
+    given = KINDS[kind]
+    bundle = load_bundle(small_bundle(tmp_path / "run", dims=2))
+    legend = replace(bundle.legend, values=given.get("values", bundle.legend.values), kind=given.get("kind", "values"))
+    plan = bundle.plan.model_copy(update=given.get("plan", {}))
+    save_bundle(tmp_path / "run" / "model", replace(bundle, plan=plan, legend=legend))
+    shape = (5, 40, 36)[-len(plan.spacing_mm) :]
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8))
+    for options in (Options(uncertainty=True), Options(instances=True, clean=CleanUp(fill_holes=True))):
+        predictor, out = predictor_of(tmp_path / "run", tta="mirror"), tmp_path / f"out{options.instances}"
+        maps = predict_maps(predictor, open_volume(tmp_path / "a.npy"), options)
+        [place] = predict_files(predictor, [tmp_path / "a.npy"], out, options=replace(options, store=True))
+        values = bricks_module.stored_values(legend)
+        np.testing.assert_array_equal(read_image(place / "labels" / "prediction").array[0], values[maps.pop("labels")])
+        assert len(maps) == (1 if options.instances else 2)
+        for name, array in maps.items():
+            found = read_image(place / ("labels/instances" if name == "instances" else name))
+            np.testing.assert_array_equal(found.array[0], array)

@@ -3,6 +3,7 @@
 import threading
 import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from microtome import machine
 from microtome.config import NormalisationConfig
 from microtome.data.parts import parts_of
 from microtome.errors import ConfigError
@@ -230,3 +232,45 @@ def test_tiles_of_a_petabyte_are_counted_without_a_list_of_them() -> None:
     layout = layout_for(in_memory(pixels), (1.0,) * 3, plan, FakeNetwork(), bricks=(64, 128, 128))
     assert layout.peak_bytes < 2**31
     assert len(layout.shapes.tiles(((500, 600), (0, 128), (0, 128)))) < 100
+
+
+def test_of_two_tiles_that_fit_the_one_that_computes_less_is_taken() -> None:
+    # A grown tile is as wide as the plane: in narrow columns it is computed for each of them.
+    plan = plan_of(3, (8, 32, 32)).model_copy(update={"classes": tuple(map(str, range(40))), "batch": 16})
+    volume, network = in_memory(np.zeros((1, 96, 128, 128), np.uint8)), FakeNetwork()
+    small = layout_for(volume, (1.0,) * 3, plan.model_copy(update={"batch": 1}), network, limit_bytes=10**10)
+    assert layout_for(volume, (1.0,) * 3, plan, network, limit_bytes=10**10).shapes.tile_vox != small.shapes.tile_vox
+    chosen = [layout_for(volume, (1.0,) * 3, plan, network, limit_bytes=limit * 10**6) for limit in range(110, 400, 20)]
+    for layout in chosen:
+        rival = layout_for(
+            volume, (1.0,) * 3, plan.model_copy(update={"batch": 1}), network, limit_bytes=max(layout.peak_bytes, 110 * 10**6)
+        )
+        if rival.peak_bytes <= layout.peak_bytes:
+            assert computed(layout) <= computed(rival)
+
+
+def computed(layout: layouts.Layout) -> int:
+    return layout.tile_count() * int(np.prod(layout.shapes.tile_vox))
+
+
+def test_tiles_of_all_columns_are_counted_along_each_axis() -> None:
+    plan = plan_of(3, (8, 32, 32))
+    layout = layout_for(in_memory(np.zeros((1, 96, 128, 130), np.uint8)), (1.0,) * 3, plan, FakeNetwork())
+    cut = replace(layout, edges=((0, 40, 128), (0, 32, 100, 130)))
+    assert layouts.Cost(cut).all_boxes(cut) == cut.tile_count() > layout.tile_count()
+
+
+def test_a_chunk_too_large_to_be_kept_does_not_narrow_the_columns() -> None:
+    plan = plan_of(3, (32, 128, 128))
+    pixels = np.broadcast_to(np.zeros((), np.uint8), (1, 4096, 512, 512))
+    volume = replace(in_memory(pixels), chunk_vox=(4096, 512, 1))
+    assert len(layout_for(volume, (1.0,) * 3, plan, FakeNetwork()).columns) == 1
+
+
+def test_memory_is_known_where_the_kernel_keeps_no_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 2**20 < machine.resident_bytes() <= machine.resident_bytes(most=True)
+    status = tmp_path / "status"
+    monkeypatch.setattr(machine, "_STATUS", status)
+    assert machine.resident_bytes(most=True) == 0
+    status.write_text("Name:\tpython\nVmRSS:\t    12 kB\n", encoding="ascii")
+    assert machine.resident_bytes(most=True) == machine.resident_bytes() == 12 * 1024

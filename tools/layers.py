@@ -170,7 +170,7 @@ LAYERS = (
 
 # What other modules may import inside of a function: it needs tensorstore, SciPy or an extra, which are slow to load, and a picture
 # that is labelled needs none of them.
-LATE = ("images.hdf5", "images.chunked", "inference.mending", "inference.cluster", "inference.storing")
+LATE = ("images.hdf5", "images.dicom_seg", "images.chunked", "inference.mending", "inference.cluster", "inference.storing")
 
 
 def path_of(module: str) -> Path:

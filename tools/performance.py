@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import yaml
@@ -38,8 +39,21 @@ one of 96 × 96 × 96 has 1649). `modern_unet` has the sizes that a plan of ten 
 The first engine of each table is the one that the others are compared with. All have the same network, weights, patch (64 × 128 × 128),
 overlap (0.5) and threads, and none mirrors. "File to file" is a program's own command from its start to a label file on disk: NIfTI,
 voxels of 0.8 mm, brought to 1 mm (128 × 205 × 205) and back. nnU-Net and ours resample and normalise alike; MONAI's users take linear
-interpolation, which gives another image and so other labels. Memory is that of the largest process, which flatters programs that start
-several.""",
+interpolation, which gives another image and so other labels. "peak" is the memory of the largest process, which flatters programs that
+start several; the targets above count all of a program's processes together.""",
+    ),
+    "memory": (
+        "Memory of ever longer volumes",
+        """\
+`make bench-memory`: `microtome predict` of an OME-Zarr of 8-bit voxels into another, by a thin network in tiles of 32 × 128 × 128. The
+peak is the process's largest resident set as the kernel counted it; "the process with its network" is the peak of the same command for a
+volume of one tile.""",
+    ),
+    "scaling": (
+        "More workers",
+        """\
+`python -m benchmarks.scaling`: the same volume by one and by two workers of one thread each; [cluster.md](cluster.md) says what follows
+for a thousand.""",
     ),
     "gpu": ("On a GPU", ""),
     "accuracy": (
@@ -77,8 +91,18 @@ def page(results: Path = RESULTS) -> str:
         if rows:
             parts += [f"## {title}\n", f"{words}\n" if words else "", made_by(about)]
             parts += [limits_table(about["limits"])] if about.get("limits") else []
-            parts += [accuracy_table(rows)] if name == "accuracy" else tables(rows)
+            parts += [OTHER_TABLES[name](rows)] if name in OTHER_TABLES else tables(rows)
     return "\n".join(part for part in parts if part)
+
+
+def memory_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Peaks of predicting ever longer volumes."""
+    lines = ["| volume | classes | peak, MB | of it the process with its network, MB | seconds |", "|---|---|---|---|---|"]
+    for row in rows:
+        shape = " × ".join(map(str, row["shape"]))
+        sizes = f"{row['peak_bytes'] / 2**20:.0f} | {row['base_bytes'] / 2**20:.0f}"
+        lines.append(f"| {shape} | {row['classes']} | {sizes} | {row['seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
 
 
 INTRODUCTION = """\
@@ -200,6 +224,9 @@ def cell(text: str) -> str:
     """Text that keeps a table whole."""
     return " ".join(str(text).split()).replace("|", "\\|")
 
+
+# Results whose rows are not those of engines.
+OTHER_TABLES = MappingProxyType({"accuracy": accuracy_table, "memory": memory_table})
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -370,5 +370,5 @@ def main() -> None:
         # Typer makes an exit of Ctrl-C, in silence.
         if getattr(error, "code", 130) != 130:
             raise
-        sys.stderr.write("microtome: stopped; a training run goes on with --resume\n")
+        sys.stderr.write("microtome: stopped; a training goes on with --resume, a prediction into a store with the same command\n")
         sys.exit(130)

@@ -18,7 +18,10 @@ def predict(
         list[Path],
         typer.Argument(metavar="INPUT...", help="Images, folders of them, OME-Zarr, N5 or DICOM folders, URLs (s3://...), file.h5/name."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the label files; those of chunked images are OME-Zarr and may lie at a URL.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for the label files; for OME-Zarr, which chunked images get, it may be a URL."),
+    ],
     tta: Averaged = "none",
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Those of each class too, times 255 as bytes, in OUT/probabilities.")
@@ -43,7 +46,7 @@ def predict(
     device: Device = "auto",
     engine: Engine = "auto",
 ) -> None:
-    """Label images in their own format and geometry, with the values of the training labels. A killed call goes on if it is repeated."""
+    """Label images in their own format and geometry, with the values of the training labels; in stores a killed call goes on."""
     from microtome.inference.asked import CleanUp, Options, parse_size
     from microtome.inference.predict_files import predict_files
     from microtome.inference.predictor import load

@@ -31,6 +31,8 @@ OBJECT_SCORES = ("ap50", "ap", "pq", "seg", "arand", "voi_split", "voi_merge", "
 # What the reason of a value begins with that a recipe set.
 SOURCES = ("ours:", "paper", "article")
 SECONDS_BETWEEN_LINES = 15.0
+# An image that takes no longer has no bar of its own.
+SECONDS_UNTIL_SHARE = 1.0
 # A run of fewer steps, or of fewer than its learning rate takes to rise, shows nothing of what its network can learn.
 FEWEST_STEPS = 20
 
@@ -108,11 +110,12 @@ class _PredictingView:
         self.terminal, self.bar = terminal, bar
         self.task = bar.add_task("predicting", total=None, status="")
         self.part: TaskID | None = None
-        self.line_at = time.monotonic()
+        self.line_at = self.began = time.monotonic()
 
     def done(self, name: str, done: int, of: int) -> None:
         """So many images are done; the name of the last."""
         self.bar.update(self.task, completed=done, total=of, status=name)
+        self.began = time.monotonic()
         if self.part is not None:
             self.bar.remove_task(self.part)
             self.part = None
@@ -120,9 +123,11 @@ class _PredictingView:
             self.terminal.say(f"predicting {done}/{of}: {name}")
 
     def voxels(self, done: int, of: int) -> None:
-        """So many thousandths of an image's voxels are done."""
+        """So many of an image's voxels are done, of so many; shown once the image has taken a while."""
+        if time.monotonic() - self.began < SECONDS_UNTIL_SHARE:
+            return
         if self.part is None:
-            self.part = self.bar.add_task("  of 1000", total=1000, status="")
+            self.part = self.bar.add_task("  this image, thousandths", total=1000, status="")
         self.bar.update(self.part, completed=1000 * done // of)
         if not self.terminal.console.is_terminal and time.monotonic() - self.line_at > SECONDS_BETWEEN_LINES:
             self.line_at = time.monotonic()

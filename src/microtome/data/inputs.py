@@ -31,7 +31,8 @@ def list_images(path: Path, channels: int = 1) -> tuple[Case, ...]:
     files = image_side(path) if path.is_dir() else []
     if not files:
         got = "no image in it" if path.is_dir() else "nothing there"
-        raise DataError(path, expected="an image file or a folder of images", got=got, do="give PNG, JPEG, TIFF or NIfTI files")
+        do = "give pictures or volumes, such as PNG, TIFF, NIfTI, DICOM, HDF5 or OME-Zarr"
+        raise DataError(path, expected="an image file or a folder of images", got=got, do=do)
     stated = load_description(path)[0].images
     inner = stated if are_inner(path, stated) else None
     members = _channel_files(files, channels)

@@ -10,7 +10,7 @@ from microtome.data.case import Case, Finding, Layout
 from microtome.data.containers import are_inner, container_layout, existing_part
 from microtome.data.description import DatasetConfig, inside, load_description
 from microtome.data.documents import CHANNEL, read_document
-from microtome.data.names import Role, image_files, key_of, natural, relative, role_of, some, stem_of, unique_names
+from microtome.data.names import Role, image_files, key_of, lone_outer, natural, relative, role_of, some, stem_of, unique_names
 from microtome.errors import DataError
 
 # Words of a folder's name that keep its files from those of another: training data from test data.
@@ -163,13 +163,14 @@ def _fixed_part(pattern: str) -> Path:
 
 def _guessed(root: Path, files: Sequence[Path]) -> list[_Item]:
     """Roles by the names of the folders; where no folder is one of labels, by the names of the files."""
-    folders = {path: path.relative_to(root).parent.parts for path in files}
+    outer = {path: lone_outer(root, path) for path in files}
+    folders = {path: outer[path].relative_to(root).parent.parts for path in files}
     sided = {path: _side(parts) for path, parts in folders.items()}
     by_folder = any(role == "label" for role, _ in sided.values())
     items = []
     for path, parts in folders.items():
         role, side = sided[path]
-        stem = stem_of(path)
+        stem = stem_of(outer[path])
         if not by_folder or not role:
             role = "label" if role_of(stem) == "label" else "image"
         where, part = _places(parts)

@@ -4,16 +4,17 @@ import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
-from microtome.errors import DataError
+from microtome.errors import ConfigError, DataError
 from microtome.images import files as formats
 from microtome.images.files import is_image_name, store_kind, suffix_of
 
 Role = Literal["image", "label", ""]
 
-_IMAGE = r"images?|imgs?|im|imaging|volumes?|vol|raw"
+_IMAGE = r"images?|imgs?|im|imaging|volumes?|vol|raw|dicoms?|dcm"
 _LABEL = r"masks?|labels?|lbls?|seg|segs|segmentations?|gt|ground[-_ ]?truths?|annotations?|annot|anno|trimaps?"
 
 
@@ -51,12 +52,23 @@ def stem_of(path: Path) -> str:
 
 
 def store_of(folder: Path) -> str:
-    """As `images.files.store_kind`, and "" of what is no folder or cannot be read."""
+    """As `images.files.store_kind`, and "" of what is no folder, cannot be read, or holds DICOM files that are an image each."""
     try:
-        return store_kind(folder) if folder.is_dir() else ""
+        kind = store_kind(folder) if folder.is_dir() else ""
+        return "" if kind == "dicom" and _are_pictures(folder) else kind
     except (OSError, DataError):
         # Whoever opens it is told why.
         return ""
+
+
+def _are_pictures(folder: Path) -> bool:
+    """Whether DICOM files are an image each; False where the package that tells is not there: whoever opens them says so."""
+    from microtome.images.dicom_seg import are_separate
+
+    try:
+        return are_separate(folder)
+    except ConfigError:
+        return False
 
 
 def is_image_place(path: Path) -> bool:
@@ -75,6 +87,17 @@ def place_of(path: Path) -> Path:
 def outer_of(path: Path) -> Path:
     """The container that a path leads into, as far as names tell: `a.ome.zarr` of `a.ome.zarr/labels/cells`; the path itself of others."""
     return next((each for each in (*reversed(path.parents), path) if suffix_of(each)), path)
+
+
+def lone_outer(root: Path, path: Path) -> Path:
+    """The outermost folder below `root` that holds one DICOM series alone (`images/p1` of `images/p1/study/CT`), or the path itself.
+
+    A folder whose name has a word of a role is none of it.
+    """
+    series = store_of(path) == "dicom"
+    while series and root in path.parent.parents and not role_of(path.parent.name) and len(list(islice(path.parent.iterdir(), 2))) == 1:
+        path = path.parent
+    return path
 
 
 def stamp_of(path: Path) -> tuple[str, int, int]:
@@ -107,10 +130,13 @@ def image_files(root: Path) -> list[Path]:
 
 
 def unique_names(root: Path, files: Sequence[Path]) -> list[str]:
-    """A name for each file: its stem, else its path in the folder without suffix, else with it, so that none repeats."""
+    """A name for each file: its stem, else its path in the folder without suffix, else with it, so that none repeats.
+
+    The stem of a series alone in its folders is that of the outermost, as `lone_outer` has it.
+    """
     folders = [path.relative_to(root).parent for path in files]
     full = [(folder / stem_of(path)).as_posix() for folder, path in zip(folders, files, strict=True)]
-    for names in ([stem_of(path) for path in files], full):
+    for names in ([stem_of(lone_outer(root, path)) for path in files], full):
         # Written to a disk that ignores case, two names that differ only in it would be one file.
         if len({name.casefold() for name in names}) == len(files):
             return names

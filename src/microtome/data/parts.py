@@ -98,19 +98,19 @@ def large_volume(path: Path) -> Volume | None:
     return open_volume(path) if math.prod(header.shape_vox) * header.channels > MOST_WHOLE else None
 
 
-def check_fits(path: Path) -> None:
-    """Refuse to read all of an image that the free memory does not hold.
+def check_fits(*paths: Path) -> None:
+    """Refuse to read all of an image, of the channels in one file or in several, that the free memory does not hold.
 
     Raises:
         DataError: names its bytes and those that are free.
     """
-    if not _may_be_large(path):
+    if not any(_may_be_large(path) for path in paths):
         return
-    needed, free = probe_image(path).claimed_bytes, free_memory_bytes()
+    needed, free = sum(probe_image(path).claimed_bytes for path in paths), free_memory_bytes()
     if needed > free:
         expected = f"an image that fits in the free memory ({free} bytes) where all of it is needed at once"
         do = "cut it into parts, or store it as OME-Zarr or HDF5 on the grid that the network sees"
-        raise DataError(path, expected=expected, got=f"{needed} bytes ({needed / 1e9:.1f} GB)", do=do)
+        raise DataError(paths[0], expected=expected, got=f"{needed} bytes ({needed / 1e9:.1f} GB)", do=do)
 
 
 def _may_be_large(path: Path) -> bool:

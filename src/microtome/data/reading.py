@@ -1,8 +1,8 @@
 """The files of one case -> one image: channels stacked, spacing as stated, sections cut, label on the image's grid."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from microtome.geometry import Spacing, format_shape, format_sides, same_grid
 from microtome.images.files import open_volume, probe_image, read_image
 from microtome.images.image import Header, Image
 from microtome.images.medical import PATIENT_FORMATS
-from microtome.images.volume import Sections, Stacked, Volume
+from microtome.images.volume import Sections, Stacked, Volume, volume_of
 
 # Formats whose parts are read without the rest, whatever the part.
 PARTED = frozenset({"zarr", "n5", "precomputed", "hdf5", "npy"})
@@ -53,8 +53,7 @@ def stack_channels(case: Case) -> Image:
     Raises:
         DataError: a file cannot be read, or two of them are not on one grid.
     """
-    for path in case.images:
-        check_fits(path)
+    check_fits(*case.images)
     images = [read_image(path) for path in case.images]
     if len(images) == 1:
         return images[0]
@@ -114,7 +113,8 @@ def cut(image: Image, sections: tuple[int, int] | None) -> Image:
         return image
     step = np.eye(len(image.affine))
     step[0, -1] = sections[0]
-    return replace(image, array=image.array[:, sections[0] : sections[1]], affine=image.affine @ step)
+    array = image.array[:, sections[0] : sections[1]]
+    return replace(image, array=array, affine=image.affine @ step, extra=_extra_of_part(image.extra))
 
 
 def cut_volume(volume: Volume, sections: tuple[int, int] | None) -> Volume:
@@ -123,7 +123,13 @@ def cut_volume(volume: Volume, sections: tuple[int, int] | None) -> Volume:
         return volume
     step = np.eye(len(volume.affine))
     step[0, -1] = sections[0]
-    return replace(volume, pixels=Sections(volume.pixels, *sections), affine=volume.affine @ step)
+    pixels = Sections(volume.pixels, *sections)
+    return replace(volume, pixels=pixels, affine=volume.affine @ step, extra=_extra_of_part(volume.extra))
+
+
+def _extra_of_part(extra: Mapping[str, Any]) -> dict[str, Any]:
+    """What a writer needs of some sections: not the slices of a DICOM series, all of which a segmentation refers to."""
+    return {name: value for name, value in extra.items() if name not in ("source", "frames")}
 
 
 @dataclass(frozen=True)
@@ -167,8 +173,11 @@ def open_label_parts(case: Case, legend: Legend) -> LabelParts:
     Raises:
         DataError: it cannot be opened, or does not lie on the image's grid.
     """
-    volume = open_volume(case.labels[0])
-    _check_grid(case, probe_image(case.images[0]), volume, "image and label")
+    volume, image = open_volume(case.labels[0]), probe_image(case.images[0])
+    if volume.format == "dicom":
+        # A segmentation, which is in memory already.
+        volume = volume_of(_with_empty_planes(volume.load(), image))
+    _check_grid(case, image, volume, "image and label")
     return LabelParts(cut_volume(volume, case.sections), legend, case)
 
 
@@ -178,21 +187,42 @@ def _moved(planes: Sequence[Plane], starts: Sequence[int]) -> tuple[Plane, ...]:
 
 
 def checked_label(case: Case, label: Image) -> Image:
-    """The label of a case, if it lies on the grid of the case's image.
+    """The label of a case, if it lies on the grid of the case's image; planes that a DICOM segmentation leaves out are empty.
 
     Raises:
-        DataError: another shape, or in NIfTI files another place in the world; names both files.
+        DataError: another shape, or in files with a patient's millimetres another place in the world; names both files.
     """
-    _check_grid(case, probe_image(case.images[0]), label, "image and label")
+    image = probe_image(case.images[0])
+    label = _with_empty_planes(label, image)
+    _check_grid(case, image, label, "image and label")
     return label
 
 
+def _with_empty_planes(label: Image, image: Header) -> Image:
+    """A segmentation of some sections of a series on the grid of all of them; every other label as it is."""
+    if label.format != "dicom" or image.format not in PATIENT_FORMATS or label.shape_vox[1:] != image.shape_vox[1:]:
+        return label
+    affine = np.asarray(image.affine)
+    if affine.shape != label.affine.shape or label.shape_vox[0] >= image.shape_vox[0]:
+        return label
+    first = round(float(np.linalg.solve(affine, label.affine)[0, -1]))
+    step = np.eye(len(affine))
+    step[0, -1] = first
+    past = first + label.shape_vox[0]
+    if not 0 <= first <= past <= image.shape_vox[0] or not same_grid(affine @ step, label.affine, label.shape_vox):
+        return label
+    array = np.zeros((label.channels, *image.shape_vox), label.array.dtype)
+    array[:, first:past] = label.array
+    return replace(label, array=array, affine=affine)
+
+
 def _check_grid(case: Case, image: Header, other: Image | Volume, what: str) -> None:
-    """Compare shape and, where both files know theirs, place with those of the case's first image."""
+    """Compare shape and, where both are of formats with a patient's millimetres, place with those of the case's first image."""
     name = case.images[0].name
+    placed = image.affine is not None and {image.format, other.format} <= PATIENT_FORMATS
     if image.shape_vox != other.shape_vox:
         raise _shape_error(case, image.shape_vox, name, other)
-    if image.affine is not None and other.format in PATIENT_FORMATS and not same_grid(image.affine, other.affine, image.shape_vox):
+    if placed and image.affine is not None and not same_grid(image.affine, other.affine, image.shape_vox):
         raise DataError(
             case.name,
             expected=f"{what} in the same place ({name}, origin {_origin(image.affine)}, spacing {format_sides(image.spacing_mm)})",

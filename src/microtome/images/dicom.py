@@ -11,7 +11,7 @@ import numpy as np
 
 from microtome.errors import DataError, DataWarning
 from microtome.geometry import affine_from_spacing, spacing_of
-from microtome.images.dicom_seg import SEGMENTATION, open_segmentation, pydicom_for
+from microtome.images.dicom_seg import SEGMENTATION, dicom_files, open_segmentation, pydicom_for
 from microtome.images.image import Header, Limits, decoding
 from microtome.images.itk import LPS_TO_RAS
 from microtome.images.parts import bounds, cut_off, limits_of_parts
@@ -95,7 +95,7 @@ def open_dicom(path: Path, limits: Limits) -> Volume:
         return open_segmentation(path, limits)
     slices = _slices_of(path)
     if slices is None:
-        only = next(file for file in _files(path) if _header(file).get("SOPClassUID") == SEGMENTATION)
+        only = next(file for file in dicom_files(path) if _header(file).get("SOPClassUID") == SEGMENTATION)
         return open_segmentation(only, limits)
     _check_alike(slices)
     slices = _sorted(path, slices)
@@ -142,17 +142,6 @@ class _Series:
         return out
 
 
-def _files(folder: Path) -> list[Path]:
-    """The DICOM files of a folder, by name."""
-    found = []
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and not path.name.startswith("."):
-            with path.open("rb") as file:
-                if file.read(132)[128:] == b"DICM":
-                    found.append(path)
-    return found
-
-
 def _header(path: Path) -> Any:
     """The elements that count; `pixels_at` is where those that were not read begin."""
     with decoding(path, "DICOM"), path.open("rb") as file:
@@ -176,9 +165,9 @@ def _slices_of(path: Path) -> list[_Slice] | None:
             raise DataError(path, expected="an image", got=f"{header.get('Modality')} without pixels", do="give a file of images")
         if len(own) != 1 or own[0].position is None or not own[0].series:
             return own
-        others = (one for file in _files(path.parent) if file != path for one in _read_slices(file, _header(file)))
+        others = (one for file in dicom_files(path.parent) if file != path for one in _read_slices(file, _header(file)))
         return own + [one for one in others if one.series == own[0].series]
-    headers = [(file, _header(file)) for file in _files(path)]
+    headers = [(file, _header(file)) for file in dicom_files(path)]
     segmentations = [file for file, header in headers if header.get("SOPClassUID") == SEGMENTATION]
     slices = [one for file, header in headers if file not in segmentations for one in _read_slices(file, header)]
     if not slices and len(segmentations) == 1:
@@ -280,7 +269,7 @@ def _check_file(path: Path, header: Any, look: _Look, frames: int) -> None:
         if (size := path.stat().st_size) < wanted:
             raise cut_off(path, wanted, size)
     elif syntax.is_compressed and not get_decoder(syntax).is_available:
-        do = 'run: pip install "microtome[medical]", or export it without compression'
+        do = 'run: pip install "microtome[medical]" python-gdcm, or export it without compression'
         raise DataError(path, expected=f"a decoder of {syntax.name}", got=f"none is installed ({syntax})", do=do)
 
 

@@ -2,7 +2,9 @@
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from microtome.images.volume import Volume, volume_of
 
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 _MOST_SEGMENTS = 255
+# Files of a folder that tell whether they are slices of one series.
+_MOST_LOOKED_AT = 16
 # A segment that is written here has the value of the label map as its code in this scheme.
 _SCHEME = "99MICROTOME"
 
@@ -28,6 +32,39 @@ def pydicom_for(path: Path) -> Any:
     except ImportError:
         raise missing_extra(str(path), "pydicom", "medical") from None
     return pydicom
+
+
+def dicom_files(folder: Path) -> Iterator[Path]:
+    """The DICOM files of a folder, by name."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith("."):
+            with path.open("rb") as file:
+                found = file.read(132)[128:] == b"DICM"
+            if found:
+                yield path
+
+
+def are_separate(folder: Path) -> bool:
+    """Whether the DICOM files of a folder are an image or a segmentation each, and no series: as the first of them tell.
+
+    They are where there are segmentations alone, or several images and no two of one series. What cannot be read is passed over.
+
+    Raises:
+        ConfigError: pydicom is not installed.
+    """
+    pydicom, series, segmentations = pydicom_for(folder), list[str](), 0
+    for number, path in enumerate(islice(dicom_files(folder), _MOST_LOOKED_AT)):
+        with suppress(DataError), decoding(path, "DICOM"):
+            tags = ["SOPClassUID", "SeriesInstanceUID", "Rows"]
+            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            own = str(header.get("SeriesInstanceUID", number))
+            if header.get("SOPClassUID") == SEGMENTATION:
+                segmentations += 1
+            elif own in series:
+                return False
+            elif "Rows" in header:
+                series.append(own)
+    return len(series) > 1 or (not series and segmentations > 0)
 
 
 def open_segmentation(path: Path, limits: Limits) -> Volume:

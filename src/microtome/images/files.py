@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
@@ -83,6 +84,8 @@ _LABEL_SUFFIXES = MappingProxyType(
 )
 # Files that make a folder a store, and the kind that it is.
 _MARKERS = ((".zgroup", "zarr"), (".zarray", "zarr"), ("zarr.json", "zarr"), ("attributes.json", "n5"), ("info", "precomputed"))
+# Files without the suffix of an image that may come before the slices of a DICOM series.
+_MOST_BESIDE = 8
 _MAGIC = (
     (rb"\x89PNG\r\n\x1a\n", "png"),
     (rb"\xff\xd8\xff", "jpeg"),
@@ -198,11 +201,11 @@ def write_image(path: Path, image: Image) -> None:
         write_tiff(path, image)
     elif kind == "nifti":
         write_nifti(path, image)
-    elif kind is not None and kind in _WRITERS:
+    elif kind in _WRITERS:
         module, name = _WRITERS[kind]
         getattr(import_module(module), name)(path, image)
     else:
-        expected = "a name ending in .png, .tif, .nii, .nii.gz, .nrrd, .mha, .h5 or .npy"
+        expected = "a name ending in .png, .tif, .nii, .nii.gz, .nrrd, .mha, .h5, .npy, .ome.zarr or .dcm"
         raise DataError(path, expected=expected, got=f"`{path.name}`", do="rename the output")
 
 
@@ -210,7 +213,9 @@ def label_suffix(image: Image | Volume) -> str:
     """The suffix of a label map of this image: its own format's, or .png where that one would change the values."""
     if image.format == "nifti":
         return ".nii.gz" if image.extra.get("compressed", True) else ".nii"
-    if image.format == "dicom" and len(image.shape_vox) == 3 and "source" in image.extra:
+    if image.format == "dicom" and len(image.shape_vox) == 2:
+        return ".tif"
+    if image.format == "dicom" and "source" in image.extra:
         return ".dcm"
     return _LABEL_SUFFIXES.get(image.format, ".png")
 
@@ -269,9 +274,14 @@ def store_kind(folder: Path) -> str:
     for marker, kind in _MARKERS:
         if (folder / marker).is_file():
             return kind
-    # One that is no series says so when it is opened.
-    first = next((path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")), None)
-    return "dicom" if first is not None and _head(first)[128:132] == b"DICM" else ""
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    # One that is no series says so when it is opened; a licence or a table beside the slices is none.
+    for path in islice(files, _MOST_BESIDE):
+        if _head(path)[128:132] == b"DICM":
+            return "dicom"
+        if suffix_of(path):
+            return ""
+    return ""
 
 
 def _kind_of(path: Path) -> str:

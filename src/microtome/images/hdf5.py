@@ -17,7 +17,7 @@ from microtome.errors import DataError, DataWarning, missing_extra
 from microtome.files import atomic_path
 from microtome.geometry import Shape, Spacing, affine_from_spacing, format_shape
 from microtome.images.image import Header, Image, Limits, decoding
-from microtome.images.npy import image_type
+from microtome.images.npy import image_type, samples_last
 from microtome.images.parts import bounds, limits_of_parts
 from microtome.images.volume import Volume
 
@@ -28,7 +28,6 @@ _IMAGE_NAMES = ("raw", "image", "volume", "data", "exported_data", "volumes/raw"
 _SPACINGS = (("element_size_um", 1e-3), ("resolution", 1e-6), ("spacing", 1.0))
 _MM_PER_UNIT = MappingProxyType({"nm": 1e-6, "um": 1e-3, "µm": 1e-3, "μm": 1e-3, "micron": 1e-3, "mm": 1.0, "cm": 10.0, "m": 1e3})
 _LEAST_AXES, _MOST_AXES = 2, 5
-_MOST_SAMPLES = 4
 _MOST_LINKS = 16  # soft links that lead to each other are a circle
 _CHUNK_VOX = 64
 
@@ -263,8 +262,8 @@ def _guessed_names(shape: Shape) -> str:
     """Axes of a shape without names."""
     if len(shape) == _MOST_AXES:
         return "T" + _guessed_names(shape[1:])
-    samples_last = len(shape) > 2 and shape[-1] <= _MOST_SAMPLES < min(shape[:-1])
-    return {2: "YX", 3: "YXC" if samples_last else "ZYX", 4: "ZYXC" if samples_last else "CZYX"}[len(shape)]
+    last = samples_last(shape)
+    return {2: "YX", 3: "YXC" if last else "ZYX", 4: "ZYXC" if last else "CZYX"}[len(shape)]
 
 
 def _arranged(path: Path, dataset: Any) -> tuple[int | None, ...]:

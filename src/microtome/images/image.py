@@ -61,7 +61,7 @@ class Header:
         spacing_mm: voxel size along each axis of S; 1 where the file does not say.
         spacing_known: False where the spacing of 1 is an assumption.
         format: what the file really is, whatever its suffix.
-        affine: as in `Image`; None where the format has no place in the world.
+        affine: as in `Image`; None of a format that has nothing but a spacing.
     """
 
     shape_vox: Shape

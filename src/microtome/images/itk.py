@@ -23,7 +23,8 @@ from microtome.images.parts import Lazy, Mapped, cut_off, limits_of_parts, mappe
 from microtome.images.volume import Pixels, Volume
 
 _MAX_HEADER_BYTES = 2**22  # Slicer writes a few hundred bytes a segment
-_CHUNK_BYTES = 2**24
+# Of unpacked and of packed bytes that are held at a time beside the array.
+_CHUNK_BYTES, _PACKED_BYTES = 2**22, 2**16
 # ITK counts x to the left and y to the back, NIfTI and we to the right and to the front.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 LPS_TO_RAS.flags.writeable = False
@@ -161,7 +162,7 @@ def _inspected(path: Path) -> _Found:
         dtype = _type(path, sitk.GetPixelIDValueAsString(reader.GetPixelID()))
         shape_SC = _file_shape(path, reader.GetSize(), reader.GetNumberOfComponents())
         affine = _affine(path, reader, text.mm)
-    segments = _segments(text.fields)
+        segments = _segments(text.fields)
     channels = shape_SC[0] * shape_SC[-1]
     layers = channels if segments else 1
     header = Header(
@@ -370,14 +371,15 @@ def _inflated(text: _Text, shape: Shape, dtype: np.dtype[Any]) -> np.ndarray:
     with text.data.open("rb") as file:
         file.seek(text.offset)
         while done < flat.size:
-            packed = unpacker.unconsumed_tail or file.read(_CHUNK_BYTES)
+            packed = unpacker.unconsumed_tail or file.read(_PACKED_BYTES)
             if not packed or unpacker.eof:
                 raise cut_off(text.data, flat.size, done)
-            piece = unpacker.decompress(packed, flat.size - done)
+            # A piece at a time: an empty mask is a thousandth of its size.
+            piece = unpacker.decompress(packed, min(_CHUNK_BYTES, flat.size - done))
             flat[done : done + len(piece)] = np.frombuffer(piece, np.uint8)
             done += len(piece)
         # The checksum is behind the last value.
-        unpacker.decompress(unpacker.unconsumed_tail + file.read(_CHUNK_BYTES), 1)
+        unpacker.decompress(unpacker.unconsumed_tail + file.read(_PACKED_BYTES), 1)
     return array
 
 

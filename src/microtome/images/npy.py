@@ -7,17 +7,19 @@ import numpy as np
 
 from microtome.errors import DataError
 from microtome.files import atomic_path
-from microtome.geometry import affine_from_spacing
+from microtome.geometry import Shape, affine_from_spacing
 from microtome.images.image import Header, Image, Limits, decoding, native
 from microtome.images.parts import Mapped, limits_of_parts, mapped
 from microtome.images.volume import Volume
 
 _MOST_AXES = 4
+_MOST_SAMPLES = 4
 
 
 def open_npy(path: Path, limits: Limits) -> Volume:
     """An array of the axes (Y, X), (Z, Y, X) or (C, Z, Y, X), in either order of memory. Its spacing is not known.
 
+    An axis that is the last, of 4 or less, and the only one so short is C: (Y, X, C), (Z, Y, X, C).
     Truth values become 0 and 1, numbers of more than 64 bits float64.
 
     Raises:
@@ -26,7 +28,8 @@ def open_npy(path: Path, limits: Limits) -> Volume:
     with decoding(path, "NPY"):
         array = _mapped(path)
     dtype = image_type(path, array.dtype)
-    array_CS = array if array.ndim == _MOST_AXES else array[None]
+    channels_last = samples_last(array.shape)
+    array_CS = np.moveaxis(array, -1, 0) if channels_last else array if array.ndim == _MOST_AXES else array[None]
     spacing = (1.0,) * (array_CS.ndim - 1)
     header = Header(
         shape_vox=array_CS.shape[1:],
@@ -55,9 +58,13 @@ def open_npy(path: Path, limits: Limits) -> Volume:
 def write_npy(path: Path, image: Image) -> None:
     """Write the values of an image, in one step; one channel has no axis of its own.
 
-    The file has no place for anything else: spacing is lost, and several channels of a picture are read back as sections.
+    Up to 4 channels of a picture come last, as `open_npy` reads them. The file has no place for anything else: spacing is lost,
+    and more channels of a picture are read back as sections.
     """
     array = image.array[0] if image.channels == 1 else image.array
+    last = np.moveaxis(image.array, 0, -1)
+    if last.ndim == _MOST_AXES - 1 and image.channels > 1 and samples_last(last.shape):
+        array = np.ascontiguousarray(last)
     with atomic_path(path) as part, part.open("wb") as file:
         np.save(file, array, allow_pickle=False)
 
@@ -76,6 +83,11 @@ def _mapped(path: Path) -> np.ndarray:
         raise DataError(path, expected="the axes YX, ZYX or CZYX", got=got, do="save one image a file")
     array = mapped(path, dtype, offset, shape[::-1] if fortran_order else shape)
     return array.T if fortran_order else array
+
+
+def samples_last(shape: Shape) -> bool:
+    """Whether the last axis of an array without names is one of channels: the only one of 4 or less, behind two others at least."""
+    return len(shape) > 2 and shape[-1] <= _MOST_SAMPLES < min(shape[:-1])
 
 
 def image_type(path: Path, dtype: np.dtype[Any]) -> np.dtype[Any]:

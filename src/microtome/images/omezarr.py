@@ -10,6 +10,7 @@ Groups get their metadata last, in `finish`: what was not finished is no OME-Zar
 
 import colorsys
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -161,7 +162,14 @@ def write_omezarr(path: Path, image: Image) -> None:
         else:
             target = create_image(part, name, shape, image.array.dtype, chunk, layers=image.channels)
             target[(slice(None),) * (len(shape) + 1)] = image.array
-        finish(part, name, like=like, values=None, source=str(image.path))
+        finish(part, name, like=like, values=None, source=source_of(image.path, path))
+
+
+def source_of(image: Path, place: Path) -> str:
+    """Where the image of a label map is, as `finish` takes it: the path from the map's group; a URL as it is; "" of a file from a URL."""
+    if (url := url_of(image)) is not None:
+        return url
+    return "" if url_of(place) is not None else Path(os.path.relpath(image, place / "labels" / "name")).as_posix()
 
 
 def levels_of(shape_vox: Shape, spacing_mm: Spacing) -> list[Level]:

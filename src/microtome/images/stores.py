@@ -31,7 +31,7 @@ _RETRIES = MappingProxyType({"max_retries": 6, "initial_delay": "0.5s", "max_del
 # Metadata are kilobytes; consolidated ones of a large plate some megabytes.
 _MOST_JSON_BYTES = 2**28
 _CODE = re.compile(r"([A-Z]{2,}(?:_[A-Z]+)*): ")
-_OURS = ".microtome"
+OURS = ".microtome"
 
 
 @cache
@@ -154,7 +154,7 @@ class Documents:
     """
 
     def __init__(self, place: Path) -> None:
-        self.place = place / _OURS
+        self.place = place / OURS
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The document of that name; None where there is none.

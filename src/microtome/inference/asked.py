@@ -87,6 +87,9 @@ class Options:
         memory_gb: that this process may take; None: what is usual.
         cluster: `local:N` or the address of a scheduler of Dask; "" for this process alone.
         store: OME-Zarr whatever the image is.
+
+    Raises:
+        ConfigError: memory that is no number above 0.
     """
 
     probabilities: Literal["", "uint8", "float16"] = ""
@@ -96,6 +99,10 @@ class Options:
     memory_gb: float | None = None
     cluster: str = ""
     store: bool = False
+
+    def __post_init__(self) -> None:
+        if self.memory_gb is not None and not (0 < self.memory_gb < math.inf):
+            raise ConfigError("--memory", expected="a number of GB above 0", got=f"{self.memory_gb:g}", do="change it")
 
     def check(self, legend: Legend) -> None:
         """Refuse what cannot be made of a model's classes.
@@ -114,7 +121,8 @@ class Options:
             probabilities=self.probabilities,
             uncertainty=self.uncertainty,
             spread=self.uncertainty and averaged,
-            foreground=legend.background if self.instances else None,
+            # Objects of several classes are parted by their classes alone.
+            foreground=legend.background if self.instances and len(legend.foreground) == 1 else None,
             temperature=temperature,
         )
 

@@ -42,7 +42,10 @@ Say = Callable[[str], None]
 LOCAL = "local:"
 # What libraries read once, when they are imported.
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+# glibc gives threads other than the first small heaps, and each larger tensor fresh pages: twice the time, measured.
+ARENAS = "MALLOC_ARENA_MAX"
 CONNECT_SECONDS, LOOK_SECONDS, TURN_SECONDS = 30, 10, 0.05
+MOST_MISSED = 6
 
 
 def fill_on_cluster(address: str, job: Job, bricks: Bricks, *, on_voxels: OnVoxels, say: Say) -> None:
@@ -218,15 +221,10 @@ def _local(dask: Any, workers: int, say: Say) -> Iterator[Any]:
     settings = {"scheduler.worker-saturation": 1.0, "worker.profile.enabled": False, "worker.preload": [__name__]}
     settings = {f"distributed.{name}": value for name, value in settings.items()}
     # The layout bounds the memory of a worker, and Dask holds nothing that it could write to the disk instead.
-    words = {
-        "memory_limit": 0,
-        "dashboard_address": "127.0.0.1:0",
-        "scheduler_kwargs": {"dashboard": board},
-        "silence_logs": logging.CRITICAL,
-    }
-    with _quiet(), _environment(dict.fromkeys(THREAD_VARIABLES, str(each))), import_module("dask").config.set(settings):
+    words = {"memory_limit": 0, "scheduler_kwargs": {"dashboard": board}, "dashboard_address": "127.0.0.1:0"}
+    with _quiet(), _environment({**dict.fromkeys(THREAD_VARIABLES, str(each)), ARENAS: "1"}), import_module("dask").config.set(settings):
         try:
-            cluster = dask.LocalCluster(n_workers=workers, threads_per_worker=1, processes=True, **words)
+            cluster = dask.LocalCluster(n_workers=workers, threads_per_worker=1, silence_logs=logging.CRITICAL, **words)
         except (OSError, RuntimeError) as error:
             do = "give fewer workers, or call from a script with `if __name__ == '__main__':`"
             raise RunError(f"--cluster {LOCAL}{workers}", expected="workers that start", got=_line(error), do=do) from error
@@ -282,8 +280,8 @@ def _check_versions(client: Any) -> None:
         ConfigError: names the first place.
     """
     found = client.get_versions(packages=["microtome"])
-    places = {"the scheduler": found["scheduler"], **{f"worker {place}": about for place, about in found["workers"].items()}}
-    for place, about in places.items():
+    workers = {f"worker {place}": about for place, about in found["workers"].items()}
+    for place, about in {"the scheduler": found["scheduler"], **workers}.items():
         if isinstance(about, Mapping):
             _check_version(place, version("microtome"), about["packages"].get("microtome"))
 
@@ -301,12 +299,13 @@ def _wait_for_threads(client: Any, bricks: Bricks, say: Say) -> int:
     Raises:
         ConfigError: their memory is limited to less than a block takes.
     """
-    told = False
-    while not (found := client.nthreads()):
-        if not told:
-            say("no workers yet; waiting for the first")
-        told = True
+    if not (found := client.nthreads()):
+        say("no workers yet; waiting for the first")
+    while not found:
         time.sleep(10 * TURN_SECONDS)
+        found = client.nthreads()
+    if None in client.run(os.getenv, ARENAS, on_error="ignore").values():
+        say(f"workers without {ARENAS}=1 in their environment: computing on a CPU may take twice as long")
     each = bricks.record.layout.peak_bytes
     for place, worker in client.scheduler_info()["workers"].items():
         limit, needed = worker["memory_limit"], worker["nthreads"] * each
@@ -326,19 +325,28 @@ def _submitted(client: Any, order: Order, boxes: list[Box]) -> dict[Any, Box]:
 
 
 def _ended(client: Any, futures: Mapping[Any, Box], say: Say) -> Iterator[Any]:
-    """The futures as they end, however that is."""
+    """The futures as they end, however that is.
+
+    Raises:
+        RunError: all workers of this machine died, and none came back.
+    """
     ended = import_module("distributed").as_completed(list(futures), loop=client.loop)
-    looked = time.monotonic()
+    looked, missed = time.monotonic(), 0
     while ended.count():
         for future in ended.next_batch(block=False):
             yield future
-            looked = time.monotonic()
-        if time.monotonic() - looked > LOOK_SECONDS:
-            with suppress(OSError):
-                if not client.nthreads():
-                    say("no workers are left; waiting for new ones")
-            looked = time.monotonic()
+            looked, missed = time.monotonic(), 0
         time.sleep(TURN_SECONDS)
+        if time.monotonic() - looked < LOOK_SECONDS:
+            continue
+        with suppress(OSError):
+            missed = 0 if client.nthreads() else missed + 1
+        looked = time.monotonic()
+        if missed == 1:
+            say("no workers are left; waiting for new ones")
+        if missed > MOST_MISSED and client.cluster is not None:
+            got, do = "none, and none comes back", "see whether memory is short, and run the same command again"
+            raise RunError("--cluster", expected="workers of this machine", got=got, do=do)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """From what a network answers to what is asked for: labels mended, objects numbered, maps written beside them."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 
+from microtome.geometry import Shape
 from microtome.images.files import write_image
 from microtome.images.volume import Volume
 from microtome.inference.asked import Options
@@ -19,8 +21,8 @@ STORE_SUFFIX = ".ome.zarr"
 MAP_SUFFIXES = MappingProxyType(
     {"nifti": ".nii.gz", "nrrd": ".nrrd", "metaimage": ".mha", "hdf5": ".h5", "npy": ".npy", "dicom": ".nii.gz"}
 )
-# Sides of what is worked on at once, in memory too: distances take sixty bytes a voxel.
-BLOCK_SIDE = 256
+# Sides of what is worked on at once, in memory too, and where a memory has to be kept: distances take sixty bytes a voxel.
+BLOCK_SIDE, KEPT_BLOCK_SIDE, DISTANCE_BYTES = 256, 128, 60
 
 
 def wanted_of(predictor: Predictor, options: Options) -> Wanted:
@@ -28,8 +30,18 @@ def wanted_of(predictor: Predictor, options: Options) -> Wanted:
     return options.wanted(predictor.bundle.legend, averaged=predictor.tta != "none", temperature=predictor.bundle.temperature)
 
 
-def predict_maps(predictor: Predictor, volume: Volume, options: Options, *, images: int = 1) -> dict[str, np.ndarray]:
+def predict_maps(
+    predictor: Predictor,
+    volume: Volume,
+    options: Options,
+    *,
+    images: int = 1,
+    on_voxels: Callable[[int, int], None] = lambda done, of: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, np.ndarray]:
     """All that is asked for of one volume, in memory: labels int16 (*S), and maps by name, (*S) or (layers, *S).
+
+    Where memory is to be kept, how the volume is cut for that is said.
 
     Raises:
         ConfigError: the memory is not enough.
@@ -37,24 +49,34 @@ def predict_maps(predictor: Predictor, volume: Volume, options: Options, *, imag
     """
     wanted, limit = wanted_of(predictor, options), options.limit_bytes
     legend, shape = predictor.bundle.legend, volume.shape_vox
+    block = (BLOCK_SIDE if limit is None else KEPT_BLOCK_SIDE,) * len(shape)
     if limit is not None:
-        # All of the image and of what comes of it is held, unlike with a store.
-        held = wanted.voxel_bytes(len(legend.names)) + volume.channels * volume.pixels.dtype.itemsize
-        limit -= math.prod(shape) * held
-    maps = predict_whole(predictor.task(volume, wanted, images=images, limit_bytes=limit))
+        limit -= held_bytes(volume, wanted, options, len(legend.names), block)
+    task = predictor.task(volume, wanted, images=images, limit_bytes=limit)
+    if limit is not None:
+        say(f"{volume.path}: {task.layout.words}")
+    maps = predict_whole(task, on_voxels)
     background = legend.background
     if background is not None and options.mending:
         # Late: it needs SciPy, and a picture that is only labelled does not.
         from microtome.inference.mending import Mending
 
-        block = (BLOCK_SIDE,) * len(shape)
         mending = Mending(options=options, background=background, classes=legend.foreground, spacing_mm=volume.spacing_mm, block_vox=block)
         if options.clean:
             mending.labels(maps["labels"], maps["labels"])
         if options.instances:
             maps["instances"] = np.empty(shape, np.uint32)
-            mending.instances(maps["labels"], maps.pop("foreground"), maps["instances"])
+            mending.instances(maps["labels"], maps.pop("foreground", None), maps["instances"])
     return maps
+
+
+def held_bytes(volume: Volume, wanted: Wanted, options: Options, classes: int, block_vox: Shape) -> int:
+    """What is held beside slabs where nothing is a store: the image, all that comes of it, and labels as they are written."""
+    voxels = math.prod(volume.shape_vox)
+    each = volume.channels * volume.pixels.dtype.itemsize + wanted.voxel_bytes(classes) + 2 * np.dtype(np.int16).itemsize
+    # Numbers of objects, and of the components that are cleaned.
+    each += np.dtype(np.uint32).itemsize * (options.instances + bool(options.clean))
+    return voxels * each + (DISTANCE_BYTES * min(voxels, math.prod(block_vox)) if options.mending else 0)
 
 
 def write_map(stem: Path, array: np.ndarray, like: Volume) -> None:

@@ -5,6 +5,7 @@ is walked from the first row to the last by itself; tiles across an edge between
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,8 +16,9 @@ from microtome.config import Plan
 from microtome.errors import ConfigError
 from microtome.geometry import Shape, format_shape
 from microtome.inference.slabs import Box, Restoring
+from microtome.inference.source import MOST_READ
 from microtome.preprocess import CHUNK_VALUES, MOST_ROWS
-from microtome.tiling import Span, Tile, cover
+from microtome.tiling import Span, Tile, cover, starts
 
 # Memory beside arrays: Python's own, buffers of readers and writers, what an allocator rounds up to.
 MARGIN_BYTES = 64 * 2**20
@@ -103,9 +105,7 @@ class Layout:
         sides = tuple(max(b - a for a, b in pairwise(edges)) for edges in self.edges)
         where = "" if columns == 1 else f" in {columns} columns"
         slab = format_shape((min(shapes.tile_vox[0], shapes.grid[0]), *sides))
-        return (
-            f"tiles of {format_shape(shapes.tile_vox)}, slabs of {slab}{where}, about {self.peak_bytes / 2**30:.2g} GB beside the network"
-        )
+        return f"tiles of {format_shape(shapes.tile_vox)}, slabs of {slab}{where}, about {self.peak_bytes / 1e9:.2g} GB beside the network"
 
     def boxes(self, rows: Span | None = None) -> Iterator[Box]:
         """The columns between two rows, all of them where none are given."""
@@ -128,6 +128,31 @@ class Layout:
             len(cover((size,), (side,), overlap=shapes.overlap, box=(span,)))
             for size, side, span in zip(shapes.grid, shapes.tile_vox, needed, strict=True)
         )
+
+
+class Cost:
+    """How many tiles a box of the original grid takes, from counting and not from listing them: a layout may have millions of boxes."""
+
+    def __init__(self, layout: Layout) -> None:
+        shapes = layout.shapes
+        self._axes = [
+            (starts(size, tile, shapes.overlap), tile, size / whole)
+            for size, tile, whole in zip(shapes.grid, shapes.tile_vox, shapes.shape_vox, strict=True)
+        ]
+
+    def __call__(self, box: Box) -> int:
+        """Tiles whose output touches it."""
+        return math.prod(self._along(axis, span) for axis, span in enumerate(box))
+
+    def all_boxes(self, layout: Layout) -> int:
+        """Tiles of all columns, those of two columns counted twice."""
+        spans = [[(0, layout.shapes.shape_vox[0])], *(list(pairwise(edges)) for edges in layout.edges)]
+        return math.prod(sum(self._along(axis, span) for span in along) for axis, along in enumerate(spans))
+
+    def _along(self, axis: int, span: Span) -> int:
+        """Tiles that touch a span of one axis."""
+        first, tile, scale = self._axes[axis]
+        return bisect_left(first, math.ceil(span[1] * scale)) - bisect_right(first, math.floor(span[0] * scale) - tile)
 
 
 def needed_of(shapes: Shapes, box: Box) -> Box:
@@ -162,7 +187,7 @@ def choose_tile(shape_vox: Shape, plan: Plan, network: Sized, *, grow: bool = Tr
 
 
 def choose_layout(shapes_of: Callable[[bool], Shapes], limit_bytes: int | None, *, brick: Shape | None, where: str) -> Layout:
-    """The layout that computes least among those that fit; the tile is grown beyond a patch only if that fits too.
+    """Of a grown tile and one of a patch's size, each with as few columns as fit: the layout that computes less; the grown one of equals.
 
     Args:
         shapes_of: the shapes with a tile that is grown, or not.
@@ -173,18 +198,31 @@ def choose_layout(shapes_of: Callable[[bool], Shapes], limit_bytes: int | None, 
     Raises:
         ConfigError: not even the narrowest columns fit; says how much would.
     """
+    fitting: list[Layout] = []
     least: Layout | None = None
     for grown in (True, False):
         for layout in _layouts(shapes_of(grown), brick):
             if layout.peak_bytes <= (USUAL_BYTES if limit_bytes is None else limit_bytes):
-                return layout
+                fitting.append(layout)
+                break
             least = layout if least is None or layout.peak_bytes < least.peak_bytes else least
+        if fitting and len(fitting[0].columns) == 1:
+            return fitting[0]
+    if fitting:
+        return min(fitting, key=_computed)
     assert least is not None, "there is always one column"
     if limit_bytes is None:
         return least
-    got = f"{limit_bytes / 1e9:.2f} GB for it, and the least that it takes is {least.peak_bytes / 1e9:.2f} GB"
+    got = f"{max(0, limit_bytes) / 1e9:.2f} GB for it, and the least that it takes is {least.peak_bytes / 1e9:.2f} GB"
     do = f"--memory {math.ceil((least.peak_bytes - limit_bytes) / 1e8) / 10:g} GB higher"
     raise ConfigError(where, expected="memory for a slab of one column", got=got, do=do)
+
+
+def _computed(layout: Layout) -> int:
+    """Voxels that the network computes, all tiles together."""
+    shapes = layout.shapes
+    tile = math.prod(side + 2 * context for side, context in zip(shapes.tile_vox, shapes.context_vox, strict=True))
+    return Cost(layout).all_boxes(layout) * tile
 
 
 def _layouts(shapes: Shapes, brick: Shape | None) -> Iterator[Layout]:
@@ -237,7 +275,10 @@ def _column_bytes(shapes: Shapes, column: Box, brick: Shape | None) -> int:
     tile_in = math.prod(side + 2 * context for side, context in zip(shapes.tile_vox, shapes.context_vox, strict=True))
     few = min(MOST_ROWS, max(1, CHUNK_VALUES // max(1, shapes.layers * max(plane, made))))
     factor = shapes.shape_vox[0] / shapes.grid[0]
-    read = max(shapes.chunk_rows, math.ceil(depth * factor) + (28 if resampled else 0))
+    read = math.ceil(depth * factor) + (28 if resampled else 0)
+    # As `Source` reads: whole chunks, unless they are so large that they are read again for each tile.
+    if shapes.chunk_rows * shown * shapes.channels <= MOST_READ:
+        read = max(read, shapes.chunk_rows)
     total: float = shapes.engine_bytes + (shapes.layers + 1) * min(shapes.tile_vox[0], shapes.grid[0]) * plane * 4
     # The network's answer, and the copy that its library makes of it.
     total += 2 * shapes.layers * math.prod(shapes.tile_vox) * 4 + 3 * shapes.channels * tile_in * 4

@@ -49,13 +49,14 @@ class Mending:
             scratch=self.scratch,
         )
 
-    def instances(self, labels: Readable, foreground: Readable, out: Writable) -> None:
+    def instances(self, labels: Readable, foreground: Readable | None, out: Writable) -> None:
         """Number the objects of mended labels (*S) in `out`.
 
-        Objects of one class are parted where they touch, by the probability of being one; of several classes each connected piece
-        is an object.
+        Objects of one class are parted where they touch, by the probability of being one; of several classes, of which no such
+        probability is known, each connected piece is an object.
         """
-        if len(self.classes) == 1:
+        if foreground is not None:
+            assert len(self.classes) == 1, "the probability of which of them"
             inside = _Inside(foreground, labels, self.classes[0])
             # What was large enough may have been several objects.
             rules = Splitting(min_size_vox=least_voxels(self.options.clean, self.spacing_mm))

@@ -104,17 +104,20 @@ def predict_labels(array: np.ndarray, spacing_mm: Spacing, *, plan: Plan, networ
     return predict_whole(Task(volume=volume, plan=plan, layout=layout, grey=grey, engine=engine))["labels"]
 
 
-def predict_whole(task: Task, allocate: Callable[[Shape, np.dtype], np.ndarray] = np.empty) -> dict[str, np.ndarray]:
-    """All that is wanted of a volume as arrays as large as it: by name, (*S) or (layers, *S)."""
+def predict_whole(task: Task, on_voxels: Callable[[int, int], None] = lambda done, of: None) -> dict[str, np.ndarray]:
+    """All that is wanted of a volume as arrays as large as it, by name, (*S) or (layers, *S); `on_voxels` is told (done, of)."""
     shape = task.volume.shape_vox
     wanted = task.wanted.arrays(len(task.plan.classes))
-    arrays = {name: allocate((layers, *shape) if layers else shape, kind) for name, (layers, kind) in wanted.items()}
+    arrays = {name: np.empty((layers, *shape) if layers else shape, kind) for name, (layers, kind) in wanted.items()}
+    done = 0
     for box in task.layout.boxes():
         rest = tuple(slice(a, b) for a, b in box[1:])
         for first, finished in finished_rows(task, box):
             for name, rows in finished.items():
                 place = slice(first, first + rows.shape[-len(shape)])
                 arrays[name][(*(slice(None),) * (rows.ndim - len(shape)), place, *rest)] = rows
+            done += math.prod(rows.shape[-len(shape) :])
+            on_voxels(done, math.prod(shape))
     return arrays
 
 

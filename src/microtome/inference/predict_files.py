@@ -1,7 +1,7 @@
 """Image files -> label files beside each other in a folder: which images, under which names, never over what others wrote."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,15 @@ def predict_files(
     cases = list(_cases(inputs, predictor.bundle.plan.channels))
     _check_names(cases, out, listed)
     written, failed = [], []
-    with recording(out, legend, (safe_name(case.name) for case in cases)) as record:
+    # At a URL stores alone are written, which have their own record.
+    listing = recording(out, legend, (safe_name(case.name) for case in cases)) if url_of(out) is None else nullcontext()
+    with listing as record:
         for number, case in enumerate(cases, start=1):
             try:
                 words: dict[str, Any] = {"options": options, "images": len(cases) - number + 1, "on_voxels": on_voxels, "say": say}
                 written.append(write_prediction(predictor, case, out, **words))
-                record.add(written[-1], case)
+                if record is not None:
+                    record.add(written[-1], case)
             except DataError as error:
                 failed.append(error)
             on_done(case.name, number, len(cases))
@@ -89,7 +92,9 @@ def write_prediction(
         from microtome.inference.storing import write_store
 
         return write_store(predictor, case, out / f"{name}{STORE_SUFFIX}", options, images=images, on_voxels=on_voxels, say=say)
-    maps = predict_maps(predictor, volume, options, images=images)
+    if (url := url_of(out)) is not None:
+        raise DataError(url, expected=f"a folder for the label file of {case.name}", got="a URL", do="give --ome-zarr, or another --out")
+    maps = predict_maps(predictor, volume, options, images=images, on_voxels=on_voxels, say=say)
     for kind, array in maps.items():
         if kind != "labels":
             write_map(out / kind / name, array, volume)

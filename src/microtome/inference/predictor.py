@@ -76,6 +76,7 @@ class Predictor:
         check_turned(bundle.plan, tta)
         self.bundle, self.tta, self.mirror_axes, self._on_choice = bundle, tta, mirror_axes(bundle.plan, tta), on_choice
         self.device, self.head = device, head
+        self.asked = engine if isinstance(engine, str) else engine.name
         self._engine: Engine | None
         if isinstance(engine, str):
             self._engines = Engines(bundle, engine=engine, device=device, tta=tta, head=head)

@@ -2,7 +2,7 @@
 
 import heapq
 import math
-from bisect import bisect_left, bisect_right
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,15 +11,16 @@ from typing import Any
 from microtome.data.case import Case
 from microtome.data.reading import open_case
 from microtome.errors import ConfigError
-from microtome.images.volume import Volume
+from microtome.images.stores import name_of
+from microtome.images.volume import Volume, url_of
 from microtome.inference.bricks import BRICKS, Bricks, Record, recorded
-from microtome.inference.layout import Layout
+from microtome.inference.layout import Cost
 from microtome.inference.mirroring import TTA
 from microtome.inference.predict import Task, Wanted
 from microtome.inference.predictor import Predictor, load
 from microtome.inference.slabs import Box
 from microtome.inference.source import Grey, measure
-from microtome.tiling import starts
+from microtome.machine import resident_bytes
 
 # (voxels done, of).
 OnVoxels = Callable[[int, int], None]
@@ -77,11 +78,11 @@ def open_store(
         ConfigError: the memory is not enough, or an engine was named that is not the one that the store was begun with.
         DataError: another prediction lies there, or the image does not fit the model.
     """
-    volume, request = open_case(case), request_of(predictor, case, wanted) | dict(request or {})
+    volume = open_case(case)
+    request = request_of(predictor, case, volume, wanted) | dict(request or {})
     found = recorded(place)
-    if found is not None and predictor.engine is not None and predictor.engine.name != found.engine and not found.complete:
-        got, do = f"--engine {predictor.engine.name}", f"--engine {found.engine}, or auto"
-        raise ConfigError(place, expected="the engine that this prediction was begun with", got=got, do=do)
+    if found is not None and not found.complete:
+        _check_going_on(predictor, place, found, limit_bytes)
     if found is None:
         sides = BRICKS[len(volume.shape_vox)]
         layout = predictor.layout(volume, wanted, images=images, limit_bytes=limit_bytes, bricks=sides)
@@ -94,16 +95,45 @@ def open_store(
     return Bricks(place, record, wanted, predictor.bundle.legend), volume
 
 
-def request_of(predictor: Predictor, case: Case, wanted: Wanted) -> dict[str, Any]:
-    """What tells one prediction from another, as JSON has it."""
+def _check_going_on(predictor: Predictor, place: Path, found: Record, limit_bytes: int | None) -> None:
+    """Refuse to go on with a prediction that was begun with another engine, or for more memory.
+
+    Raises:
+        ConfigError: says which engine, or how much memory.
+    """
+    if predictor.asked not in ("auto", found.engine):
+        got, do = f"--engine {predictor.asked}", f"--engine {found.engine}, or auto"
+        raise ConfigError(name_of(place), expected="the engine that this prediction was begun with", got=got, do=do)
+    needed = found.layout.peak_bytes + resident_bytes()
+    if limit_bytes is not None and needed > limit_bytes:
+        expected = f"the {math.ceil(needed / 1e8) / 10:g} GB or more for which this prediction was begun"
+        got, do = f"--memory {limit_bytes / 1e9:g}", "give as much, or remove it and begin anew"
+        raise ConfigError(name_of(place), expected=expected, got=got, do=do)
+
+
+def request_of(predictor: Predictor, case: Case, volume: Volume, wanted: Wanted) -> dict[str, Any]:
+    """What tells one prediction from another, as JSON has it: of an image that changed nothing is taken over."""
     return {
         "model": predictor.bundle.hash,
         "averaging": predictor.tta,
         "head": predictor.head,
-        "images": [str(path) for path in case.images],
+        "images": [place_words(path) for path in case.images],
+        "written": [_written(path) for path in case.images],
+        "pixels": {"shape": list(volume.pixels.shape), "dtype": volume.pixels.dtype.name, "spacing_mm": list(volume.spacing_mm)},
         "sections": list(case.sections) if case.sections else None,
         "wanted": vars(wanted),
     }
+
+
+def place_words(path: Path) -> str:
+    """A path or URL as it is true from any folder."""
+    return url_of(path) or os.path.abspath(path)
+
+
+def _written(path: Path) -> list[int] | None:
+    """Size, and the time of its last change (ns), of an image's file; None of a folder or URL, which say neither."""
+    file = None if url_of(path) else next((place for place in (path, *path.parents) if place.is_file()), None)
+    return [file.stat().st_size, file.stat().st_mtime_ns] if file else None
 
 
 def job_of(predictor: Predictor, case: Case, bricks: Bricks) -> Job:
@@ -176,24 +206,6 @@ def blocks(bricks: Bricks, slots: int) -> list[Box]:
     sizes = sorted(size for size in shares | {most >> halved for halved in range(8)} if 1 <= size <= most)
     ends = {size: makespan([cost(box) for box in bricks.missing(size)], slots) for size in sizes}
     return bricks.missing(next(size for size, end in ends.items() if end <= 1.02 * min(ends.values())))
-
-
-class Cost:
-    """How many tiles a box of the original grid takes, from counting and not from listing them: a layout may have millions of boxes."""
-
-    def __init__(self, layout: Layout) -> None:
-        shapes = layout.shapes
-        self._axes = [
-            (starts(size, tile, shapes.overlap), tile, size / whole)
-            for size, tile, whole in zip(shapes.grid, shapes.tile_vox, shapes.shape_vox, strict=True)
-        ]
-
-    def __call__(self, box: Box) -> int:
-        """Tiles whose output touches it."""
-        count = 1
-        for (first, tile, scale), (low, high) in zip(self._axes, box, strict=True):
-            count *= bisect_left(first, math.ceil(high * scale)) - bisect_right(first, math.floor(low * scale) - tile)
-        return count
 
 
 def makespan(costs: list[int], slots: int) -> float:

@@ -10,12 +10,13 @@ import numpy as np
 from microtome.data.case import Case
 from microtome.data.legend import Legend
 from microtome.data.parts import parts_of
+from microtome.data.reading import open_case
 from microtome.errors import DataError
 from microtome.geometry import Shape
 from microtome.images.chunked import ChunkedArray
-from microtome.images.omezarr import create_image, create_labels, finish
-from microtome.images.stores import Documents, name_of, remove_store
-from microtome.images.volume import Volume
+from microtome.images.omezarr import create_image, create_labels, finish, source_of
+from microtome.images.stores import OURS, Documents, name_of, read_json, remove_store
+from microtome.images.volume import Volume, url_of
 from microtome.inference.asked import Options
 from microtome.inference.bricks import LABELS, RECORD, Bricks, recorded, same_request, stored_names, stored_values
 from microtome.inference.finishing import wanted_of
@@ -45,8 +46,11 @@ def write_store(
     """
     stage = place.with_name(f".stage-{place.name}") if options.mending else place
     wanted, request, found = wanted_of(predictor, options), {"mending": options.words}, recorded(place)
-    if found is not None and found.complete and same_request(found.request, request_of(predictor, case, wanted) | request):
+    if found is None and recorded(stage) is None:
+        _check_empty(place)
+    if found is not None and found.complete and same_request(found.request, request_of(predictor, case, open_case(case), wanted) | request):
         say(f"{name_of(place)}: finished already")
+        _remove_stage(stage, place)
         return place
     if options.mending and found is not None:
         raise DataError(name_of(place), expected="nothing there", got="another prediction", do="give another --out, or remove it")
@@ -60,11 +64,31 @@ def write_store(
             fill_on_cluster(options.cluster, job, bricks, on_voxels=on_voxels, say=say)
         else:
             fill_here(Worker(job, predictor), on_voxels)
-        bricks.complete(volume, str(case.images[0]), pyramids=not options.mending)
+        bricks.complete(volume, source_of(case.images[0], place), pyramids=not options.mending)
     if options.mending:
-        mend_store(bricks, place, volume, options, predictor.bundle.legend, source=str(case.images[0]))
-        remove_store(stage)
+        mend_store(bricks, place, volume, options, predictor.bundle.legend, source=source_of(case.images[0], place))
+        _remove_stage(stage, place)
     return place
+
+
+def _check_empty(place: Path) -> None:
+    """Refuse to write into what somebody else has made; of ours a kill may have left no more than the folder of the record.
+
+    Raises:
+        DataError: something lies there.
+    """
+    if url_of(place) is not None:
+        held = any(read_json(place, name) is not None for name in (".zattrs", ".zgroup", "zarr.json"))
+    else:
+        held = place.is_file() or (place.is_dir() and any(path.name != OURS for path in place.iterdir()))
+    if held:
+        raise DataError(name_of(place), expected="nothing there", got="what `predict` did not write", do="give another --out, or remove it")
+
+
+def _remove_stage(stage: Path, place: Path) -> None:
+    """Remove what was only on the way, or what a kill left of it."""
+    if stage != place and (url_of(stage) is not None or stage.exists()):
+        remove_store(stage)
 
 
 def mend_store(stage: Bricks, place: Path, volume: Volume, options: Options, legend: Legend, *, source: str) -> None:
@@ -94,7 +118,7 @@ def mend_store(stage: Bricks, place: Path, volume: Volume, options: Options, leg
         copy_array(found["labels"], labels, block)
     if options.instances:
         made["instances"] = None
-        mending.instances(labels, found["foreground"], create_labels(place, "instances", shape, np.dtype(np.uint32), block))
+        mending.instances(labels, found.get("foreground"), create_labels(place, "instances", shape, np.dtype(np.uint32), block))
     for name, (layers, kind) in stage.wanted.arrays(len(legend.names)).items():
         if name not in ("labels", "foreground"):
             made[name] = None
