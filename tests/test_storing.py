@@ -22,6 +22,7 @@ from microtome.inference.finishing import predict_maps, wanted_of
 from microtome.inference.predict_files import predict_files
 from microtome.inference.predictor import Predictor
 from microtome.inference.storing import write_store
+from microtome.machine import resident_bytes
 from tests.stores import small_bundle, write_volume_store
 
 SHAPE = (22, 40, 36)
@@ -177,6 +178,20 @@ def test_memory_is_kept_or_refused(run: Path, store: Path, tmp_path: Path) -> No
         write_store(predictor_of(run), case_of(store), tmp_path / "out.ome.zarr", Options(memory_gb=0.1))
     assert not (tmp_path / "out.ome.zarr" / "labels").exists()
     write_store(predictor_of(run), case_of(store), tmp_path / "out.ome.zarr", Options(memory_gb=8))
+
+
+def test_an_image_that_needs_more_memory_says_how_much_and_stops_no_other(tmp_path: Path) -> None:
+    run = small_bundle(tmp_path / "run", dims=2)
+    (tmp_path / "in").mkdir()
+    np.save(tmp_path / "in" / "large.npy", np.zeros((6000, 6000), np.uint8))
+    np.save(tmp_path / "in" / "small.npy", np.zeros((40, 40), np.uint8))
+    predictor = predictor_of(run)
+    held = resident_bytes(most=True) / 1e9
+    with pytest.raises(DataError, match=r"large\.npy: expected --memory (\S+) or more, got --memory .*the other 1 are in") as caught:
+        predict_files(predictor, [tmp_path / "in"], tmp_path / "out", options=Options(memory_gb=held + 0.2))
+    assert (tmp_path / "out" / "small.npy").exists()
+    enough = float(str(caught.value).split("--memory ")[1].split(" ")[0])
+    assert predict_files(predictor, [tmp_path / "in" / "large.npy"], tmp_path / "more", options=Options(memory_gb=enough))
 
 
 def test_instances_need_a_background(tmp_path: Path) -> None:

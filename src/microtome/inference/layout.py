@@ -27,6 +27,19 @@ MARGIN_SHARE = 1.15
 USUAL_BYTES = 3 * 2**29
 
 
+class TooLittleMemoryError(ConfigError):
+    """Not even the layout that takes least fits.
+
+    Attributes:
+        short_bytes: so much more would be enough.
+    """
+
+    def __init__(self, where: str, least_bytes: int, limit_bytes: int) -> None:
+        self.short_bytes = least_bytes - limit_bytes
+        got = f"{max(0, limit_bytes) / 1e9:.2f} GB for it, and the least that it takes is {least_bytes / 1e9:.2f} GB"
+        super().__init__(where, expected="memory for a slab of one column", got=got, do="allow more memory")
+
+
 class Sized(Protocol):
     """What a network tells about the sizes that it takes."""
 
@@ -213,9 +226,7 @@ def choose_layout(shapes_of: Callable[[bool], Shapes], limit_bytes: int | None, 
     assert least is not None, "there is always one column"
     if limit_bytes is None:
         return least
-    got = f"{max(0, limit_bytes) / 1e9:.2f} GB for it, and the least that it takes is {least.peak_bytes / 1e9:.2f} GB"
-    do = f"--memory {math.ceil((least.peak_bytes - limit_bytes) / 1e8) / 10:g} GB higher"
-    raise ConfigError(where, expected="memory for a slab of one column", got=got, do=do)
+    raise TooLittleMemoryError(where, least.peak_bytes, limit_bytes)
 
 
 def _computed(layout: Layout) -> int:

@@ -1,5 +1,6 @@
 """Image files -> label files beside each other in a folder: which images, under which names, never over what others wrote."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
@@ -15,6 +16,7 @@ from microtome.images.files import label_suffix, write_labels
 from microtome.images.volume import url_of
 from microtome.inference.asked import Options
 from microtome.inference.finishing import STORE_SUFFIX, STORES, predict_maps, write_map
+from microtome.inference.layout import TooLittleMemoryError
 from microtome.inference.predictor import Predictor
 
 # What `label_suffix` may give; stores are looked after by their own record.
@@ -58,6 +60,8 @@ def predict_files(
                 written.append(write_prediction(predictor, case, out, **words))
                 if record is not None:
                     record.add(written[-1], case)
+            except TooLittleMemoryError as error:
+                failed.append(_memory_error(error, options, case))
             except DataError as error:
                 failed.append(error)
             on_done(case.name, number, len(cases))
@@ -105,6 +109,15 @@ def write_prediction(
         volume = replace(volume, extra={**volume.extra, "classes": names})
     write_labels(path, legend.encode(maps["labels"]), like=volume)
     return path
+
+
+def _memory_error(error: TooLittleMemoryError, options: Options, case: Case) -> DataError:
+    """The same in the words of the command line: how much for the whole process would be enough. Other images may need less."""
+    enough = ((options.limit_bytes or 0) + error.short_bytes) / 1e9
+    do = "give as much" if options.store else "give as much, or --ome-zarr, which holds a part of the labels at a time"
+    return DataError(
+        case.images[0], expected=f"--memory {math.ceil(enough * 10) / 10:g} or more", got=f"--memory {options.memory_gb:g}", do=do
+    )
 
 
 def safe_name(name: str) -> str:
