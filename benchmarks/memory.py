@@ -21,7 +21,7 @@ import tensorstore as ts
 
 from benchmarks.cases import SETTINGS, bundle_of, case
 from benchmarks.forward import write_graphs
-from benchmarks.rows import CACHE, about, say, write_results
+from benchmarks.rows import CACHE, about, read_results, say, write_results
 from benchmarks.startup import microtome
 from microtome.files import write_json
 
@@ -50,7 +50,9 @@ def main() -> None:
     parser.add_argument("--only", type=int, help="this number of classes alone")
     options = parser.parse_args()
     depths, counts = ((64, 256), (2, 14)) if options.quick else (DEPTHS, CLASSES)
-    rows = []
+    name = "memory-quick" if options.quick else "memory"
+    # Those that are not measured now stay.
+    rows = [row for row in read_results(name)[0] if options.only not in (None, row["classes"])]
     with tempfile.TemporaryDirectory(dir=CACHE) as folder:
         for classes in counts if options.only is None else (options.only,):
             base, _ = measured(classes, (32, 128, 128), options.engine, Path(folder))
@@ -58,11 +60,11 @@ def main() -> None:
                 shape = (depth, SIDE, SIDE)
                 peak, seconds = measured(classes, shape, options.engine, Path(folder))
                 row = {"shape": list(shape), "classes": classes, "peak_bytes": peak, "seconds": seconds, "base_bytes": base}
-                name = f"{'x'.join(map(str, shape))}, {classes} classes"
-                say(f"{name}: {peak / 2**20:.0f} MB ({base / 2**20:.0f} MB of it the process), {seconds:.0f} s")
+                what = f"{'x'.join(map(str, shape))}, {classes} classes"
+                say(f"{what}: {peak / 2**20:.0f} MB ({base / 2**20:.0f} MB of it the process), {seconds:.0f} s")
                 rows.append(row)
                 command = " ".join(["python -m benchmarks.memory", *sys.argv[1:]])
-                write_results("memory-quick" if options.quick else "memory", rows, about(command))
+                write_results(name, sorted(rows, key=lambda row: row["classes"]), about(command))
 
 
 def measured(classes: int, shape_vox: tuple[int, int, int], engine: str, folder: Path) -> tuple[int, float]:
