@@ -1,6 +1,8 @@
 """Engines that read a network's graph, and what of them a request may have."""
 
 import itertools
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 import microtome
 from microtome.bundle import Bundle, Samples, load_bundle
 from microtome.errors import ConfigError, RunError
+from microtome.inference import openvino_engine
 from microtome.inference.engines import ENGINES, NAMES, Engines
 from microtome.inference.export import write_graph
 from microtome.inference.graphs import find_graph, graph_mark
@@ -73,6 +76,27 @@ def test_the_answer_to_one_tile_outlives_the_next_tile(bundle: Bundle) -> None:
     np.testing.assert_array_equal(first, kept)
 
 
+HELD = """
+import gc, signal, sys, threading
+from pathlib import Path
+import numpy as np
+from microtome.inference.openvino_engine import OpenVinoEngine
+held = [OpenVinoEngine(Path(sys.argv[1]), "openvino")]
+held[0](np.zeros((1, 32, 32), np.float32))
+thread = threading.Thread(target=lambda: (held.clear(), gc.collect()))
+thread.start()
+thread.join()
+signal.signal(signal.SIGINT, lambda number, frame: print("heard"))
+signal.raise_signal(signal.SIGINT)
+"""
+
+
+def test_signals_are_heard_after_another_thread_let_the_engine_go(bundle: Bundle) -> None:
+    # OpenVINO's plugin replaces the stack that signals are handled on, and frees it with the last core.
+    done = subprocess.run([sys.executable, "-c", HELD, str(graph_of(bundle))], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
+
+
 def test_a_few_shapes_stay_compiled_and_the_oldest_goes(bundle: Bundle) -> None:
     pytest.importorskip("openvino")
     engine = OpenVinoEngine(graph_of(bundle), "openvino")
@@ -102,6 +126,8 @@ def test_a_tile_of_other_channels_is_refused_in_one_line(bundle: Bundle, name: s
 
 @pytest.mark.parametrize(("name", "module"), [("openvino", "openvino"), ("onnxruntime", "onnxruntime")])
 def test_a_missing_library_is_named_with_what_installs_it(monkeypatch: pytest.MonkeyPatch, name: str, module: str) -> None:
+    # As in a process that has not used it yet.
+    monkeypatch.setattr(openvino_engine, "openvino_core", openvino_engine.openvino_core.__wrapped__)
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(
         ConfigError, match=rf'--engine {name}: expected the package {module}, got none installed; pip install "microtome\[fast\]"'

@@ -116,3 +116,12 @@ def test_what_no_segmentation_can_hold_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"expected a label map of a DICOM series, got 1 channels of 6×8×10 from 0 slices"):
         write_image(tmp_path / "seg.dcm", type(image)(**{**vars(image), "extra": {}}))
     assert not (tmp_path / "seg.dcm").exists()
+
+
+def test_a_series_whose_patient_was_taken_out_gets_a_segmentation_too(tmp_path):
+    series(tmp_path / "s", PatientBirthDate=None, PatientSex=None, AccessionNumber=None, ReferringPhysicianName=None, StudyID=None)
+    volume = open_volume(tmp_path / "s")
+    labels = np.zeros((1, *volume.shape_vox), np.uint8)
+    labels[0, 1, :2] = 3
+    write_labels(tmp_path / "seg.dcm", labels[0], like=volume)
+    np.testing.assert_array_equal(read_image(tmp_path / "seg.dcm").array, labels)

@@ -13,6 +13,7 @@ from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
 from microtome.inference import export as module
 from microtome.inference.export import export
+from microtome.inference.openvino_engine import openvino_core
 from microtome.inference.telemetry import import_quietly
 from microtome.models.network import Network
 from microtome.models.registry import NETWORKS, build
@@ -66,9 +67,10 @@ def by_onnxruntime(path: Path, image_BCS: np.ndarray) -> np.ndarray:
 
 
 def by_openvino(path: Path, image_BCS: np.ndarray) -> np.ndarray:
-    model = openvino.Core().read_model(path)
+    core = openvino_core()
+    model = core.read_model(path)
     model.reshape(image_BCS.shape)
-    compiled = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1})
     logits_BKS: np.ndarray = compiled(image_BCS)[0]
     return logits_BKS
 

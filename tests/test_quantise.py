@@ -15,9 +15,9 @@ from microtome.errors import ConfigError, DataError
 from microtome.inference import quantise as module
 from microtome.inference.agreement import Bound
 from microtome.inference.graphs import find_graph
+from microtome.inference.openvino_engine import openvino_core
 from microtome.inference.quantise import write_int8
 from microtome.inference.restore import restore
-from microtome.inference.telemetry import import_quietly
 from microtome.training.golden import answer
 from tests.test_graphs import bundle_of, cache
 
@@ -66,14 +66,14 @@ def test_it_is_found_and_computes_in_8_bits_near_the_network(quantised: tuple[Bu
     bundle = quantised[0]
     path = find_graph(bundle, "int8")
     assert path is not None
-    openvino = import_quietly("openvino")
-    model = openvino.Core().read_model(path)
+    core = openvino_core()
+    model = core.read_model(path)
     kinds = [node.get_type_name() for node in model.get_ordered_ops()]
     assert (kinds.count("Convolution"), kinds.count("ConvolutionBackpropData")) == (7, 1)
     assert 1 <= layers_of_8_bits(model) <= 6
     image = np.random.default_rng(3).normal(size=(1, 20, 12)).astype(np.float32)
     expected = answer(restore(bundle), image)
-    found = openvino.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(image[None])[0][0]
+    found = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(image[None])[0][0]
     difference = np.abs(found - expected).max() / np.abs(expected).max()
     # Exactly equal would not be int8.
     assert 1e-6 < difference < 0.2
@@ -86,7 +86,7 @@ def layers_of_8_bits(model: Any) -> int:
 
 def test_the_first_and_the_last_convolutions_are_spared_as_many_as_asked(quantised: tuple[Bundle, Path, Any]) -> None:
     bundle = quantised[0]
-    source, core = find_graph(bundle, "onnx"), import_quietly("openvino").Core()
+    source, core = find_graph(bundle, "onnx"), openvino_core()
     assert bundle.samples is not None
     counts = []
     for spared in ((1, 1), (2, 3)):

@@ -194,6 +194,13 @@ def test_an_image_that_needs_more_memory_says_how_much_and_stops_no_other(tmp_pa
     assert predict_files(predictor, [tmp_path / "in" / "large.npy"], tmp_path / "more", options=Options(memory_gb=enough))
 
 
+def test_a_size_in_mm_needs_a_voxel_size(tmp_path: Path) -> None:
+    np.save(tmp_path / "a.npy", np.zeros((40, 40), np.uint8))
+    run = small_bundle(tmp_path / "run", dims=2)
+    with pytest.raises(DataError, match=r"a\.npy: expected a voxel size in the file, got none.*--min-size in voxels"):
+        predict_files(predictor_of(run), [tmp_path / "a.npy"], tmp_path / "out", options=Options(clean=CleanUp(min_size_mm=0.5)))
+
+
 def test_instances_need_a_background(tmp_path: Path) -> None:
     run = small_bundle(tmp_path / "run", dims=2, background=None)
     with pytest.raises(ConfigError, match="--instances: expected a model with a background"):

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from microtome.errors import ConfigError
 from microtome.options import Averaged, Device, Engine, Head, Run, one_of, refuse_beside
 
 # `cli` takes its command over, in its own place among the others.
@@ -53,7 +54,7 @@ def predict(
     from microtome.terminal import Terminal
 
     if float16 and not probabilities:
-        refuse_beside("--float16", {"no --probabilities": True}, "give --probabilities too")
+        raise ConfigError("--float16", expected="--probabilities beside it", got="--float16 alone", do="give both, or neither")
     if cluster:
         refuse_beside("--cluster", {"--memory": memory}, "limit the memory of the workers instead")
     kind: Any = ("float16" if float16 else "uint8") if probabilities else ""

@@ -116,6 +116,20 @@ def open_segmentation(path: Path, limits: Limits) -> Volume:
     return volume_of(image)
 
 
+# Of patient and study, which a file must have and may leave empty; anonymisers take them out.
+_MAY_BE_EMPTY = (
+    *("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "StudyID", "StudyDate", "StudyTime"),
+    *("AccessionNumber", "ReferringPhysicianName"),
+)
+
+
+def _fill_required(source: Any) -> None:
+    """Give a source's header the elements that a segmentation takes over from it, empty where they are missing."""
+    for name in _MAY_BE_EMPTY:
+        if name not in source:
+            setattr(source, name, "")
+
+
 def write_seg(path: Path, image: Image) -> None:
     """Write a label map (1, Z, Y, X) as a segmentation of one binary segment for each value above 0, in one step.
 
@@ -142,6 +156,8 @@ def write_seg(path: Path, image: Image) -> None:
         warnings.simplefilter("ignore", UserWarning)
         sources = [pydicom_for(path).dcmread(file, stop_before_pixels=True) for file in dict.fromkeys(files)]
         _set_spacing(sources, image)
+        for source in sources:
+            _fill_required(source)
         segmentation = highdicom.seg.Segmentation(
             source_images=sources,
             pixel_array=numbers,

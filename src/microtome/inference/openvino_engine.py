@@ -1,6 +1,7 @@
 """A network's graph run by OpenVINO: the fastest on most processors, and ready in half a second. No torch."""
 
 from collections import OrderedDict
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,19 @@ from microtome.inference.telemetry import import_quietly
 
 # Tile shapes that stay compiled: images of a folder differ in size; each holds the weights once more.
 MOST_SHAPES = 4
+
+
+@cache
+def openvino_core() -> Any:
+    """The one `openvino.Core` of this process, which is never let go.
+
+    While it is there its CPU plugin has put the stack on which the main thread handles signals into memory of its own. That is freed with
+    the last core, by whichever thread comes to it: from then on Ctrl-C would end in a segmentation fault.
+
+    Raises:
+        ImportError: OpenVINO is not installed.
+    """
+    return import_quietly("openvino").Core()
 
 
 class OpenVinoEngine:
@@ -31,12 +45,11 @@ class OpenVinoEngine:
 
     def __init__(self, path: Path, name: str, precision: Literal["f32", "bf16"] = "f32") -> None:
         try:
-            openvino = import_quietly("openvino")
+            self._core = openvino_core()
         except ImportError:
             raise missing(name, "openvino") from None
         self.path, self.name = path, name
         self._settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads(), "PERFORMANCE_HINT": "LATENCY"}
-        self._core = openvino.Core()
         try:
             self._model = self._core.read_model(path)
         except RuntimeError as error:

@@ -90,6 +90,9 @@ def write_prediction(
 ) -> Path:
     """Predict one case, the first of so many to come, and write it, with the values of the training labels, under the case's name."""
     volume = open_case(case)
+    if options.clean.min_size_mm and not volume.spacing_known:
+        got, do = "none, and --min-size in mm", "give --min-size in voxels (50)"
+        raise DataError(volume.path, expected="a voxel size in the file", got=got, do=do)
     name = safe_name(case.name)
     if options.store or options.cluster or volume.format in STORES:
         # Late: what reads and writes stores is slow to import, and a picture needs none of it.

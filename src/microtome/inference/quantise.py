@@ -23,7 +23,7 @@ from microtome.files import atomic_path
 from microtome.inference.agreement import BOUNDS
 from microtome.inference.export import write_graph
 from microtome.inference.graphs import FILES, file_hash, find_graph, graph_folder, record_graph
-from microtome.inference.openvino_engine import OpenVinoEngine
+from microtome.inference.openvino_engine import OpenVinoEngine, openvino_core
 from microtome.inference.predict import best_class
 from microtome.inference.telemetry import import_quietly
 from microtome.machine import processor_has_bf16
@@ -72,7 +72,7 @@ def _write_first_that_agrees(source: Path, samples: Samples, path: Path) -> None
     wanted = [best_class(plain(patch)) for patch in patches]
     shares = []
     for spared in SPARED:
-        quantised = quantise(openvino.Core().read_model(source), samples.calibration, spared)
+        quantised = quantise(openvino_core().read_model(source), samples.calibration, spared)
         openvino.save_model(quantised, path, compress_to_fp16=False)
         engine = OpenVinoEngine(path, "openvino-int8", hint)
         equal = [best_class(engine(patch)) == labels for patch, labels in zip(patches, wanted, strict=True)]
@@ -92,7 +92,7 @@ def quantise(model: Any, patches: Sequence[np.ndarray], spared: tuple[int, int] 
     fewer labels differ from the float network's. The finest levels, where most of the voxels are, come next (docs/log.md).
 
     Args:
-        model: as `openvino.Core().read_model` gives it.
+        model: as `openvino.Core.read_model` gives it.
         patches: network inputs (C, *S), over which the ranges of all activations are taken.
         spared: how many of the first and of the last convolutions stay in floating point.
     """
