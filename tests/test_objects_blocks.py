@@ -15,7 +15,8 @@ from skimage.measure import regionprops
 
 from microtome.errors import RunError
 from microtome.inference import objects as module
-from microtome.inference.objects import blocks_of, label_blocks, renumber, values_at
+from microtome.inference.objects import label_blocks, renumber, values_at
+from microtome.tiling import blocks_of
 
 SHAPES = st.one_of(
     hnp.array_shapes(min_dims=1, max_dims=1, max_side=20),

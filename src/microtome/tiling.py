@@ -8,7 +8,7 @@ tile 1   blend                  [=========]
 write                   [=====]
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 
@@ -70,6 +70,12 @@ def _axis_tiles(size: int, tile: int, context: int, overlap: float) -> list[tupl
     first = starts(size, tile, overlap)
     cuts = [0, *((a + tile + b) // 2 for a, b in pairwise(first)), size]
     return [((s - context, s + tile + context), (s, s + tile), (cuts[i], cuts[i + 1])) for i, s in enumerate(first)]
+
+
+def blocks_of(shape_vox: Shape, block_vox: Shape) -> Iterator[tuple[slice, ...]]:
+    """Boxes (*S) that make up an array once, cut at multiples of a block's sides, in the order of the slowest axis."""
+    for place in np.ndindex(*(-(-size // side) for size, side in zip(shape_vox, block_vox, strict=True))):
+        yield tuple(slice(i * side, min(size, (i + 1) * side)) for i, side, size in zip(place, block_vox, shape_vox, strict=True))
 
 
 def blend_weights(tile_vox: Shape, sigma: float = 1 / 8) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -73,17 +74,8 @@ def middle_of(volume: Volume, sides_vox: Shape) -> tuple[slice, ...]:
 
 
 def image_part(volume: Volume, box: tuple[slice, ...]) -> Image:
-    """A part (C, *box) of a volume in memory; its place in the world stays that of the whole."""
-    array = volume.pixels[(slice(None), *box)]
-    return Image(
-        array=array,
-        spacing_mm=volume.spacing_mm,
-        affine=volume.affine,
-        axes=volume.axes,
-        path=volume.path,
-        format=volume.format,
-        spacing_known=volume.spacing_known,
-    )
+    """A part (C, *box) of a volume in memory; its place in the world stays that of the whole, and what is of the whole file is left out."""
+    return replace(volume, extra={}).with_array(volume.pixels[(slice(None), *box)])
 
 
 def large_volume(path: Path) -> Volume | None:

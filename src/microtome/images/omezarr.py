@@ -11,7 +11,7 @@ Groups get their metadata last, in `finish`: what was not finished is no OME-Zar
 import colorsys
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -27,6 +27,7 @@ from microtome.images.chunked import ChunkedArray
 from microtome.images.image import Image
 from microtome.images.stores import name_of, read_json, reading, write_json, writing
 from microtome.images.volume import Pixels, Volume, url_of, volume_of
+from microtome.tiling import blocks_of
 
 Version = Literal["0.4", "0.5"]
 # A level of so many voxels along y and x is shown as a whole: the last one.
@@ -195,9 +196,9 @@ def halve(finer: Pixels, coarser: ChunkedArray, *, vote: bool) -> None:
     steps = [-(-big // small) for big, small in zip(finer.shape, coarser.shape, strict=True)]
     # What becomes a chunk comes from one chunk along an axis, or from two; one after another they take less memory.
     sides = tuple(-(-side // step) for side, step in zip(coarser.chunks, steps, strict=True))
-    for block in _blocks(coarser.shape, coarser.chunks):
+    for block in blocks_of(coarser.shape, coarser.chunks):
         values = np.empty([span.stop - span.start for span in block], coarser.dtype)
-        for part in _blocks(values.shape, sides):
+        for part in blocks_of(values.shape, sides):
             offsets = zip(block, part, steps, strict=True)
             read = tuple(slice((span.start + p.start) * step, (span.start + p.stop) * step) for span, p, step in offsets)
             members = _members(finer[read], steps)
@@ -235,12 +236,6 @@ def _members(values: np.ndarray, steps: list[int]) -> np.ndarray:
     """
     padded = np.pad(values, [(0, -size % step) for size, step in zip(values.shape, steps, strict=True)], mode="edge")
     return np.stack([padded[tuple(slice(i, None, step) for i, step in zip(first, steps, strict=True))] for first in np.ndindex(*steps)])
-
-
-def _blocks(shape: Shape, chunks: Shape) -> Iterator[tuple[slice, ...]]:
-    """All chunks, as slices."""
-    for place in np.ndindex(*(-(-size // side) for size, side in zip(shape, chunks, strict=True))):
-        yield tuple(slice(i * side, min(size, (i + 1) * side)) for i, side, size in zip(place, chunks, shape, strict=True))
 
 
 # Arrays.

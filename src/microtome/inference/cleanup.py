@@ -18,7 +18,8 @@ import numpy as np
 from microtome.errors import ConfigError
 from microtome.geometry import Shape, Spacing
 from microtome.inference.asked import CleanUp, least_voxels
-from microtome.inference.objects import Box, Objects, Readable, Writable, blocks_of, label_blocks
+from microtome.inference.objects import Box, Objects, Readable, Writable, label_blocks
+from microtome.tiling import blocks_of
 
 # No class: holes of this are not filled.
 _NONE = np.iinfo(np.int64).min

@@ -29,7 +29,6 @@ from microtome.inference.objects import (
     Objects,
     Readable,
     Writable,
-    blocks_of,
     first_voxels,
     label_blocks,
     rank_by_first,
@@ -37,6 +36,7 @@ from microtome.inference.objects import (
     too_many,
     values_at,
 )
+from microtome.tiling import blocks_of
 
 # Voxels beside a block through which paths are followed; with fewer, more paths have to be followed into the next block later.
 CLIMB_VOX = 8

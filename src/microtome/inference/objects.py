@@ -5,8 +5,7 @@
 Memory holds a few blocks, and some numbers for each piece. A volume in memory is one block.
 """
 
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from scipy import ndimage, sparse
 
 from microtome.errors import RunError
 from microtome.geometry import Shape
+from microtome.tiling import blocks_of
 
 Box = tuple[slice, ...]
 # What SciPy's graphs count with.
@@ -61,12 +61,6 @@ class Objects:
 
     def __len__(self) -> int:
         return len(self.values)
-
-
-def blocks_of(shape_vox: Shape, block_vox: Shape) -> Iterator[Box]:
-    """Boxes that make up a volume, each of these sides or cut off by the end of the volume, in raster order."""
-    for place in itertools.product(*(range(0, size, side) for size, side in zip(shape_vox, block_vox, strict=True))):
-        yield tuple(slice(a, min(size, a + side)) for a, side, size in zip(place, block_vox, shape_vox, strict=True))
 
 
 def label_blocks(
