@@ -30,7 +30,7 @@ from microtome.files import write_json
 from microtome.images.files import read_image
 from microtome.inference.predict_files import predict_files
 from microtome.inference.predictor import Predictor
-from microtome.training.run import versions
+from microtome.training.folder import versions
 
 HERE = Path(__file__).parent
 

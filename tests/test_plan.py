@@ -32,7 +32,7 @@ from microtome.plan import (
     save_memory,
     step_bytes,
 )
-from microtome.training.run import read_plan
+from microtome.training.folder import read_plan
 from tests.small import one_thread
 
 __all__ = ["one_thread"]

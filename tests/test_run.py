@@ -28,8 +28,9 @@ from microtome.inference.predictor import load
 from microtome.training import loop, store
 from microtome.training import run as run_module
 from microtome.training.checkpoint import load_checkpoint
+from microtome.training.folder import environment, read_plan
 from microtome.training.rehearsal import make_plan
-from microtome.training.run import environment, read_plan, train
+from microtome.training.run import train
 from tests.folders import png, text
 from tests.small import one_thread, small_plan, small_plan_3d
 from tests.test_checkpoint import fresh
@@ -238,7 +239,8 @@ def test_a_run_whose_process_is_killed_is_resumed(cells: Dataset, cells_run: Pat
     plan_file.write_text(dump_yaml(plan_for(cells)), encoding="utf-8")
     program = (
         "import os, signal, sys, torch; from pathlib import Path; torch.set_num_threads(1)\n"
-        "from microtome.data.dataset import open_dataset; from microtome.training.run import read_plan, train\n"
+        "from microtome.data.dataset import open_dataset; from microtome.training.folder import read_plan\n"
+        "from microtome.training.run import train\n"
         "kill = lambda e: os.kill(os.getpid(), signal.SIGKILL) if (e['event'], e['step']) == ('step', 5) else None\n"
         "train(open_dataset(Path(sys.argv[1])), read_plan(Path(sys.argv[2])), Path(sys.argv[3]), on_event=kill)\n"
     )

@@ -158,6 +158,7 @@ LAYERS = (
     "training.rehearsal",
     "training.golden",
     "training.completion",
+    "training.folder",
     "training.run",
     "terminal",
     "demo",

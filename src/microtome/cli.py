@@ -153,8 +153,8 @@ def train(
 
     started = time.perf_counter()
     from microtome.terminal import Terminal
+    from microtome.training.folder import check_folder, read_plan
     from microtome.training.rehearsal import make_plan
-    from microtome.training.run import check_folder, read_plan
     from microtome.training.run import train as train_run
 
     terminal = Terminal()

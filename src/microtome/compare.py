@@ -26,8 +26,8 @@ from microtome.files import write_json, write_text
 from microtome.inference.devices import pick_device
 from microtome.models.registry import build, find
 from microtome.models.trace import trace
+from microtome.training.folder import environment
 from microtome.training.rehearsal import only_pictures
-from microtome.training.run import environment
 
 # What a training says of itself goes to the terminal, as ever.
 TRAINING = "from microtome.cli import main; from microtome.compare import tell; tell(main)"

@@ -8,13 +8,13 @@ from pathlib import Path
 class MicrotomeError(Exception):
     """Base of all errors meant for a person. `exit_code` is what the command line returns.
 
-    The four parts make the one line that is shown: `where: expected E, got G; do this`.
+    The four parts make the one line that is shown: `where: expected E, got G; do this`. `code` names the page that tells more.
     """
 
     exit_code = 1
 
-    def __init__(self, where: str | Path, *, expected: str, got: str, do: str) -> None:
-        self.where, self.expected, self.got, self.do = str(where), expected, got, do
+    def __init__(self, where: str | Path, *, expected: str, got: str, do: str, code: str = "") -> None:
+        self.where, self.expected, self.got, self.do, self.code = str(where), expected, got, do, code
         super().__init__(f"{where}: expected {expected}, got {got}; {do}")
 
 

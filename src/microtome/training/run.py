@@ -1,27 +1,20 @@
 """A Dataset and a Plan -> a run folder: model, checkpoints, log, validation, scores, report."""
 
-import json
 import math
-import os
-import platform
 import shutil
-import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from microtome.bundle import Bundle, load_bundle, save_bundle
-from microtome.config import Plan, dump_yaml, load_yaml, parse_config
+from microtome.config import Plan
 from microtome.data.dataset import Dataset
-from microtome.data.planes import plane_name
 from microtome.data.split import leaks, split_dataset
 from microtome.errors import ConfigError, DataError, RunError
 from microtome.evaluation.report import build_report
-from microtome.files import write_json, write_text
+from microtome.files import write_json
 from microtome.geometry import format_shape
 from microtome.inference.devices import pick_device, to_device
 from microtome.inference.predictor import Predictor
@@ -34,11 +27,11 @@ from microtome.plan import step_bytes
 from microtome.training.checkpoint import TrainState, load_checkpoint, new_state, save_checkpoint
 from microtome.training.clock import Clock
 from microtome.training.completion import complete_model
+from microtome.training.folder import RunFolder, check_folder, environment, versions
 from microtome.training.loop import Event, Hooks, train_steps, validate_now
 from microtome.training.rehearsal import free_memory
 from microtome.training.store import store_cases
 from microtome.training.validation import Validation
-from microtome.training.warp import compiled
 
 # Share of the minutes kept for the end before the first validation has shown what one case takes.
 FIRST_RESERVE = 0.06
@@ -89,21 +82,6 @@ def train(
     return session.folder
 
 
-def check_folder(folder: Path, *, resume: bool) -> None:
-    """Refuse, before any work, a folder that holds another run, or one to resume that holds none."""
-    if resume and not (folder / "plan.yaml").exists():
-        raise ConfigError(folder, expected="a run folder with plan.yaml", got="none", do="check --out, or leave out --resume")
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            folder, expected="a new or empty folder", got="one with files in it", do="give another --out, or --resume to go on"
-        )
-
-
-def read_plan(path: Path) -> Plan:
-    """A plan from a YAML file, as `microtome plan --out` writes it and a person may have changed it."""
-    return parse_config(Plan, load_yaml(path), path)
-
-
 def _check_plan(dataset: Dataset, plan: Plan) -> None:
     """Refuse a plan that was made for other data."""
     if plan.classes != dataset.legend.names:
@@ -143,6 +121,7 @@ class _Session:
 
     def __init__(self, dataset: Dataset, plan: Plan, folder: Path, device: str, on_event: Callable[[Event], None]) -> None:
         self.dataset, self.plan, self.folder, self.on_event = dataset, plan, folder, on_event
+        self.files = RunFolder(folder)
         self.device = pick_device(device)
         self.started = time.perf_counter()
         _check_plan(dataset, plan)
@@ -157,11 +136,6 @@ class _Session:
         self.state = new_state(to_device(network, self.device, plan.dims), plan)
         self.hooks = Hooks(log=self.log, validate=self.validation.score, save=self.save, seconds_left=self.seconds_left)
 
-    @property
-    def checkpoint(self) -> Path:
-        """The file that holds the whole state."""
-        return self.folder / "checkpoints" / "last.safetensors"
-
     def seconds(self) -> float:
         """Wall time of the run so far, over all its processes."""
         return self.seconds_before + time.perf_counter() - self.started
@@ -172,20 +146,19 @@ class _Session:
             self._resume()
         for finding in self.leaks:
             self.on_event({"event": "finding", "step": 0, "severity": finding.severity, "message": finding.message})
-        # A run killed between its first files lacks this one.
-        if not (self.folder / "dataset.json").exists():
-            self._describe()
+        if not self.files.is_described():
+            self.files.describe(self.dataset, self.plan, self.split, self.leaks)
         write_json(self.folder / "environment.json", environment(self.device))
 
     def _resume(self) -> None:
         """Bring the state and the log to the last checkpoint; a run killed before its first starts at step 0."""
-        self._check_split()
+        self.files.check_split(self.split)
         progress = self.state.progress
-        if self.checkpoint.exists():
-            load_checkpoint(self.checkpoint, self.state)
+        if self.files.checkpoint.exists():
+            load_checkpoint(self.files.checkpoint, self.state)
             progress = self.state.progress
             self.seconds_before = progress.seconds
-        finished = self._is_finished()
+        finished = self.files.is_finished(self.plan)
         if self.plan.minutes is None:
             progress.steps = max(self.plan.steps, progress.step)
         elif progress.step and not finished and (left := self.seconds_left()) is not None:
@@ -193,57 +166,8 @@ class _Session:
             progress.steps = progress.step + max(0, int(left * progress.step / progress.seconds))
         progress.next_validation = min(max(progress.next_validation, progress.step + 1), max(progress.steps, 1))
         # The log first: were the plan with more minutes there beside an end, the run would be taken for finished.
-        self._shorten_log(ended=finished and progress.step >= progress.steps)
-        write_text(self.folder / "plan.yaml", dump_yaml(self.plan))
-
-    def _shorten_log(self, *, ended: bool) -> None:
-        """Take out lines after the checkpoint, whose steps are made again, and the end of a run that goes on."""
-        log = self.folder / "log.jsonl"
-        if log.exists():
-            events = [(line, _event(line)) for line in log.read_text(encoding="utf-8").splitlines()]
-            kept = [line for line, (kind, step) in events if step <= self.state.progress.step and (ended or kind != "end")]
-            write_text(log, "".join(line + "\n" for line in kept))
-
-    def _is_finished(self) -> bool:
-        """Whether the run came to its end and was not given more minutes since."""
-        log = self.folder / "log.jsonl"
-        ended = log.exists() and '"event": "end"' in log.read_text(encoding="utf-8")
-        return ended and self.plan.minutes == read_plan(self.folder / "plan.yaml").minutes
-
-    def _check_split(self) -> None:
-        """Refuse to go on with other cases than the run began with: what it learned from must not become what it is scored on."""
-        path = self.folder / "dataset.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        for part, cases in (("train", self.split.train), ("validation", self.split.validation)):
-            changed = {case.name for case in cases} ^ set(before.get(part, [case.name for case in cases]))
-            if changed:
-                got = f"{len(changed)} others ({sorted(changed)[0]}, ...)"
-                raise ConfigError(path, expected=f"the same cases in `{part}`", got=got, do="bring the data back, or start a new run")
-        held_out = before.get("held_out", self._held_out())
-        if held_out != self._held_out():
-            expected, do = f"the held-out slices {held_out}", "bring the annotation back, or start a new run"
-            raise ConfigError(path, expected=expected, got=str(self._held_out()), do=do)
-
-    def _held_out(self) -> dict[str, list[str]]:
-        """The planes of each case that it trains without."""
-        return {case.name: [plane_name(plane) for plane in case.planes.hidden] for case in self.split.train if case.planes}
-
-    def _describe(self) -> None:
-        """Write what the run is about before it begins."""
-        write_text(self.folder / "plan.yaml", dump_yaml(self.plan))
-        document = {
-            "root": str(self.dataset.root),
-            "layout": self.dataset.layout,
-            "legend": self.dataset.legend.to_json(),
-            "train": [case.name for case in self.split.train],
-            "validation": [case.name for case in self.split.validation],
-            "held_out": self._held_out(),
-            "findings": [
-                {"severity": f.severity, "code": f.code, "case": f.case, "message": f.message, "files": [str(p) for p in f.files]}
-                for f in (*self.dataset.findings, *self.leaks)
-            ],
-        }
-        write_json(self.folder / "dataset.json", document)
+        self.files.shorten_log(progress.step, ended=finished and progress.step >= progress.steps)
+        self.files.write_plan(self.plan)
 
     def train(self) -> None:
         """All steps that are left."""
@@ -304,16 +228,9 @@ class _Session:
         shutil.rmtree(self.folder / "cache", ignore_errors=True)
 
     def log(self, event: Event) -> None:
-        """Append one line to the log."""
+        """Add an event to the log, with the seconds of the run, and show it."""
         event = {**event, "seconds": round(self.seconds(), 2)}
-        try:
-            with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(event) + "\n")
-        except OSError as error:
-            got = str(error.strerror or error)
-            raise RunError(
-                self.folder / "log.jsonl", expected="a log that can be written", got=got, do="free space, then --resume"
-            ) from error
+        self.files.append(event)
         self.on_event(event)
 
     def save(self, state: TrainState, is_best: bool) -> None:
@@ -331,7 +248,7 @@ class _Session:
             )
             save_bundle(self.folder / "model", bundle)
         state.progress.seconds = self.seconds()
-        save_checkpoint(self.checkpoint, state)
+        save_checkpoint(self.files.checkpoint, state)
 
     def seconds_left(self) -> float | None:
         """Seconds until training must end, so that the last prediction and the report fit into the minutes."""
@@ -354,39 +271,3 @@ class _Session:
     def _report_seconds(total: float) -> float:
         """What the report may take of so many seconds."""
         return min(REPORT_SECONDS, FIRST_RESERVE * total)
-
-
-def environment(device: torch.device) -> dict[str, str | int | bool]:
-    """What a person needs to know to run this again."""
-    return {
-        **versions(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "compiled_warp": compiled(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what computes."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in ("microtome", "torch", "numpy", "scipy")}}
-
-
-def _processor() -> str:
-    """The processor's own name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8", errors="ignore").splitlines() if cpuinfo.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
-
-
-def _event(line: str) -> tuple[str, float]:
-    """Kind and step of a log line; the step is infinite for a line that was cut off."""
-    try:
-        event = json.loads(line)
-        return str(event["event"]), float(event["step"])
-    except (ValueError, KeyError, TypeError):
-        return "", math.inf

@@ -1,0 +1,169 @@
+"""The files of a run folder beside its weights: what it is made of, its plan, its log."""
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from microtome.config import Plan, dump_yaml, load_yaml, parse_config
+from microtome.data.case import Case, Finding
+from microtome.data.dataset import Dataset
+from microtome.data.planes import plane_name
+from microtome.data.split import Split
+from microtome.errors import ConfigError, RunError
+from microtome.files import write_json, write_text
+from microtome.training.warp import compiled
+
+
+class RunFolder:
+    """The files of a run.
+
+    Args:
+        path: the folder; need not be there yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def checkpoint(self) -> Path:
+        """The file that holds the whole state."""
+        return self.path / "checkpoints" / "last.safetensors"
+
+    @property
+    def log(self) -> Path:
+        """The events, one in a line."""
+        return self.path / "log.jsonl"
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        """Add one line to the log.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        try:
+            with self.log.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+        except OSError as error:
+            got = str(error.strerror or error)
+            raise RunError(self.log, expected="a log that can be written", got=got, do="free space, then --resume") from error
+
+    def shorten_log(self, step: int, *, ended: bool) -> None:
+        """Take out lines after a step, which are made again, and the end of a run that goes on."""
+        if self.log.exists():
+            events = [(line, _event(line)) for line in self.log.read_text(encoding="utf-8").splitlines()]
+            kept = [line for line, (kind, at) in events if at <= step and (ended or kind != "end")]
+            write_text(self.log, "".join(line + "\n" for line in kept))
+
+    def is_finished(self, plan: Plan) -> bool:
+        """Whether the run came to its end, and the plan gives it no other minutes since."""
+        ended = self.log.exists() and '"event": "end"' in self.log.read_text(encoding="utf-8")
+        return ended and plan.minutes == read_plan(self.path / "plan.yaml").minutes
+
+    def write_plan(self, plan: Plan) -> None:
+        """Write the plan that the run goes by."""
+        write_text(self.path / "plan.yaml", dump_yaml(plan))
+
+    def describe(self, dataset: Dataset, plan: Plan, split: Split, leaks: Iterable[Finding]) -> None:
+        """Write what the run is about before it begins."""
+        self.write_plan(plan)
+        document = {
+            "root": str(dataset.root),
+            "layout": dataset.layout,
+            "legend": dataset.legend.to_json(),
+            "train": [case.name for case in split.train],
+            "validation": [case.name for case in split.validation],
+            "held_out": _held_out(split.train),
+            "findings": [
+                {"severity": f.severity, "code": f.code, "case": f.case, "message": f.message, "files": [str(p) for p in f.files]}
+                for f in (*dataset.findings, *leaks)
+            ],
+        }
+        write_json(self.path / "dataset.json", document)
+
+    def is_described(self) -> bool:
+        """Whether that is written; a run killed between its first files lacks it."""
+        return (self.path / "dataset.json").exists()
+
+    def check_split(self, split: Split) -> None:
+        """Refuse to go on with other cases than the run began with: what it learned from must not become what it is scored on.
+
+        Raises:
+            ConfigError: names one of the cases.
+        """
+        path = self.path / "dataset.json"
+        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for part, cases in (("train", split.train), ("validation", split.validation)):
+            changed = {case.name for case in cases} ^ set(before.get(part, [case.name for case in cases]))
+            if changed:
+                got = f"{len(changed)} others ({sorted(changed)[0]}, ...)"
+                raise ConfigError(path, expected=f"the same cases in `{part}`", got=got, do="bring the data back, or start a new run")
+        now = _held_out(split.train)
+        held_out = before.get("held_out", now)
+        if held_out != now:
+            expected, do = f"the held-out slices {held_out}", "bring the annotation back, or start a new run"
+            raise ConfigError(path, expected=expected, got=str(now), do=do)
+
+
+def _held_out(cases: Iterable[Case]) -> dict[str, list[str]]:
+    """The planes of each case that it trains without."""
+    return {case.name: [plane_name(plane) for plane in case.planes.hidden] for case in cases if case.planes}
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Refuse, before any work, a folder that holds another run, or one to resume that holds none."""
+    if resume and not (folder / "plan.yaml").exists():
+        raise ConfigError(folder, expected="a run folder with plan.yaml", got="none", do="check --out, or leave out --resume")
+    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            folder, expected="a new or empty folder", got="one with files in it", do="give another --out, or --resume to go on"
+        )
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan from a YAML file, as `microtome plan --out` writes it and a person may have changed it."""
+    return parse_config(Plan, load_yaml(path), path)
+
+
+def environment(device: torch.device) -> dict[str, str | int | bool]:
+    """What a person needs to know to run this again."""
+    return {
+        **versions(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "compiled_warp": compiled(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in ("microtome", "torch", "numpy", "scipy")}}
+
+
+def _processor() -> str:
+    """The processor's own name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8", errors="ignore").splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores"
+
+
+def _event(line: str) -> tuple[str, float]:
+    """Kind and step of a log line; the step is infinite for a line that was cut off."""
+    try:
+        event = json.loads(line)
+        return str(event["event"]), float(event["step"])
+    except (ValueError, KeyError, TypeError):
+        return "", math.inf
