@@ -10,6 +10,7 @@ from packaging.utils import canonicalize_name
 
 from tools import measure
 from tools.layers import REPOSITORY
+from tools.lock import read_lock
 
 SOURCES = measure.sources()
 FUNCTIONS = [(source, function) for source in SOURCES for function in measure.functions(source)]
@@ -73,8 +74,7 @@ def test_there_is_about_as_much_test_as_code() -> None:
 
 def test_lock_pins_every_dependency_in_range_and_leaves_torch_to_its_own_step() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
-    lines = (REPOSITORY / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    lock = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in lines if line[:1] not in {"", "#"})}
+    lock = {name: pin.version for name, pin in read_lock().items()}
     assert all(lock.values())
     assert not {"torch", "microtome"} & set(lock)
     assert not [name for name in lock if name.startswith(("nvidia", "triton"))]

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -345,9 +346,25 @@ def test_a_description_that_is_none_is_refused(tmp_path: Path, text: str) -> Non
     assert "expected a description in JSON with its schema" in refusal(tmp_path)
 
 
-def test_a_newer_schema_is_refused_before_its_content_is_looked_at(run: Path) -> None:
-    rewrite(run / "model" / "model.safetensors", schema=3, plan=None, hash="")
-    assert refusal(run).endswith("expected bundle schema 2 or older, got 3; update microtome")
+def test_a_newer_schema_is_refused_before_its_content_is_looked_at_and_names_what_it_needs(run: Path) -> None:
+    file = run / "model" / "model.safetensors"
+    rewrite(file, schema=99, needs="microtome >= 7.25", plan=None, hash="")
+    assert refusal(run).endswith("expected bundle schema 2 or older, got 99, which needs microtome 7.25; update microtome to 7.25 or newer")
+    # What nobody would write is not repeated, and a version that is older than this one is no help.
+    for needs in ("microtome >= 0.0.1", "microtome >= 7; rm -r /", "torch >= 99", 7, None):
+        rewrite(file, schema=99, needs=needs, plan=None, hash="")
+        assert refusal(run).endswith("expected bundle schema 2 or older, got 99; update microtome")
+
+
+def test_a_known_schema_that_needs_a_newer_version_is_refused_by_that(run: Path) -> None:
+    rewrite(run / "model" / "model.safetensors", needs="microtome >= 99.1")
+    assert refusal(run).endswith("got 2, which needs microtome 99.1; update microtome to 99.1 or newer")
+
+
+def test_what_is_written_names_a_version_that_reads_it(run: Path) -> None:
+    document = json.loads(header_of(run / "model" / "model.safetensors")["__metadata__"]["microtome"])
+    needed = tuple(map(int, document["needs"].removeprefix("microtome >= ").split(".")))
+    assert (0, 1) <= needed <= tuple(map(int, metadata.version("microtome").split(".")[:3]))
 
 
 def test_a_changed_plan_is_noticed(run: Path) -> None:

@@ -1,12 +1,17 @@
 """Checkpoints: everything comes back bit for bit; what is damaged or of another network is refused."""
 
 import dataclasses
+import errno
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save, save_file
 from torch import Tensor
 
 from microtome.config import NetworkConfig, OptimiserConfig, Plan
@@ -14,7 +19,15 @@ from microtome.errors import DataError, RunError
 from microtome.inference.devices import to_device
 from microtome.models.registry import build
 from microtome.training import checkpoint
-from microtome.training.checkpoint import Progress, TrainState, load_checkpoint, new_state, save_checkpoint
+from microtome.training.checkpoint import (
+    Progress,
+    TrainState,
+    load_checkpoint,
+    load_latest,
+    new_state,
+    previous_checkpoint,
+    save_checkpoint,
+)
 from microtome.training.loop import update_average
 from microtome.training.losses import segmentation_loss
 from tests.small import TINY_3D, one_thread, small_plan, small_plan_3d
@@ -203,7 +216,7 @@ def test_a_checkpoint_of_another_network_or_optimiser_is_refused(tmp_path: Path)
 
 def test_a_model_file_is_no_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    checkpoint.save_file({"a": torch.zeros(3)}, path)
+    save_file({"a": torch.zeros(3)}, path)
     with pytest.raises(DataError, match="a checkpoint of this plan"):
         load_checkpoint(path, fresh(PLANS["sgd"]))
 
@@ -214,14 +227,89 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(tmp_path: Path, monkeypatch
     save_checkpoint(path, state)
     before = contents(state)
 
-    def full(tensors: object, part: Path, metadata: object) -> None:
-        part.write_bytes(b"half")
-        raise checkpoint.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    def full(tensors: object, document: object) -> Iterator[bytes]:
+        yield b"half"
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "_serialised", full)
     with pytest.raises(RunError, match=r"last\.safetensors.*No space left on device"):
         save_checkpoint(path, stepped(PLANS["sgd"], 2))
-    assert list(tmp_path.iterdir()) == [path]
-    other = fresh(PLANS["sgd"], seed=5)
+    # The one before it is not the one that is gone.
+    assert sorted(tmp_path.iterdir()) == [path, previous_checkpoint(path)]
+    for file in tmp_path.iterdir():
+        other = fresh(PLANS["sgd"], seed=5)
+        load_checkpoint(file, other)
+        assert_same(before, contents(other))
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_the_file_is_byte_for_byte_what_the_library_writes(name: str, tmp_path: Path) -> None:
+    tensors, document = checkpoint._contents(stepped(PLANS[name]))
+    assert b"".join(checkpoint._serialised(tensors, document)) == save(tensors, metadata={"microtome": json.dumps(document)})
+
+
+def test_every_type_and_shape_is_written_as_the_library_writes_it() -> None:
+    tensors = {f"{kind}{shape}": torch.ones(shape, dtype=kind) for kind in checkpoint._TYPES for shape in ((), (0,), (3,), (2, 1, 5))}
+    assert b"".join(checkpoint._serialised(tensors, {"a": "ü"})) == save(tensors, metadata={"microtome": json.dumps({"a": "ü"})})
+
+
+def saved_twice(folder: Path) -> Path:
+    """Checkpoints of steps 1 and 2."""
+    path, state = folder / "last.safetensors", stepped(PLANS["sgd"], 1)
+    save_checkpoint(path, state)
+    advance(state, PLANS["sgd"], 1)
+    save_checkpoint(path, state)
+    return path
+
+
+def test_every_flipped_byte_is_noticed_and_said_in_one_line(tmp_path: Path) -> None:
+    path = saved_twice(tmp_path)
+    whole, other = path.read_bytes(), fresh(PLANS["sgd"])
+    header = int.from_bytes(whole[:8], "little") + 8
+    places = {*range(0, header, 37), *range(header - 16, header), *range(header, len(whole), 1001), len(whole) - 1}
+    # Spaces that make the header's length a multiple of 8 say nothing.
+    told = header - len(whole[8:header]) + len(whole[8:header].rstrip())
+    for place in sorted(places - set(range(told, header))):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x20]) + whole[place + 1 :])
+        with pytest.raises(DataError, match=r"last\.safetensors: expected ") as caught:
+            load_checkpoint(path, other)
+        assert "\n" not in str(caught.value)
+    path.write_bytes(whole)
     load_checkpoint(path, other)
-    assert_same(before, contents(other))
+
+
+def test_the_checkpoint_before_a_damaged_one_is_gone_on_from(tmp_path: Path) -> None:
+    path = saved_twice(tmp_path)
+    assert load_latest(path, fresh(PLANS["sgd"])) is None
+    path.write_bytes(path.read_bytes()[:-1])
+    state = fresh(PLANS["sgd"])
+    said = load_latest(path, state)
+    assert said is not None
+    assert said.startswith(f"{path}: a damaged file")
+    assert said.endswith("the run goes on from the checkpoint before it, of step 1")
+    assert_same(contents(state), contents(stepped(PLANS["sgd"], 1)))
+    path.unlink()
+    assert "of step 1" in str(load_latest(path, state))
+    previous_checkpoint(path).write_bytes(b"")
+    with pytest.raises(DataError, match=r"previous\.safetensors: expected a checkpoint, got a damaged file"):
+        load_latest(path, state)
+
+
+def test_where_files_have_one_name_only_the_last_checkpoint_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", refused)
+    path = saved_twice(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+    state = fresh(PLANS["sgd"])
+    assert load_latest(path, state) is None
+    assert state.progress.step == 2
+
+
+def test_a_checkpoint_without_a_hash_is_of_the_first_version_and_is_read(tmp_path: Path) -> None:
+    state, other = stepped(PLANS["sgd"]), fresh(PLANS["sgd"], seed=1)
+    tensors, document = checkpoint._contents(state)
+    save_file(tensors, tmp_path / "last.safetensors", metadata={"microtome": json.dumps(document)})
+    load_checkpoint(tmp_path / "last.safetensors", other)
+    assert_same(contents(state), contents(other))

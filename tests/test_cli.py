@@ -217,6 +217,24 @@ def test_what_was_typed_is_the_reason_of_what_it_changed() -> None:
     assert changed_plan(plan, minutes=None, steps=None, fold=None, seed=None) == plan
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "nowhere", "--out", "run", "--fold", "6/5"), "got '6/5'; try 1/5"),
+        (("inspect", "nowhere", "--fold", "5"), "got '5'; try 1/5"),
+        (("predict", "nowhere", "nothing.png", "--out", "out", "--cluster", "local:0"), "got `local:0`; give local:2"),
+        (("predict", "nowhere", "nothing.png", "--out", "out", "--cluster", "foo"), "got `foo`; give local:2, tcp://host:8786"),
+    ],
+)
+def test_words_that_mean_nothing_are_refused_before_any_file_is_opened(
+    words: tuple[str, ...], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *words) == 2
+    line = capsys.readouterr().err
+    assert said in line
+    assert "nowhere" not in line
+
+
 @pytest.mark.parametrize(("option", "name", "near"), [("--network", "unett", "`unet`"), ("--recipe", "vnet2015", "`vnet2016`")])
 @pytest.mark.parametrize("command", ["plan", "train", "densify"])
 def test_a_wrong_name_is_refused_before_the_data_are_looked_at(

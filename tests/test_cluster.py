@@ -207,7 +207,7 @@ def test_a_damaged_image_ends_the_job_with_its_own_line_and_what_was_done_stays(
     assert others.done() == (12, 12)
 
 
-def deadly(order: Order, box: Box) -> cluster.Failure | None:
+def deadly(order: Order, box: Box) -> MicrotomeError | None:
     """A block whose first rows kill whoever computes them."""
     return os._exit(1) if box[0][0] == 0 else fill_block(order, box)
 
@@ -278,8 +278,9 @@ def test_a_worker_that_does_not_see_the_store_writes_no_other(run: Path, image: 
     order = cluster._order_of(replace(job, place=tmp_path / "elsewhere.ome.zarr"))
     failure = fill_block(order, bricks.missing()[0])
     assert failure is not None
-    assert isinstance(failure.error(), DataError)
-    assert "expected the store that this prediction was begun in, got nothing there (on " in str(failure.error())
+    assert isinstance(failure, DataError)
+    assert "expected the store that this prediction was begun in, got nothing there (on " in str(failure)
+    assert failure.code == "D028"
     assert not (tmp_path / "elsewhere.ome.zarr").exists()
 
 
@@ -293,7 +294,7 @@ def test_another_version_is_refused_by_who_asks_and_by_who_works(
     assert f"the scheduler: expected microtome 99.9, as where the command runs, got {own}; give scheduler, workers" in line
     order = replace(cluster._order_of(job), version="0.0")
     failure = fill_block(order, bricks.missing()[0])
-    assert isinstance(failure.error(), ConfigError)
+    assert isinstance(failure, ConfigError)
     assert bricks.done()[0] == 0
 
 

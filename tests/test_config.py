@@ -114,6 +114,8 @@ def test_a_missing_value_is_named_alone(missing: str) -> None:
         ({"network": {"strides": [[1, "x"]]}}, "network.strides.0.1", "'x'"),
         ({"augment": {"scale": [1]}}, "augment.scale.1", "[1]"),
         ({"seed": None}, "seed", "None"),
+        ({"spacing_mm": [math.inf, 1]}, "spacing_mm.0", "inf"),
+        ({"optimiser": {"weight_decay": math.nan}}, "optimiser.weight_decay", "nan"),
         ({1: 2}, "1", "1"),
     ],
 )
@@ -134,8 +136,6 @@ def test_a_wrong_value_is_shown_with_its_field(change: dict[Any, Any], field: st
         ({"patch_vox": [0, 8]}, "patch_vox (0, 8)"),
         ({"spacing_mm": [0, 1]}, "spacing_mm (0.0, 1.0)"),
         ({"spacing_mm": [1, -1]}, "spacing_mm (1.0, -1.0)"),
-        ({"spacing_mm": [math.inf, 1]}, "spacing_mm (inf, 1.0)"),
-        ({"spacing_mm": [math.nan, 1]}, "spacing_mm (nan, 1.0)"),
         ({"assumed_spacing_mm": [1, 0]}, "assumed_spacing_mm (1.0, 0.0)"),
         ({"normalisation": {"kind": "dataset"}}, "low, high, mean and sd of 1 values"),
         ({"normalisation": {"kind": "dataset", "low": [0], "high": [1, 2], "mean": [0], "sd": [1]}}, "of 1 values"),
@@ -200,10 +200,10 @@ def test_a_yaml_bomb_is_refused_before_it_grows(tmp_path: Path, level: str) -> N
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "plan.yaml"
-    path.write_text("a: 1\n" * 100)
+    path.write_text("- a\n" * 125)
     with pytest.raises(ConfigError, match="expected at most 499 bytes, got 500"):
         load_yaml(path, limit_bytes=499)
-    assert load_yaml(path, limit_bytes=500) == {"a": 1}
+    assert load_yaml(path, limit_bytes=500) == ["a"] * 125
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:

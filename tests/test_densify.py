@@ -1,13 +1,16 @@
 """A volume with a few painted planes becomes a dense label file; what cannot be told or done is refused before any work."""
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import h5py
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import tifffile
 from folders import nifti, png, text, tiff
 
@@ -19,6 +22,7 @@ from microtome.errors import ConfigError, DataError, DataWarning, RunError
 from microtome.images.files import read_image
 from microtome.inference.predictor import load
 from tests.small import one_thread, small_plan, small_plan_3d
+from tests.stores import write_volume_store
 
 __all__ = ["one_thread"]
 
@@ -359,3 +363,27 @@ def test_a_training_that_ends_early_says_what_can_be_done_here(sparse: np.ndarra
         run(sketch)
     assert "--resume" not in str(caught.value)
     assert not sketch.out.exists()
+
+
+@pytest.mark.parametrize("suffix", [".nrrd", ".npy", ".h5", ".ome.zarr"])
+def test_other_formats_are_densified_into_their_own(sparse: np.ndarray, tmp_path: Path, suffix: str) -> None:
+    painted = np.where(sparse < 0, 255, sparse).astype(np.uint8)
+    grey = np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8)
+    for name, array in (("image", grey), ("drawn", painted)):
+        if suffix == ".ome.zarr":
+            write_volume_store(tmp_path / f"{name}{suffix}", array, chunk=(8, 16, 16))
+        elif suffix == ".npy":
+            np.save(tmp_path / f"{name}{suffix}", array)
+        elif suffix == ".h5":
+            with h5py.File(tmp_path / f"{name}{suffix}", "w") as file:
+                file["raw" if name == "image" else "label"] = array
+        else:
+            SimpleITK.WriteImage(SimpleITK.GetImageFromArray(array), tmp_path / f"{name}{suffix}")
+    options = DensifyOptions(not_annotated=255, run=tmp_path / "run")
+    with warnings.catch_warnings():
+        # NPY and HDF5 name no voxel size.
+        warnings.simplefilter("ignore", DataWarning)
+        sketch = open_sketch(tmp_path / f"image{suffix}", tmp_path / f"drawn{suffix}", tmp_path / f"dense{suffix}", options)
+        dense = run(sketch)
+    assert set(np.unique(dense)) <= {0, 1}
+    assert np.array_equal(dense[sparse >= 0], painted[sparse >= 0])

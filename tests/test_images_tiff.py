@@ -298,7 +298,7 @@ def test_pages_that_form_a_circle_are_an_error(tmp_path):
     after = first + 2 + 12 * int.from_bytes(whole[first : first + 2], "little")
     whole[after : after + 4] = first.to_bytes(4, "little")
     (tmp_path / "a.tif").write_bytes(whole)
-    with pytest.raises(DataError, match=r"a\.tif: expected pages one after the other"):
+    with pytest.raises(DataError, match=r"a\.tif: expected pages in a row"):
         read_image(tmp_path / "a.tif")
 
 

@@ -415,7 +415,7 @@ def test_folders_that_a_glob_stars_are_the_cases(tmp_path: Path) -> None:
 
 def test_stated_side_that_is_empty_is_an_error(tmp_path: Path) -> None:
     make(tmp_path, "images/a.png", "masks/a.png")
-    with pytest.raises(DataError, match="expected image files for `labels: truth/"):
+    with pytest.raises(DataError, match="expected images for `labels: truth/"):
         find_layout(tmp_path, DatasetConfig(labels="truth/*.png"))
 
 

@@ -19,6 +19,7 @@ from microtome.data.listing import LISTING
 from microtome.errors import ConfigError, DataError, DataWarning, RunError
 from microtome.evaluation.evaluate import evaluate
 from microtome.images.files import read_image
+from microtome.inference.asked import Options
 from microtome.inference.mirroring import TTA
 from microtome.inference.predict import predict_labels
 from microtome.inference.predict_files import predict_files, safe_name
@@ -297,6 +298,28 @@ def test_two_images_of_one_name_are_refused_before_any_work(tmp_path: Path) -> N
     assert line.startswith(f"{second}: ")
     assert str(first) in line
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_no_folder_for_predictions(tmp_path: Path) -> None:
+    path, out = folders.png(tmp_path / "a.png", noise(8, 8)), folders.text(tmp_path / "out", "mine")
+    with pytest.raises(ConfigError, match="expected a folder for the label files, got a file; give another --out"):
+        predict_files(predictor_of(), [path], out)
+    assert out.read_text() == "mine"
+
+
+def test_maps_that_somebody_else_wrote_are_not_overwritten(tmp_path: Path) -> None:
+    path, out = folders.png(tmp_path / "a.png", noise(8, 8)), tmp_path / "out"
+    foreign = folders.tiff(out / "probabilities" / "a.tif", noise(8, 8))
+    before = foreign.read_bytes()
+    options = Options(probabilities="uint8")
+    assert refusal(lambda: predict_files(predictor_of(), [path], out, options=options)).startswith(
+        f"{foreign}: expected no file of that name"
+    )
+    assert foreign.read_bytes() == before
+    foreign.unlink()
+    for _ in range(2):
+        # Its own it replaces.
+        predict_files(predictor_of(), [path], out, options=options)
 
 
 def inputs_and_out(tmp_path: Path) -> dict[str, tuple[Sequence[Path], Path]]:

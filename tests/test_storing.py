@@ -83,7 +83,7 @@ def test_what_is_marked_is_never_computed_again_and_the_result_is_the_same(run: 
     predictor, options = predictor_of(run), Options(uncertainty=True)
     whole = write_store(predictor, case_of(store), tmp_path / "whole.ome.zarr", options)
     place = tmp_path / "broken.ome.zarr"
-    bricks, _ = stored.open_store(predictor, case_of(store), place, wanted_of(predictor, options), request={"mending": {}})
+    bricks, _ = stored.open_store(predictor, case_of(store), place, wanted_of(predictor, options), request={"clean-up and instances": {}})
     worker = stored.Worker(stored.job_of(predictor, case_of(store), bricks), predictor)
     boxes = bricks.missing(most=1)
     assert len(boxes) == 6 * len(bricks.record.layout.columns)
@@ -272,14 +272,14 @@ def test_what_a_kill_left_on_the_way_goes_with_the_next_call(run: Path, store: P
 
 def test_auto_goes_on_with_the_engine_that_began(run: Path, store: Path, tmp_path: Path) -> None:
     predictor, place = predictor_of(run), tmp_path / "out.ome.zarr"
-    stored.open_store(predictor, case_of(store), place, wanted_of(predictor, Options()), request={"mending": {}})
+    stored.open_store(predictor, case_of(store), place, wanted_of(predictor, Options()), request={"clean-up and instances": {}})
     chosen = Predictor(load_bundle(run))
     record = json.loads((place / ".microtome" / "record.json").read_text())
     (place / ".microtome" / "record.json").write_text(json.dumps(record | {"engine": "torch-bf16"}))
     # An engine that was chosen for an image before is no word of the user's.
     assert chosen.engine is not None
     assert chosen.engine.name == "torch"
-    bricks, _ = stored.open_store(chosen, case_of(store), place, wanted_of(chosen, Options()), request={"mending": {}})
+    bricks, _ = stored.open_store(chosen, case_of(store), place, wanted_of(chosen, Options()), request={"clean-up and instances": {}})
     assert bricks.record.engine == "torch-bf16"
 
 

@@ -92,3 +92,15 @@ def test_a_network_without_a_reference_is_listed_with_its_authors_alone(capsys: 
 def test_one_step_is_no_steps(capsys: pytest.CaptureFixture[str]) -> None:
     Terminal().say_plan(small_plan(steps=1))
     assert capsys.readouterr().err.splitlines()[0].endswith(", 1 step")
+
+
+def test_a_large_image_says_which_it_is_and_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    monkeypatch.setattr("microtome.terminal.time.monotonic", lambda: now[0])
+    with Terminal().predicting() as view:
+        for seconds, done in ((0.5, 1), (20, 10), (25, 11), (400, 20)):
+            now[0] = seconds
+            view.voxels("brain", done, 100)
+        view.done("brain", 1, 2)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["  10 % of brain, about 3 min left", "  20 % of brain, about 27 min left", "predicting 1/2: brain"]

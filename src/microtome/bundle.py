@@ -1,9 +1,10 @@
 """A trained model on disk: `model.safetensors` (weights and all that describes them) and `model.json` (the same for people).
 
 No pickle anywhere, and no torch: what predicts with another engine does not load it. The safetensors file alone is complete,
-so that it can be replaced in one rename; `model.json` is a readable copy of its header.
+so that it can be replaced in one rename; `model.json` is a readable copy of its header, which the program never reads.
 
-    header    plan, legend, provenance, sizes, a hash of each group of tensors; and a hash of all that, the bundle's identity
+    header    schema, the microtome that it needs, plan, legend, provenance, sizes, a hash of each group of tensors; and a hash of
+              all that, the bundle's identity
     weights   the network's parameters and buffers, by their names            -- read, and held to their hash, when touched
     sample:golden.*        an input, and what the float32 network answers     -- read at once: an engine is held to it
     sample:calibration.*   inputs to choose an int8 network's scales by       -- read when touched
@@ -11,7 +12,7 @@ so that it can be replaced in one rename; `model.json` is a readable copy of its
 
 import hashlib
 import json
-import math
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -22,14 +23,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from microtome.config import Plan, parse_config
+from microtome.bundle_form import NEEDS, SCHEMA, parse_form, read_document, temperature_of
+from microtome.config import Plan
 from microtome.data.legend import Legend
 from microtome.errors import DataError
 from microtome.files import atomic_path, write_json
 from microtome.geometry import Sizes
 
-SCHEMA = 2
 FILE = "model.safetensors"
+# Real ones have 20 to 200 kB.
+MOST_HEADER_BYTES = 16_000_000
 
 # No parameter's name holds a colon.
 SAMPLE = "sample:"
@@ -89,6 +92,7 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     arrays = {name: np.asarray(array, order="C") for name, array in (*bundle.weights.items(), *_sample_arrays(bundle.samples).items())}
     document: dict[str, Any] = {
         "schema": SCHEMA,
+        "needs": NEEDS,
         "plan": bundle.plan.model_dump(mode="json"),
         "legend": bundle.legend.to_json(),
         "provenance": dict(bundle.provenance),
@@ -119,23 +123,38 @@ def load_bundle(folder: Path) -> Bundle:
     header = tensors.read(lambda file: (file.metadata() or {}).get("microtome"))
     if header is None:
         raise DataError(
-            path, expected="a bundle written by microtome", got="weights without a description", do="use a run folder of `microtome train`"
+            path,
+            expected="a bundle written by microtome",
+            got="weights without a description",
+            do="use a run folder of `microtome train`",
+            code="D052",
         )
-    document = _document(path, header)
+    document = read_document(path, header)
     recorded = document.pop("hash", "")
     if document["schema"] == 1:
         arrays = tensors.arrays(tensors.names)
-        _check(path, _hash(arrays, document), recorded)
-        return Bundle(**_described(path, document), weights=arrays, folder=path.parent, hash=recorded)
+        if "weights_hash" in document:
+            # The first bundles of all, whose description nothing held.
+            recorded = document.pop("weights_hash")
+            _check(path, _hash(arrays), recorded)
+        else:
+            _check(path, _hash(arrays, document), recorded)
+        form = parse_form(path, document)
+        return Bundle(
+            plan=form.plan, legend=form.as_legend(), weights=arrays, provenance=form.provenance, folder=path.parent, hash=recorded
+        )
     _check(path, _hash({}, document), recorded)
-    groups = {group: _Group(tensors, group, document["tensors"][group]) for group in GROUPS}
+    form = parse_form(path, document)
+    groups = {group: _Group(tensors, group, form.tensors.get(group, "")) for group in GROUPS}
     return Bundle(
-        **_described(path, document),
+        plan=form.plan,
+        legend=form.as_legend(),
         weights=groups["weights"],
-        samples=_samples(groups["golden"], groups["calibration"]),
-        sizes=Sizes(**{name: tuple(sides) for name, sides in document["sizes"].items()}) if document["sizes"] else None,
-        context_vox=document["context_vox"],
-        temperature=_temperature(path, document.get("temperature", 1.0)),
+        samples=_samples(groups["golden"], groups["calibration"], form.plan),
+        sizes=Sizes(form.sizes.minimum, form.sizes.step) if form.sizes else None,
+        context_vox=form.context_vox,
+        temperature=temperature_of(path, document.get("temperature", 1.0)),
+        provenance=form.provenance,
         folder=path.parent,
         hash=recorded,
     )
@@ -146,6 +165,7 @@ class _Tensors:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        _check_header(path)
         self.file = self._readable(lambda: safe_open(path, framework="np"))
         self.names = tuple(self.read(lambda file: file.keys()))
 
@@ -164,7 +184,7 @@ class _Tensors:
         except (SafetensorError, OSError, TypeError) as error:
             # TypeError: damage made a type of numbers of it that NumPy does not have.
             got = f"an unreadable file ({error})"
-            raise DataError(self.path, expected="a model bundle", got=got, do="train again or copy it again") from None
+            raise DataError(self.path, expected="a model bundle", got=got, do="train again or copy it again", code="D054") from None
 
 
 class _Group(Mapping[str, np.ndarray]):
@@ -205,13 +225,28 @@ class _Patches(Sequence[np.ndarray]):
         return len(self.group)
 
 
-def _samples(golden: _Group, calibration: _Group) -> Samples | None:
+def _check_header(path: Path) -> None:
+    """Refuse a header that nobody writes, before it is read; the length stands in the first eight bytes."""
+    with path.open("rb") as file:
+        start = file.read(8)
+    if len(start) == 8 and struct.unpack("<Q", start)[0] > MOST_HEADER_BYTES:
+        got, do = f"an unreadable file (a header of {struct.unpack('<Q', start)[0]} bytes)", "train again or copy it again"
+        raise DataError(path, expected="a model bundle", got=got, do=do, code="D054")
+
+
+def _samples(golden: _Group, calibration: _Group, plan: Plan) -> Samples | None:
     """The samples of a bundle, if it has any."""
     if not golden:
         # Nothing is there, and nothing may be: an empty group has a hash too.
         _check(golden.tensors.path, _hash(golden.arrays), golden.recorded)
         return None
-    return Samples(golden[GOLDEN_IMAGE].astype(np.float32), golden[GOLDEN_LOGITS], _Patches(calibration))
+    shapes = {name: (array.dtype.kind, array.ndim, len(array) if array.ndim else 0) for name, array in golden.items()}
+    wanted = {GOLDEN_IMAGE: ("f", plan.dims + 1, plan.channels), GOLDEN_LOGITS: ("f", plan.dims + 1, len(plan.classes))}
+    if shapes != wanted or not all(np.isfinite(array).all() and array.size for array in golden.values()):
+        expected = f"a golden input of {plan.channels} channels and logits of {len(plan.classes)} classes, finite"
+        got = f"{', '.join(f'{name} {golden[name].dtype} {golden[name].shape}' for name in golden)}"[:300]
+        raise DataError(golden.tensors.path, expected=expected, got=got, do="use the microtome that wrote it", code="D200")
+    return Samples(golden[GOLDEN_IMAGE].astype(np.float32), golden[GOLDEN_LOGITS].astype(np.float32), _Patches(calibration))
 
 
 def _sample_arrays(samples: Samples | None) -> dict[str, np.ndarray]:
@@ -231,36 +266,6 @@ def _group(name: str) -> str:
     return "golden" if name.startswith(SAMPLE) else "weights"
 
 
-def _described(path: Path, document: Mapping[str, Any]) -> dict[str, Any]:
-    """What describes a model in all schemas."""
-    return {
-        "plan": parse_config(Plan, document["plan"], path),
-        "legend": Legend.from_json(document["legend"]),
-        "provenance": document["provenance"],
-    }
-
-
-def _temperature(path: Path, recorded: object) -> float:
-    """A temperature that logits can be divided by."""
-    if isinstance(recorded, int | float) and not isinstance(recorded, bool) and 0 < recorded < math.inf:
-        return float(recorded)
-    do = "copy it again, or train again"
-    raise DataError(path, expected="a temperature above 0", got=str(recorded)[:64], do=do)
-
-
-def _document(path: Path, header: str) -> dict[str, Any]:
-    """The description of the weights, of a schema that this version knows."""
-    try:
-        document = json.loads(header)
-        schema = int(document["schema"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        got = f"{type(error).__name__}: {error}"[:200]
-        raise DataError(path, expected="a description in JSON with its schema", got=got, do="the file was damaged: copy it again") from None
-    if schema > SCHEMA:
-        raise DataError(path, expected=f"bundle schema {SCHEMA} or older", got=str(schema), do="update microtome")
-    return dict(document)
-
-
 def _find(folder: Path) -> Path:
     """The weights file that a path means."""
     candidates = [folder, folder / FILE, folder / "model" / FILE]
@@ -268,13 +273,17 @@ def _find(folder: Path) -> Path:
         if candidate.is_file():
             return candidate
     what = "an interrupted run without a model yet" if (folder / "plan.yaml").exists() else "no model"
-    raise DataError(folder, expected="a run folder with model/model.safetensors", got=what, do="give the --out folder of `microtome train`")
+    raise DataError(
+        folder, expected="a run folder with model/model.safetensors", got=what, do="give the --out folder of `microtome train`", code="D051"
+    )
 
 
 def _check(path: Path, found: str, recorded: object) -> None:
     """Refuse content that is not what was written."""
     if found != recorded:
-        raise DataError(path, expected=f"content with hash {str(recorded)[:64]}", got=found, do="the file was damaged: copy it again")
+        raise DataError(
+            path, expected=f"content with hash {str(recorded)[:64]}", got=found, do="the file was damaged: copy it again", code="D054"
+        )
 
 
 def _hash(arrays: Arrays, document: Mapping[str, Any] | None = None) -> str:

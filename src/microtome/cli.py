@@ -27,6 +27,7 @@ from microtome.options import (
     changed_plan,
     check_names,
     check_target,
+    checked_fold,
     checked_holdout,
     one_line,
     one_of,
@@ -77,6 +78,7 @@ def inspect(
     from microtome.terminal import print_inspection, print_json
 
     check_target(html, ".html", ".htm")
+    checked_fold(fold)
     dataset = open_data(data)
     inspection = inspect_fold(dataset, fold, seed)
     if html is not None:
@@ -111,6 +113,7 @@ def plan(
     from microtome.training.rehearsal import make_plan
 
     check_target(out, ".yaml", ".yml")
+    checked_fold(fold)
     check_names(network, recipe)
     words: dict[str, Any] = {
         "network": network,
@@ -165,12 +168,15 @@ def train(
         refuse_beside("--resume", others | {"--plan": plan, "--fold": fold, "--seed": seed})
     elif plan is not None:
         refuse_beside("--plan", others)
+    checked_fold(fold)
     check_names(network, recipe)
     check_folder(out, resume=resume)
     dataset = open_data(data)
     terminal.say_dataset(dataset)
     if fold not in (None, "all") and (dataset.config.validation or dataset.config.validation_sections):
-        raise ConfigError("--fold", expected="no fold beside `validation` in microtome.yaml", got=str(fold), do="remove one of the two")
+        raise ConfigError(
+            "--fold", expected="no fold beside `validation` in microtome.yaml", got=str(fold), do="remove one of the two", code="C003"
+        )
     chosen: Plan
     if resume or plan is not None:
         chosen = read_plan(out / "plan.yaml" if plan is None else plan)
@@ -191,7 +197,7 @@ def train(
 
 @app.command()
 def densify(
-    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A volume, TIFF or NIfTI; or a picture.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE", help="A volume or a picture, of any format.")],
     annotation: Annotated[Path, typer.Argument(metavar="ANNOTATION", help="A label file of it in which a few planes are annotated.")],
     out: Annotated[Path, typer.Option(help="The label file to write, of the image's format; must be new.")],
     minutes: Minutes = None,
@@ -364,7 +370,7 @@ def main() -> None:
     except MicrotomeError as error:
         if debug:
             raise
-        sys.stderr.write(f"microtome: {error}\n")
+        sys.stderr.write(f"microtome: {error.line}\n")
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, SystemExit) as error:
         # Typer makes an exit of Ctrl-C, in silence.

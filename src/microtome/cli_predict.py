@@ -54,9 +54,12 @@ def predict(
     from microtome.terminal import Terminal
 
     if float16 and not probabilities:
-        raise ConfigError("--float16", expected="--probabilities beside it", got="--float16 alone", do="give both, or neither")
+        raise ConfigError("--float16", expected="--probabilities beside it", got="--float16 alone", do="give both, or neither", code="C003")
     if cluster:
+        from microtome.inference.cluster import check_address
+
         refuse_beside("--cluster", {"--memory": memory}, "limit the memory of the workers instead")
+        check_address(cluster)
     kind: Any = ("float16" if float16 else "uint8") if probabilities else ""
     least, unit = parse_size(min_size) if min_size else (0.0, "")
     clean = CleanUp(

@@ -65,12 +65,12 @@ class Request:
         twice = sorted({name for name in self.networks if self.networks.count(name) > 1})
         if twice or not self.networks:
             got = f"{', '.join(twice)} twice" if twice else "none"
-            raise ConfigError("--networks", expected="names of networks, each once", got=got, do="see `microtome networks`")
+            raise ConfigError("--networks", expected="names of networks, each once", got=got, do="see `microtome networks`", code="C044")
         if (self.minutes is None) == (self.steps is None):
             got = "none" if self.minutes is None else f"{self.minutes:g} minutes and {self.steps} steps"
-            raise ConfigError("compare", expected="either --minutes or --steps", got=got, do="give one of the two")
+            raise ConfigError("compare", expected="either --minutes or --steps", got=got, do="give one of the two", code="C003")
         if self.fold == "all":
-            raise ConfigError("--fold", expected="K/N", got=f"`{self.fold}`", do="leave cases to be scored on")
+            raise ConfigError("--fold", expected="K/N", got=f"`{self.fold}`", do="leave cases to be scored on", code="C014")
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -154,24 +154,28 @@ class _Comparing:
         if not resume:
             if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
                 do = "give another --out, or --resume to go on"
-                raise ConfigError(self.out, expected="a new or empty folder", got="one with files in it", do=do)
+                raise ConfigError(self.out, expected="a new or empty folder", got="one with files in it", do=do, code="C005")
             return {}
         if not record.is_file():
-            raise ConfigError(self.out, expected="a folder with compare.json", got="none", do="check --out, or leave out --resume")
+            raise ConfigError(
+                self.out, expected="a folder with compare.json", got="none", do="check --out, or leave out --resume", code="C006"
+            )
         try:
             before = json.loads(record.read_text(encoding="utf-8"))
             asked, peaks = before["asked"], {row["network"]: row["peak_bytes"] for row in before["rows"] if row["peak_bytes"]}
             was = {name: asked[name] for name in ("data", "minutes", "steps", "fold", "seed")}
             missing = [name for name in asked["networks"] if name not in self.request.networks]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(record, expected="what `compare` writes", got=repr(error), do="give another --out") from None
+            raise DataError(record, expected="what `compare` writes", got=repr(error), do="give another --out", code="D059") from None
         for name, value in was.items():
             if value != self.asked[name]:
                 do = "give the same, or another --out"
-                raise ConfigError("--resume", expected=f"{name} {value} as before", got=f"{self.asked[name]}", do=do)
+                raise ConfigError("--resume", expected=f"{name} {value} as before", got=f"{self.asked[name]}", do=do, code="C007")
         if missing:
             do = "add them, or give another --out"
-            raise ConfigError("--resume", expected="the networks of before, and maybe others", got=f"no {', '.join(missing)}", do=do)
+            raise ConfigError(
+                "--resume", expected="the networks of before, and maybe others", got=f"no {', '.join(missing)}", do=do, code="C007"
+            )
         return peaks
 
     def _train(self, name: str) -> None:
@@ -231,10 +235,12 @@ def _open(data: Path, request: Request) -> tuple[Dataset, Split]:
     dataset = open_dataset(data)
     solid = [name for name in request.networks if 2 not in find(name).dims]
     if solid and only_pictures(dataset):
-        raise ConfigError("--networks", expected="networks that take 2D pictures", got=", ".join(solid), do="leave out those that do not")
+        raise ConfigError(
+            "--networks", expected="networks that take 2D pictures", got=", ".join(solid), do="leave out those that do not", code="C043"
+        )
     if request.fold is not None and (dataset.config.validation or dataset.config.validation_sections):
         expected = "no fold beside `validation` in microtome.yaml"
-        raise ConfigError("--fold", expected=expected, got=request.fold, do="remove one of the two")
+        raise ConfigError("--fold", expected=expected, got=request.fold, do="remove one of the two", code="C003")
     return dataset, split_dataset(dataset, request.fold or "1/5", request.seed)
 
 
@@ -303,7 +309,7 @@ def tell(command: Callable[[], None]) -> None:
         end = sys.exc_info()[1]
         # The command line turns an error for people into an exit code, which keeps the error as its context.
         error = end.__context__ if isinstance(end, SystemExit) else end
-        words = str(error) if isinstance(error, MicrotomeError) else f"{type(error).__name__}: {error}"
+        words = error.line if isinstance(error, MicrotomeError) else f"{type(error).__name__}: {error}"
         told = {"failure": " ".join(words.split()) if error else "", "peak_bytes": peak_bytes()}
         sys.stdout.write(f"\n{json.dumps(told)}\n")
 

@@ -51,7 +51,7 @@ def _free(out: Path) -> Path:
     for candidate in candidates:
         if not candidate.exists() or (candidate.is_dir() and not any(candidate.iterdir())):
             return candidate
-    raise ConfigError(out, expected="a new folder", got=f"{len(candidates)} that are taken", do="give another --out")
+    raise ConfigError(out, expected="a new folder", got=f"{len(candidates)} that are taken", do="give another --out", code="C005")
 
 
 def _index(lines: Sequence[str]) -> str:

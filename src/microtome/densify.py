@@ -34,7 +34,18 @@ from microtome.training.rehearsal import make_plan
 from microtome.training.run import train
 
 # Names that a label map may have, by what the image file really is; of any other format it is a PNG.
-SUFFIXES = MappingProxyType({"tiff": (".tif", ".tiff", ".ome.tif", ".ome.tiff"), "nifti": (".nii.gz", ".nii")})
+SUFFIXES = MappingProxyType(
+    {
+        "tiff": (".tif", ".tiff", ".ome.tif", ".ome.tiff"),
+        "nifti": (".nii.gz", ".nii"),
+        "dicom": (".nii.gz", ".nii"),
+        "nrrd": (".nrrd",),
+        "metaimage": (".mha",),
+        "hdf5": (".h5",),
+        "npy": (".npy",),
+        **dict.fromkeys(("zarr", "n5", "precomputed"), (".ome.zarr",)),
+    }
+)
 # 0 is what nobody looked at where it fills this share of the voxels, and is so many times as frequent as any class.
 ZERO_SHARE, ZERO_TIMES = 0.5, 2
 # These are never painted where they occur nowhere but outside of the planes that were named; nor is what fills this share there.
@@ -123,7 +134,7 @@ def open_sketch(image: Path, annotation: Path, out: Path, options: DensifyOption
     run = out.with_name(f"{stem_of(out)}.run") if options.run is None else options.run
     if run.exists() and (not run.is_dir() or any(run.iterdir())):
         raise ConfigError(
-            run, expected="a new or empty folder for the run", got="one with files in it", do="remove it or give another --run"
+            run, expected="a new or empty folder for the run", got="one with files in it", do="remove it or give another --run", code="C005"
         )
     planes = parse_planes(options.planes, header.shape_vox) if options.planes else ()
     case = Case(name=stem_of(image), images=(image,), labels=(annotation,), planes=Planes(shown=planes) if planes else None)
@@ -166,7 +177,7 @@ def densify(sketch: Sketch, plan: Plan, *, on_event: Callable[[Event], None] = l
     except RunError as error:
         # A training says how to resume it, which is no option here.
         do = f"densify again with another --run, or remove {sketch.run} first; where time or space was short, with more of it"
-        raise RunError(error.where, expected=error.expected, got=error.got, do=do) from error
+        raise RunError(error.where, expected=error.expected, got=error.got, do=do, code=error.code) from error
     image = read_case_image(dataset.cases[0])
     label = dataset.read_label(dataset.cases[0])
     dense = np.where(label == NOT_ANNOTATED, load(folder, device=device)(image), label)
@@ -193,9 +204,13 @@ def _check_out(out: Path, header: Header) -> None:
     """Refuse a file that is there, and a name that the image's format does not have."""
     suffixes = SUFFIXES.get(header.format, (".png",))
     if suffix_of(out) not in suffixes:
-        raise ConfigError(out, expected=f"a name ending in {' or '.join(suffixes)}", got=f"`{out.name}`", do="name --out as the image")
+        raise ConfigError(
+            out, expected=f"a name ending in {' or '.join(suffixes)}", got=f"`{out.name}`", do="name --out as the image", code="C004"
+        )
     if os.path.lexists(out):
-        raise ConfigError(out, expected="a file that is not there yet", got="one that is", do="give another --out or remove it")
+        raise ConfigError(
+            out, expected="a file that is not there yet", got="one that is", do="give another --out or remove it", code="C005"
+        )
 
 
 class _Values:
@@ -253,7 +268,11 @@ class _Values:
             got = f"nothing is annotated: {everywhere}" if code in UNSEEN else everywhere
             what = "a few planes" if self.codes.ndim == 3 else "a few places"
             raise DataError(
-                self.file, expected="annotated voxels of two classes at least", got=got, do=f"paint {what}, background included"
+                self.file,
+                expected="annotated voxels of two classes at least",
+                got=got,
+                do=f"paint {what}, background included",
+                code="D044",
             )
 
     def _check_outside(self, config: DatasetConfig, classes: set[LabelValue], ignored: tuple[LabelValue, ...]) -> None:
@@ -276,6 +295,7 @@ class _Values:
                 expected=f"nothing painted outside of {some(map(plane_name, self.planes), 6)}",
                 got=f"{count:,} painted {'voxel' if count == 1 else 'voxels'} there, {where}",
                 do="name these planes too, or leave out --planes",
+                code="D046",
             )
 
     def _check_asked(self, asked: int) -> None:
@@ -283,7 +303,9 @@ class _Values:
         found = [value_of(code, self.colour) for code in sorted(self.counts.keys() | self.outside.keys())]
         if asked not in found and (asked,) * 3 not in found:
             listed = some(map(format_value, found), 8)
-            raise ConfigError("--not-annotated", expected=f"a value of {self.file.name} ({listed})", got=str(asked), do="give one of these")
+            raise ConfigError(
+                "--not-annotated", expected=f"a value of {self.file.name} ({listed})", got=str(asked), do="give one of these", code="C021"
+            )
 
     def _zero(self) -> tuple[tuple[LabelValue, ...], str]:
         """0, if it can be told that nobody looked there."""
@@ -302,6 +324,7 @@ class _Values:
             got=got,
             do=f"{self._proposal()}paint the background with a value of its own, "
             "or give what nobody looked at a value of its own and name it with --not-annotated",
+            code="C021",
         )
 
     def _proposal(self) -> str:
@@ -323,17 +346,20 @@ def _checked(dataset: Dataset, annotation: Path) -> Dataset:
     if len(annotated) < 2:
         got = f"only {annotated[0]}" if annotated else "nothing that is annotated"
         do = "annotate the background too" + or_planes.replace(" or", ", or name")
-        raise DataError(annotation, expected="annotated voxels of two classes at least", got=got, do=do)
+        raise DataError(annotation, expected="annotated voxels of two classes at least", got=got, do=do, code="D044")
     if not counts[-1]:
         raise DataError(
             annotation,
             expected="voxels that nobody annotated, to fill them",
             got=f"{some(annotated)} everywhere",
             do=f"name what is not annotated with --not-annotated{or_planes}",
+            code="D045",
         )
     if len(annotated) > MOST_CLASSES:
         got = f"{len(annotated)} values"
-        raise DataError(annotation, expected=f"classes, {MOST_CLASSES} at most", got=got, do="give all objects of a class one value")
+        raise DataError(
+            annotation, expected=f"classes, {MOST_CLASSES} at most", got=got, do="give all objects of a class one value", code="D047"
+        )
     return replace(dataset, class_counts=MappingProxyType({case.name: counts}))
 
 
@@ -347,4 +373,4 @@ def _check_holdout(dataset: Dataset) -> None:
         what = "a volume in which no plane stands out" if not planes else f"one, {plane_name(planes[0])}"
     if not planes or len(planes) < 2:
         do = ("annotate another plane, or " if label.ndim == 3 else "") + "leave out --holdout slices"
-        raise ConfigError("--holdout slices", expected="two annotated planes at least, to keep one back", got=what, do=do)
+        raise ConfigError("--holdout slices", expected="two annotated planes at least, to keep one back", got=what, do=do, code="C015")

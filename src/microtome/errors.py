@@ -3,19 +3,41 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Self, TypeVar
+
+# Codes are written MT-D012 where people read them, and D012 in the code.
+PREFIX = "MT-"
+
+_E = TypeVar("_E", bound="MicrotomeError")
 
 
 class MicrotomeError(Exception):
     """Base of all errors meant for a person. `exit_code` is what the command line returns.
 
-    The four parts make the one line that is shown: `where: expected E, got G; do this`. `code` names the page that tells more.
+    The four parts make the one line that is shown: `where: expected E, got G; do this`. `code` names the page that tells more
+    (`codes`): a letter for the kind of error and three digits, which stand for one kind of fault for ever.
     """
 
     exit_code = 1
 
     def __init__(self, where: str | Path, *, expected: str, got: str, do: str, code: str = "") -> None:
         self.where, self.expected, self.got, self.do, self.code = str(where), expected, got, do, code
-        super().__init__(f"{where}: expected {expected}, got {got}; {do}")
+        super().__init__(_one_line(f"{where}: expected {expected}, got {got}; {do}"))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # As an exception is pickled otherwise, `__init__` would be called again without its keywords.
+        return _as_it_was, (type(self), self.args, self.__dict__)
+
+    @property
+    def line(self) -> str:
+        """What is shown: the words, and the code to look up (`microtome explain MT-D012`)."""
+        return f"{self} [{PREFIX}{self.code}]"
+
+    def on(self, machine: str) -> Self:
+        """The same error, found on another machine, which it names."""
+        words = {"expected": self.expected, "got": f"{self.got} (on {machine})", "do": self.do}
+        line = _one_line(f"{self.where}: expected {words['expected']}, got {words['got']}; {words['do']}")
+        return _as_it_was(type(self), (line,), {**self.__dict__, **words})
 
 
 class DataError(MicrotomeError):
@@ -34,6 +56,27 @@ class RunError(MicrotomeError):
     """Good data and good words, but the run could not go on (disk full, loss not finite, ...)."""
 
 
+def _one_line(text: str) -> str:
+    """What every terminal can show in one line: names of files may hold line ends, and bytes that are no letters."""
+    return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
+
+
+def _as_it_was(kind: type[_E], args: tuple[Any, ...], parts: dict[str, Any]) -> _E:
+    """An error with these parts, as it comes out of another process."""
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(parts)
+    return error
+
+
+class StoppedError(RunError):
+    """Somebody asked a training to stop: it saved itself, and `--resume` goes on.
+
+    Its exit code is EX_TEMPFAIL of sysexits.h, by which a job script knows that the job is to be started again.
+    """
+
+    exit_code = 75
+
+
 class DataWarning(UserWarning):
     """Something about a file was assumed; the message names the file and the assumption."""
 
@@ -43,9 +86,11 @@ def unknown_choice(where: str, given: str, known: Iterable[str], most: int = 1) 
     names = list(known)
     near = difflib.get_close_matches(given, names, n=most, cutoff=0.4)
     do = f"did you mean {' or '.join(f'`{name}`' for name in near)}?" if near else "choose one of them"
-    return ConfigError(where, expected=f"one of {', '.join(names)}", got=f"`{given}`", do=do)
+    return ConfigError(where, expected=f"one of {', '.join(names)}", got=f"`{given}`", do=do, code="C001")
 
 
 def missing_extra(what: str, package: str, extra: str) -> ConfigError:
     """The error for something that needs a package which is not installed: `what` cannot be done until `extra` is."""
-    return ConfigError(what, expected=f"the package {package}", got="it is not installed", do=f'run: pip install "microtome[{extra}]"')
+    return ConfigError(
+        what, expected=f"the package {package}", got="it is not installed", do=f'run: pip install "microtome[{extra}]"', code="C002"
+    )

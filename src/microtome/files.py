@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -10,6 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from microtome.errors import RunError
+
+# The name of a temporary file or folder: the process that writes it, and what no other has drawn.
+_PART = re.compile(r"\.part-([0-9a-f]{1,8})-[0-9a-f]{8}-")
 
 
 @contextmanager
@@ -21,11 +25,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full or the folder cannot be written; names the file.
     """
-    # The suffix stays last because writers choose their format by it (.nii.gz, .png, ...); 60 characters are at most
-    # 240 bytes, so that the longest name that a file system takes has room for the rest.
-    part = path.parent / f".part-{secrets.token_hex(4)}-{path.name[-60:]}"
+    part = _part(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make(path.parent)
         # Created as any other file of this user, so that the kernel applies the umask: it can be read only by
         # setting it, for all threads.
         part.touch(exist_ok=False)
@@ -35,7 +37,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except OSError as error:
         raise RunError(
-            path, expected="a folder that can be written", got=f"{error.strerror or error}", do="free space or choose another --out"
+            path,
+            expected="a folder that can be written",
+            got=f"{error.strerror or error}",
+            do="free space or choose another --out",
+            code="R001",
         ) from error
     finally:
         with suppress(OSError):
@@ -51,9 +57,10 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full or the folder cannot be written.
     """
-    part = path.parent / f".part-{secrets.token_hex(4)}-{path.name[-60:]}"
+    part = _part(path)
     try:
-        part.mkdir(parents=True)
+        _make(path.parent)
+        part.mkdir()
         yield part
         _flush(part)
         if path.exists():
@@ -63,7 +70,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     except (OSError, ValueError) as error:
         # Libraries that write many files tell of a full disk in a ValueError of their own.
         got = " ".join(str(getattr(error, "strerror", None) or error).split())[-300:]
-        raise RunError(path, expected="a folder that can be written", got=got, do="free space or choose another --out") from error
+        raise RunError(
+            path, expected="a folder that can be written", got=got, do="free space or choose another --out", code="R001"
+        ) from error
     finally:
         with suppress(OSError):
             shutil.rmtree(part)
@@ -78,6 +87,92 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as readable JSON to `path` in one step; NaN is not JSON and raises ValueError."""
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, that a power cut does not take away again.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be made.
+    """
+    try:
+        _make(path)
+    except OSError as error:
+        got, do = f"{error.strerror or error}", "free space or choose another --out"
+        raise RunError(path, expected="a folder that can be made", got=got, do=do, code="R001") from error
+
+
+def flush(path: Path) -> None:
+    """Put a file on the disk that is written bit by bit, and its name.
+
+    Raises:
+        RunError: the disk is full or broken.
+    """
+    try:
+        _flush(path)
+        _flush(path.parent)
+    except OSError as error:
+        got, do = f"{error.strerror or error}", "check the disk, then --resume"
+        raise RunError(path, expected="a file that can be written", got=got, do=do, code="R001") from error
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder such that no kill leaves half of it under its name; what cannot be removed stays, as a leftover of this process."""
+    part = _part(path)
+    with suppress(OSError):
+        path.rename(part)
+        shutil.rmtree(part)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file or folder is a temporary one that no running process is writing: a kill left it.
+
+    Of this process none is under way where it asks. A process of another machine looks as if it had ended: whoever removes what this
+    finds must know that none writes there.
+    """
+    found = _PART.match(path.name)
+    if found is None:
+        return False
+    writer = int(found[1], 16)
+    return writer == os.getpid() or not _is_running(writer)
+
+
+def sweep(folder: Path) -> None:
+    """Remove the leftovers in a folder, if it is there; not those in folders below it."""
+    with suppress(OSError):
+        for path in sorted(folder.iterdir()):
+            if is_leftover(path):
+                with suppress(OSError):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def _part(path: Path) -> Path:
+    """A name for what is to become `path`; it tells which process writes it."""
+    # The suffix stays last because writers choose their format by it (.nii.gz, .png, ...); 56 characters are at most
+    # 224 bytes, so that the longest name that a file system takes has room for the rest.
+    return path.parent / f".part-{os.getpid():x}-{secrets.token_hex(4)}-{path.name[-56:]}"
+
+
+def _is_running(process: int) -> bool:
+    """Whether a process of this number runs on this machine."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        # It is somebody else's.
+        return True
+    return True
+
+
+def _make(folder: Path) -> None:
+    """Make a folder and those above it, each one's name on the disk before anything is put into it."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _flush(path.parent)
+    if not missing:
+        folder.mkdir(exist_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -77,7 +77,9 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
         DataError: no cases, or 2D and 3D images, different numbers of channels, or files with and without a voxel size in one dataset.
     """
     if not cases:
-        raise DataError(dataset.root, expected="labelled cases to train on", got="none", do="run `microtome inspect` on the folder")
+        raise DataError(
+            dataset.root, expected="labelled cases to train on", got="none", do="run `microtome inspect` on the folder", code="D032"
+        )
     chosen = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, CASES_READ).round().astype(int))]
     samples = [_Sample(dataset, case) for case in chosen]
     first = samples[0]
@@ -85,7 +87,9 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
     _check_alike(dataset, cases, shapes, samples)
     if len(set(known)) > 1:
         got = f"none in {cases[known.index(False)].name}, one in {cases[known.index(True)].name}"
-        raise DataError(dataset.root, expected="a voxel size in every image or in none", got=got, do="state `spacing_mm` in microtome.yaml")
+        raise DataError(
+            dataset.root, expected="a voxel size in every image or in none", got=got, do="state `spacing_mm` in microtome.yaml", code="D038"
+        )
     spacing = np.array(spacings)
     grey = np.array([[s.low, s.high, s.mean, s.sd] for s in samples])
     means, spreads = grey[:, 2], grey[:, 3]
@@ -229,12 +233,18 @@ def _check_alike(dataset: Dataset, cases: Sequence[Case], shapes: Sequence[Shape
     for case, shape in zip(cases, shapes, strict=True):
         if len(shape) != len(shapes[0]):
             got = f"{case.name} of {format_shape(shape)} beside {cases[0].name} of {format_shape(shapes[0])}"
-            raise DataError(dataset.root, expected="only 2D images or only volumes", got=got, do="put them into separate folders")
+            raise DataError(
+                dataset.root, expected="only 2D images or only volumes", got=got, do="put them into separate folders", code="D037"
+            )
     channels = {sample.channels: sample.name for sample in samples}
     if len(channels) > 1:
         got = ", ".join(f"{name} with {count}" for count, name in channels.items())
         raise DataError(
-            dataset.root, expected="the same number of channels in every image", got=got, do="convert them (all grey or all RGB)"
+            dataset.root,
+            expected="the same number of channels in every image",
+            got=got,
+            do="convert them (all grey or all RGB)",
+            code="D036",
         )
 
 

@@ -1,6 +1,7 @@
-"""What this process may ask of the machine below it: memory that is recycled, what the processor multiplies. No torch."""
+"""What this process may ask of the machine below it: memory that is recycled or short, what the processor multiplies. No torch."""
 
 import ctypes
+import gc
 import os
 import sys
 from pathlib import Path
@@ -8,6 +9,18 @@ from pathlib import Path
 # glibc's numbers of mallopt's parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 _STATUS = Path("/proc/self/status")
+# What libraries say that have no error of their own for it: torch on a CPU and on Windows, C++ below torch and engines, CUDA's libraries,
+# OpenVINO, ONNX Runtime.
+_SHORT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "bad_alloc",
+    "bad allocation",
+    "failed to allocate",
+    "cannot allocate memory",
+    "_alloc_failed",
+)
 
 
 def recycle_memory() -> bool:
@@ -69,6 +82,25 @@ def resident_bytes(*, most: bool = False) -> int:
     lines = dict(line.split(":", 1) for line in status.read_text(encoding="ascii", errors="ignore").splitlines() if ":" in line)
     now = lines.get("VmRSS", "0 kB")
     return int((lines.get("VmHWM", now) if most else now).split()[0]) * 1024
+
+
+def is_short_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of this machine or of its GPU, was not enough for what was asked."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError | OSError) and any(said in words for said in _SHORT_OF_MEMORY)
+
+
+def release_memory() -> None:
+    """Give back what nothing refers to any more, also what torch keeps of a GPU for later; after an error of `is_short_of_memory`."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if libc is not None and hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _number(path: Path) -> int | None:

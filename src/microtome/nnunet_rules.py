@@ -179,7 +179,9 @@ def plan_patch(
         patch = _smaller(topology, spacing_mm, median_shape_vox)
         if not patch:
             got = f"{most:.3g}, and a patch of {format_shape(topology.patch_vox)} has {estimate:.3g}"
-            raise ConfigError("nnU-Net's rules", expected="memory for feature maps of a patch", got=got, do="allow more memory")
+            raise ConfigError(
+                "nnU-Net's rules", expected="memory for feature maps of a patch", got=got, do="allow more memory", code="C042"
+            )
         topology = pooling_plan(patch, spacing_mm)
     return topology, estimate
 

@@ -58,23 +58,34 @@ def checked_holdout(given: str, fold: str | None) -> Any:
     chosen = one_of("--holdout", given, ("cases", "slices"))
     if chosen == "slices" and fold == "all":
         raise ConfigError(
-            "--holdout slices", expected="a fold K/N", got="--fold all, in which nothing validates", do="leave one of them out"
+            "--holdout slices", expected="a fold K/N", got="--fold all, in which nothing validates", do="leave one of them out", code="C003"
         )
     return chosen
+
+
+def checked_fold(fold: str | None) -> str | None:
+    """The fold that was asked for, if it can be one, before any time is spent on the data."""
+    from microtome.data.split import parse_fold
+
+    if fold is not None:
+        parse_fold(fold)
+    return fold
 
 
 def check_target(path: Path | None, *suffixes: str) -> None:
     """Refuse a file to write that is not named as what it will be: it may be somebody's image."""
     if path is not None and (path.suffix.lower() not in suffixes or path.is_dir()):
         got = "a folder" if path.is_dir() else f"`{path.name}`"
-        raise ConfigError(path, expected=f"the name of a file ending in {' or '.join(suffixes)}", got=got, do="give another name")
+        raise ConfigError(
+            path, expected=f"the name of a file ending in {' or '.join(suffixes)}", got=got, do="give another name", code="C004"
+        )
 
 
 def refuse_beside(word: str, others: Mapping[str, object], do: str = "change the plan instead, or start a new run") -> None:
     """Options that would be ignored in silence beside `word`."""
     given = [name for name, value in others.items() if value is not None]
     if given:
-        raise ConfigError(word, expected="none of " + ", ".join(others), got=" ".join(given), do=do)
+        raise ConfigError(word, expected="none of " + ", ".join(others), got=" ".join(given), do=do, code="C003")
 
 
 def check_names(network: str | None, recipe: str | None) -> None:

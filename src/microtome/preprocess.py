@@ -111,7 +111,7 @@ def voxel_size(image: Image | Volume, plan: Plan) -> Spacing:
     if not all(1 / MOST_RESAMPLED <= factor <= MOST_RESAMPLED for factor in factors):
         sizes = " × ".join(f"{value:g}" for value in spacing_mm)
         expected = f"voxels about as large as the plan's, {' × '.join(f'{value:g}' for value in plan.spacing_mm)} mm"
-        raise DataError(image.path, expected=expected, got=f"{sizes} mm", do="correct the file's voxel size or unit")
+        raise DataError(image.path, expected=expected, got=f"{sizes} mm", do="correct the file's voxel size or unit", code="D048")
     return spacing_mm
 
 

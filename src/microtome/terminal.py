@@ -122,16 +122,17 @@ class _PredictingView:
         if not self.terminal.console.is_terminal:
             self.terminal.say(f"predicting {done}/{of}: {name}")
 
-    def voxels(self, done: int, of: int) -> None:
+    def voxels(self, name: str, done: int, of: int) -> None:
         """So many of an image's voxels are done, of so many; shown once the image has taken a while."""
-        if time.monotonic() - self.began < SECONDS_UNTIL_SHARE:
+        spent = time.monotonic() - self.began
+        if spent < SECONDS_UNTIL_SHARE or not done:
             return
         if self.part is None:
-            self.part = self.bar.add_task("  this image, thousandths", total=1000, status="")
+            self.part = self.bar.add_task("  this image, thousandths", total=1000, status=name)
         self.bar.update(self.part, completed=1000 * done // of)
         if not self.terminal.console.is_terminal and time.monotonic() - self.line_at > SECONDS_BETWEEN_LINES:
             self.line_at = time.monotonic()
-            self.terminal.say(f"  {100 * done / of:.0f} % of it")
+            self.terminal.say(f"  {100 * done / of:.0f} % of {name}, about {_duration(spent * (of - done) / done)} left")
 
 
 class _TrainingView:
@@ -158,6 +159,8 @@ class _TrainingView:
             self.bar.update(self.task, total=self.steps)
         elif kind == "finding":
             self.terminal.say(f"{event['severity']}: {event['message']}")
+        elif kind == "memory":
+            self.terminal.say(f"warning: {event['message']}")
         elif kind == "complete":
             self.terminal.say(
                 f"already complete at step {event['step']}: only scores and report are made anew (--steps or --minutes adds training)"
@@ -330,6 +333,13 @@ def _defined(entry: Mapping[str, Any], interval: str = "") -> str:
     """`1.200 (10 undefined)`: a mean that leaves cases out says so, or a method that finds nothing would look good."""
     undefined = f" ({entry['undefined']} undefined)" if entry.get("undefined") else ""
     return _number(entry["mean"]) + interval + undefined
+
+
+def _duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _steps(count: int) -> str:

@@ -95,7 +95,11 @@ def _merged(scans: Sequence[LabelScan]) -> _Found:
             same = code if colour == scan.colour else code_of(code, colour)
             if same is None:
                 raise DataError(
-                    scan.files[0], expected="colours, as in the other labels", got=f"the number {code}", do="export it as colours too"
+                    scan.files[0],
+                    expected="colours, as in the other labels",
+                    got=f"the number {code}",
+                    do="export it as colours too",
+                    code="D039",
                 )
             counts[same] += times
     return _Found(counts=counts, colour=colour, eight_bit=all(scan.eight_bit for scan in scans))
@@ -139,6 +143,7 @@ def choose_background(legend: Legend, config: DatasetConfig, named_by: str) -> L
                 expected=f"`background` out of {', '.join(legend.names)}",
                 got=repr(config.background),
                 do="give one of these, or null",
+                code="C018",
             )
         return replace(legend, background=legend.names.index(config.background))
     if len(config.classes) == len(legend.names) == 2 and not any(_means_background(name) for name in legend.names):
@@ -221,7 +226,9 @@ def _instance_legend(found: _Found, rules: LegendRules) -> Legend:
     given = list(rules.declared.classes)
     if len(given) > 2:
         got = f"{len(given)} names: {', '.join(given)}"
-        raise ConfigError(rules.declared.source, expected="background and one class of objects", got=got, do="set `instances: false`")
+        raise ConfigError(
+            rules.declared.source, expected="background and one class of objects", got=got, do="set `instances: false`", code="C018"
+        )
     names = ("background", *(given or [rules.object_name]))[-2:]
     objects = len(found.counts) - (0 in found.counts)
     if rules.instances:
@@ -252,7 +259,9 @@ def _declared_legend(found: _Found, declared: Declared, *, snap: bool) -> Legend
     classes = {name: tuple(v for v in values if v not in ignored) for name, values in declared.classes.items()}
     ordered = sorted(((values, name) for name, values in classes.items() if values), key=lambda pair: _rgb(pair[0][0]))
     if not ordered:
-        raise ConfigError(declared.source, expected="a class that is annotated", got=f"not_annotated {ignored}", do="mend `not_annotated`")
+        raise ConfigError(
+            declared.source, expected="a class that is annotated", got=f"not_annotated {ignored}", do="mend `not_annotated`", code="C018"
+        )
     colours = found.colour or any(isinstance(value, tuple) for values, _ in ordered for value in values)
     words = ", ".join(f"{name} {'+'.join(format_value(value) for value in values)}" for values, name in ordered)
     return Legend(
@@ -290,10 +299,14 @@ def _found_legend(found: _Found, codes: Sequence[int], declared: Declared) -> Le
     values = [value_of(code, found.colour) for code in codes]
     listed = ", ".join(format_value(value) for value in values)
     if not values:
-        raise DataError(declared.source or "labels", expected="annotated voxels", got="none in any label", do="mend `not_annotated`")
+        raise DataError(
+            declared.source or "labels", expected="annotated voxels", got="none in any label", do="mend `not_annotated`", code="D033"
+        )
     if declared.classes and len(declared.classes) != len(values):
         got = f"{len(declared.classes)} names for {len(values)} values: {listed}"
-        raise ConfigError(declared.source, expected="a name for each value in the labels", got=got, do="write `classes:` as `name: value`")
+        raise ConfigError(
+            declared.source, expected="a name for each value in the labels", got=got, do="write `classes:` as `name: value`", code="C018"
+        )
     classes = [(value,) for value in values]
     zero = _background(tuple(declared.classes), classes)
     plain = ("background", "foreground") if zero == 0 and len(values) == 2 else tuple(_name(value) for value in values)

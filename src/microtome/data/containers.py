@@ -108,7 +108,9 @@ def container_layout(root: Path, files: Sequence[Path], images: str | None = Non
             words.append(f"{_WORDS[contents.kind]} with {' + '.join(part for part in (image, label) if part)}")
     if not words:
         got = some(dict.fromkeys(part for contents in found.values() if contents for part in contents.labels))
-        raise DataError(root, expected=f"a label `{labels}` inside of the files", got=got, do="mend `labels:` in microtome.yaml")
+        raise DataError(
+            root, expected=f"a label `{labels}` inside of the files", got=got, do="mend `labels:` in microtome.yaml", code="D020"
+        )
     sentence = some(dict.fromkeys(words), most=3)
     return Layout(sentence=sentence, cases=tuple(sorted(cases, key=lambda case: natural(case.name))), findings=_findings(root, cases))
 
@@ -162,7 +164,9 @@ def _chosen(contents: Contents, names: Sequence[str], stated: str | None, word: 
         return usual[0] if usual else fitting[0]
     got = some([name or "the store itself" for name in names], most=8)
     expected = f"one part of it as the {word}" if not stated else f"one part `{stated}` in it"
-    raise DataError(contents.path, expected=expected, got=f"{len(fitting)} ({got})", do=f"say which in microtome.yaml: `{word}: NAME`")
+    raise DataError(
+        contents.path, expected=expected, got=f"{len(fitting)} ({got})", do=f"say which in microtome.yaml: `{word}: NAME`", code="D020"
+    )
 
 
 def _parts(folder: Path, depth: int) -> Iterator[Path]:

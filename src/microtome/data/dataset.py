@@ -220,7 +220,7 @@ class Dataset:
     def _label_image(self, case: Case) -> Image:
         """The label file or files as one image on the grid of the case's image."""
         if not case.labels:
-            raise DataError(case.name, expected="a labelled case", got="no label file", do="take a case of `labelled`")
+            raise DataError(case.name, expected="a labelled case", got="no label file", do="take a case of `labelled`", code="D032")
         label, _ = read_label_image(case, palette=self.legend.palette, per_instance=self.per_instance)
         return cut(checked_label(case, label), case.sections)
 
@@ -245,7 +245,7 @@ def open_dataset(path: Path) -> Dataset:
         return _open_container(root)
     if not root.is_dir():
         got = "a file" if root.exists() else "nothing there"
-        raise DataError(root, expected="a folder of images and labels", got=got, do="give the folder that holds both")
+        raise DataError(root, expected="a folder of images and labels", got=got, do="give the folder that holds both", code="D001")
     config, named_by = load_description(root)
     layout = find_layout(root, config, named_by)
     layout = replace(layout, cases=_grouped(layout.cases, config, named_by))
@@ -260,7 +260,9 @@ def _open_container(path: Path) -> Dataset:
     layout = container_layout(path.parent, [path], config.images, config.labels)
     if layout is None:
         do = "give the folder that holds both, or a file with both (HDF5 with raw + label, OME-Zarr with labels/)"
-        raise DataError(path, expected="a folder of images and labels", got=f"a {path.suffix or 'store'} without a label in it", do=do)
+        raise DataError(
+            path, expected="a folder of images and labels", got=f"a {path.suffix or 'store'} without a label in it", do=do, code="D031"
+        )
     return _opened(path, layout, config, named_by)
 
 

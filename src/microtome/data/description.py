@@ -136,7 +136,9 @@ def inside(root: Path, name: str, named_by: str | Path) -> Path:
         # A null byte, a name too long, or a circle of links.
         safe = False
     if not safe:
-        raise DataError(named_by, expected=f"names of files inside {root}", got=repr(name), do="copy that file into the folder")
+        raise DataError(
+            named_by, expected=f"names of files inside {root}", got=repr(name), do="copy that file into the folder", code="D042"
+        )
     return path
 
 
@@ -148,13 +150,17 @@ def existing(root: Path, name: str, named_by: str | Path) -> Path:
     """
     path = inside(root, name, named_by)
     if not path.is_file():
-        raise DataError(named_by, expected=f"a file {name!r} in {root}", got="no such file", do="mend the name or add the file")
+        raise DataError(
+            named_by, expected=f"a file {name!r} in {root}", got="no such file", do="mend the name or add the file", code="D043"
+        )
     return path
 
 
 def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a case that a document names and the folder does not have."""
-    return ConfigError(where, expected=f"`{kind}` to name cases out of {some(sorted(known), 8)}", got=repr(name), do="mend the name")
+    return ConfigError(
+        where, expected=f"`{kind}` to name cases out of {some(sorted(known), 8)}", got=repr(name), do="mend the name", code="C017"
+    )
 
 
 def _refuse_repeats(kind: str, members: Mapping[str, tuple[Any, ...]]) -> None:

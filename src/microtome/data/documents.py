@@ -51,7 +51,9 @@ def read_document(root: Path, *, classes_known: bool = False) -> Layout | None:
         cases, findings = _by_folder(document)
     cases += _unlabelled(document, cases)
     if not any(case.labels for case in cases):
-        raise DataError(path, expected="labelled cases", got=f"{len(cases)} cases without labels", do="check that labelsTr/ is there")
+        raise DataError(
+            path, expected="labelled cases", got=f"{len(cases)} cases without labels", do="check that labelsTr/ is there", code="D032"
+        )
     return Layout(
         sentence=f"{_kind(document, cases)} (dataset.json)",
         cases=tuple(sorted(cases, key=lambda case: natural(case.name))),
@@ -75,11 +77,11 @@ def _load(path: Path) -> Any:
     """The JSON of a file of reasonable size."""
     size = path.stat().st_size
     if size > LIMIT_BYTES:
-        raise DataError(path, expected=f"at most {LIMIT_BYTES} bytes", got=f"{size}", do="check that this is the right file")
+        raise DataError(path, expected=f"at most {LIMIT_BYTES} bytes", got=f"{size}", do="check that this is the right file", code="D041")
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise DataError(path, expected="valid JSON", got=str(error), do="mend or remove the file") from None
+        raise DataError(path, expected="valid JSON", got=str(error), do="mend or remove the file", code="D041") from None
 
 
 def _kind(document: _Document, cases: Iterable[Case]) -> str:
@@ -94,7 +96,9 @@ def _listed(document: _Document) -> Iterator[Case]:
     """Cases of a `training` list of {image, label}."""
     for entry in document.content["training"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not isinstance(entry.get("label"), str):
-            raise DataError(document.path, expected="`training` entries as {image, label}", got=repr(entry), do="mend that entry")
+            raise DataError(
+                document.path, expected="`training` entries as {image, label}", got=repr(entry), do="mend that entry", code="D041"
+            )
         name, images = _images(document, entry["image"])
         yield Case(name=name, images=images, labels=(inside(document.root, entry["label"], document.path),))
 
@@ -103,7 +107,9 @@ def _explicit(document: _Document) -> Iterator[Case]:
     """Cases of version 2's `dataset`: name -> {images, label}."""
     for name, entry in document.content["dataset"].items():
         if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not isinstance(entry.get("label"), str):
-            raise DataError(document.path, expected="`dataset` entries as {images, label}", got=f"{name}: {entry}", do="mend that entry")
+            raise DataError(
+                document.path, expected="`dataset` entries as {images, label}", got=f"{name}: {entry}", do="mend that entry", code="D041"
+            )
         images = tuple(inside(document.root, str(image), document.path) for image in entry["images"])
         yield Case(name=name, images=images, labels=(inside(document.root, entry["label"], document.path),))
 
@@ -183,7 +189,7 @@ def _declared(document: _Document) -> Declared:
     """Classes as `labels` names them: number -> name in version 1 and the Decathlon, name -> number in version 2."""
     labels = document.content.get("labels", {})
     if not isinstance(labels, dict):
-        raise DataError(document.path, expected="`labels` as {name: value}", got=repr(labels), do="mend `labels`")
+        raise DataError(document.path, expected="`labels` as {name: value}", got=repr(labels), do="mend `labels`", code="D041")
     classes: dict[str, tuple[LabelValue, ...]] = {}
     ignored: tuple[LabelValue, ...] = ()
     for key, other in labels.items():
@@ -206,8 +212,11 @@ def _number(document: _Document, name: str, value: Any) -> int:
             expected="one value for each of `labels`",
             got=f"the region {name!r}: {value}",
             do="regions are not supported yet; give `classes:` without overlaps in microtome.yaml",
+            code="D041",
         )
     try:
         return int(value)
     except (TypeError, ValueError):
-        raise DataError(document.path, expected="whole numbers in `labels`", got=f"{name!r}: {value!r}", do="mend that entry") from None
+        raise DataError(
+            document.path, expected="whole numbers in `labels`", got=f"{name!r}: {value!r}", do="mend that entry", code="D041"
+        ) from None

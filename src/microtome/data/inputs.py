@@ -32,7 +32,7 @@ def list_images(path: Path, channels: int = 1) -> tuple[Case, ...]:
     if not files:
         got = "no image in it" if path.is_dir() else "nothing there"
         do = "give pictures or volumes, such as PNG, TIFF, NIfTI, DICOM, HDF5 or OME-Zarr"
-        raise DataError(path, expected="an image file or a folder of images", got=got, do=do)
+        raise DataError(path, expected="an image file or a folder of images", got=got, do=do, code="D001")
     stated = load_description(path)[0].images
     inner = stated if are_inner(path, stated) else None
     members = _channel_files(files, channels)

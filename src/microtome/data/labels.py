@@ -93,7 +93,7 @@ def read_label_image(case: Case, *, palette: Palette = "indices", per_instance: 
         mask = _mask(first if number == 1 else read_image(path, palette="indices"))
         if mask.shape != objects.shape:
             got = f"{format_shape(mask.shape)} and {format_shape(objects.shape)} of {first.path.name}"
-            raise DataError(path, expected="masks of one shape for one image", got=got, do="export that mask again")
+            raise DataError(path, expected="masks of one shape for one image", got=got, do="export that mask again", code="D034")
         overlap_vox += int(np.count_nonzero(mask & (objects > 0)))
         objects[mask & (objects == 0)] = number
     return replace(first, array=objects[None], format="masks"), overlap_vox

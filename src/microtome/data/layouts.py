@@ -129,7 +129,7 @@ def _stated(root: Path, pattern: str, role: Role, named_by: str) -> list[_Item]:
     whole = (root / plain).is_dir()
     files = image_files(inside(root, plain, named_by)) if whole else _glob(root, plain, named_by)
     if not files:
-        raise DataError(named_by, expected=f"image files for `{role}s: {pattern}`", got=f"none in {root}", do="mend the folder or glob")
+        raise DataError(named_by, expected=f"images for `{role}s: {pattern}`", got=f"none in {root}", do="mend the glob", code="D031")
     folder = Path(plain) if whole else _fixed_part(plain)
     before, star, after = ("*" if whole else Path(plain).name).partition("*")
     items = []
@@ -397,4 +397,4 @@ def _nothing_found(root: Path, work: _Pairs) -> DataError:
         inside_it = sorted(path.name for path in root.iterdir() if not path.name.startswith("."))
         got = f"no image that can be read, but {some(inside_it)}" if inside_it else "an empty folder"
         do = "give the folder that holds the images (PNG, JPEG, TIFF, NIfTI, ...)"
-    return DataError(root, expected=expected, got=got, do=do)
+    return DataError(root, expected=expected, got=got, do=do, code="D031")

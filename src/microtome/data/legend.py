@@ -163,6 +163,7 @@ def label_codes(image: Image) -> tuple[np.ndarray, bool]:
         expected="a label map of one channel, or of red, green and blue in 8 bits",
         got=f"{image.channels} channels of {image.array.dtype}",
         do="export the classes as numbers in one channel",
+        code="D039",
     )
 
 
@@ -203,6 +204,7 @@ def _whole_numbers(image: Image) -> np.ndarray:
             expected="whole numbers, one a class",
             got=f"{values[wrong][0]:g} ({int(wrong.sum())} such voxels)",
             do="export the labels as integers, without interpolation",
+            code="D039",
         )
     return values.astype(np.int64)
 

@@ -59,10 +59,12 @@ def read_listing(folder: Path) -> Listing | None:
         )
     except OSError as error:
         got, do = error.strerror or str(error), "give another --out, or the right to read it"
-        raise DataError(path, expected="a folder that can be read", got=got, do=do) from None
+        raise DataError(path, expected="a folder that can be read", got=got, do=do, code="D001") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         got = f"{type(error).__name__}: {error}"
-        raise DataError(path, expected="the list that `microtome predict` writes", got=got, do="predict again or remove it") from None
+        raise DataError(
+            path, expected="the list that `microtome predict` writes", got=got, do="predict again or remove it", code="D065"
+        ) from None
 
 
 def write_listing(folder: Path, listing: Listing) -> None:
@@ -87,7 +89,7 @@ def continued_listing(folder: Path, legend: Legend) -> Listing:
         return Listing(legend=legend)
     if _codes(listing.legend) != _codes(legend):
         expected = f"predictions of {legend.words}, or none"
-        raise DataError(folder / LISTING, expected=expected, got=f"those of {listing.legend.words}", do="give another --out")
+        raise DataError(folder / LISTING, expected=expected, got=f"those of {listing.legend.words}", do="give another --out", code="D066")
     return listing
 
 

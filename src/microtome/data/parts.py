@@ -102,7 +102,7 @@ def check_fits(*paths: Path) -> None:
     if needed > free:
         expected = f"an image that fits in the free memory ({free} bytes) where all of it is needed at once"
         do = "cut it into parts, or store it as OME-Zarr or HDF5 on the grid that the network sees"
-        raise DataError(paths[0], expected=expected, got=f"{needed} bytes ({needed / 1e9:.1f} GB)", do=do)
+        raise DataError(paths[0], expected=expected, got=f"{needed} bytes ({needed / 1e9:.1f} GB)", do=do, code="D004")
 
 
 def _may_be_large(path: Path) -> bool:

@@ -103,7 +103,11 @@ def parse_planes(text: str, shape_vox: Shape, where: str = "--planes") -> tuple[
     """
     if len(shape_vox) != len(AXES):
         raise ConfigError(
-            where, expected="a volume", got=f"an image of {format_shape(shape_vox)}", do="leave it out: a picture has no planes"
+            where,
+            expected="a volume",
+            got=f"an image of {format_shape(shape_vox)}",
+            do="leave it out: a picture has no planes",
+            code="C020",
         )
     planes = set()
     for word in text.split(","):
@@ -111,6 +115,6 @@ def parse_planes(text: str, shape_vox: Shape, where: str = "--planes") -> tuple[
         axis, index = (AXES.index(match[1]), int(match[2])) if match else (0, -1)
         if not 0 <= index < shape_vox[axis]:
             lasts = ", ".join(f"{letter}0 to {letter}{size - 1}" for letter, size in zip(AXES, shape_vox, strict=True))
-            raise ConfigError(where, expected=f"planes out of {lasts}", got=repr(word.strip()), do="write them as z10,z20,y40")
+            raise ConfigError(where, expected=f"planes out of {lasts}", got=repr(word.strip()), do="write them as z10,z20,y40", code="C020")
         planes.add((axis, index))
     return tuple(sorted(planes))

@@ -88,7 +88,7 @@ def fit_volume(volume: Volume, channels: int) -> Volume:
 def _channels_error(image: Image | Volume, channels: int) -> DataError:
     """The error for another number of channels."""
     expected = f"{channels} channel{'s' if channels > 1 else ''}, as the other images have"
-    return DataError(image.path, expected=expected, got=str(image.channels), do="export it like the others or leave it out")
+    return DataError(image.path, expected=expected, got=str(image.channels), do="export it like the others or leave it out", code="D036")
 
 
 def with_spacing(image: _Pictured, spacing_mm: Spacing | None) -> _Pictured:
@@ -102,7 +102,7 @@ def with_spacing(image: _Pictured, spacing_mm: Spacing | None) -> _Pictured:
     if len(spacing_mm) != len(image.shape_vox):
         got = f"spacing_mm {list(spacing_mm)}"
         expected = f"a size for each of the {len(image.shape_vox)} axes of {format_shape(image.shape_vox)}"
-        raise ConfigError(image.path, expected=expected, got=got, do="mend `spacing_mm` in microtome.yaml")
+        raise ConfigError(image.path, expected=expected, got=got, do="mend `spacing_mm` in microtome.yaml", code="C019")
     factors: np.ndarray = np.asarray(spacing_mm) / np.asarray(image.spacing_mm)
     return replace(image, spacing_mm=spacing_mm, affine=image.affine @ np.diag([*factors, 1.0]), spacing_known=True)
 
@@ -228,6 +228,7 @@ def _check_grid(case: Case, image: Header, other: Image | Volume, what: str) -> 
             expected=f"{what} in the same place ({name}, origin {_origin(image.affine)}, spacing {format_sides(image.spacing_mm)})",
             got=f"{other.path.name} with origin {_origin(other.affine)}, spacing {format_sides(other.spacing_mm)}",
             do="resample the label to the image's grid, or copy its header if the voxels agree",
+            code="D035",
         )
 
 
@@ -240,6 +241,7 @@ def _shape_error(case: Case, shape_vox: tuple[int, ...], name: str, label: Image
         expected=f"the shape of {name}, {format_shape(shape_vox)}",
         got=f"{format_shape(label.shape_vox)} in {label.path.name}{hint}",
         do="export the label again or leave the case out",
+        code="D034",
     )
 
 

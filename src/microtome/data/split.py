@@ -61,10 +61,12 @@ def split_dataset(dataset: Dataset, fold: str = "1/5", seed: int = 0, holdout: s
     """
     cases = sorted(dataset.labelled, key=lambda case: natural(case.name))
     if not cases:
-        raise DataError(dataset.root, expected="labelled cases", got=f"{len(dataset.cases)} cases without readable labels", do="add labels")
+        raise DataError(
+            dataset.root, expected="labelled cases", got=f"{len(dataset.cases)} cases without readable labels", do="add labels", code="D032"
+        )
     if holdout not in ("cases", "slices"):
-        raise ConfigError("holdout", expected="cases or slices", got=repr(holdout), do="give one of the two")
-    part, parts = _parse(fold)
+        raise ConfigError("holdout", expected="cases or slices", got=repr(holdout), do="give one of the two", code="C001")
+    part, parts = parse_fold(fold)
     if parts == 1:
         return Split(train=tuple(cases), validation=())
     if holdout == "slices":
@@ -78,7 +80,9 @@ def split_dataset(dataset: Dataset, fold: str = "1/5", seed: int = 0, holdout: s
     groups = _groups(cases, dataset.class_counts)
     if len(groups) == 1:
         got = f"one group, {groups[0].name!r}, of {len(cases)} cases"
-        raise ConfigError(dataset.root, expected="two groups at least", got=got, do="train with --fold all or state `validation:`")
+        raise ConfigError(
+            dataset.root, expected="two groups at least", got=got, do="train with --fold all or state `validation:`", code="C015"
+        )
     folds = _folds(groups, _available(part, parts, len(groups), "groups"), seed)
     chosen = {case.name for group in folds[part - 1] for case in group.cases}
     return _by_names(cases, chosen)
@@ -111,14 +115,20 @@ def leaks(split: Split) -> list[Finding]:
     return [Finding(severity="error", code="leak", message=text, files=(first, second))]
 
 
-def _parse(fold: str) -> tuple[int, int]:
-    """K and N; 1 and 1 for "all"."""
+def parse_fold(fold: str) -> tuple[int, int]:
+    """K and N of "K/N"; 1 and 1 for "all".
+
+    Raises:
+        ConfigError: it is neither.
+    """
     if fold == "all":
         return 1, 1
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", fold)
     part, parts = (int(match[1]), int(match[2])) if match else (0, 0)
     if parts < 2 or not 1 <= part <= parts:
-        raise ConfigError("fold", expected='"K/N" with K from 1 to N and N of 2 or more, or "all"', got=repr(fold), do="try 1/5")
+        raise ConfigError(
+            "fold", expected='"K/N" with K from 1 to N and N of 2 or more, or "all"', got=repr(fold), do="try 1/5", code="C014"
+        )
     return part, parts
 
 
@@ -126,7 +136,9 @@ def _available(part: int, parts: int, units: int, what: str) -> int:
     """The number of folds that so many units allow."""
     if part > min(parts, units):
         got = f"{part}/{parts}, and there are {units} {what}"
-        raise ConfigError("fold", expected=f"a part of at most {units}", got=got, do=f"take a fold from 1/{parts} to {units}/{parts}")
+        raise ConfigError(
+            "fold", expected=f"a part of at most {units}", got=got, do=f"take a fold from 1/{parts} to {units}/{parts}", code="C014"
+        )
     return min(parts, units)
 
 
@@ -146,12 +158,12 @@ def _fixed_cases(dataset: Dataset, cases: Sequence[Case]) -> Split:
     unlabelled = [name for name in dataset.config.validation if name not in labelled]
     if unlabelled:
         got = some(unlabelled)
-        raise ConfigError(named_by, expected="labelled cases in `validation`", got=got, do="take them out or add their labels")
+        raise ConfigError(named_by, expected="labelled cases in `validation`", got=got, do="take them out or add their labels", code="C016")
     split = _by_names(cases, chosen)
     torn = {case.group for case in split.train} & {case.group for case in split.validation}
     if torn or not split.train:
         got = f"group {sorted(torn)[0]!r} in both parts" if torn else "every case in `validation`"
-        raise ConfigError(named_by, expected="groups that train and groups that validate", got=got, do="mend `validation`")
+        raise ConfigError(named_by, expected="groups that train and groups that validate", got=got, do="mend `validation`", code="C016")
     return split
 
 
@@ -225,7 +237,7 @@ def _sections(dataset: Dataset, case: Case, part: int, parts: int) -> Split:
     annotated = np.flatnonzero(found)
     if len(annotated) < 2:
         got = f"{len(annotated)} of {len(found)}"
-        raise ConfigError(case.name, expected="two annotated sections or rows at least", got=got, do="train with --fold all")
+        raise ConfigError(case.name, expected="two annotated sections or rows at least", got=got, do="train with --fold all", code="C015")
     parts = _available(part, parts, len(annotated), "annotated sections")
     # Part 1 is the last block: round(k n / N) counted from the end.
     first, past = (len(annotated) - round(k * len(annotated) / parts) for k in (part, part - 1))
@@ -244,11 +256,13 @@ def _fixed_sections(dataset: Dataset, cases: Sequence[Case], sections: tuple[int
     named_by = dataset.root / "microtome.yaml"
     if len(cases) != 1:
         got = f"{len(cases)} labelled cases"
-        raise ConfigError(named_by, expected="a single stack for `validation_sections`", got=got, do="use `validation: [case, ...]`")
+        raise ConfigError(
+            named_by, expected="a single stack for `validation_sections`", got=got, do="use `validation: [case, ...]`", code="C016"
+        )
     count = dataset.header(cases[0]).shape_vox[0]
     if sections[1] > count or sections[1] - sections[0] == count:
         expected = f"`validation_sections` within the {count} sections of {cases[0].name}, and some that train"
-        raise ConfigError(named_by, expected=expected, got=str(list(sections)), do="mend `validation_sections`")
+        raise ConfigError(named_by, expected=expected, got=str(list(sections)), do="mend `validation_sections`", code="C016")
     return _cut(cases[0], count, *sections)
 
 
@@ -265,14 +279,14 @@ def _slices(dataset: Dataset, cases: Sequence[Case], part: int, parts: int) -> S
     """Every N-th annotated plane of the volumes that have two or more, counted on from volume to volume, validates."""
     if dataset.config.validation or dataset.config.validation_sections:
         got = "`validation` in microtome.yaml"
-        raise ConfigError("holdout", expected="nothing stated beside slices", got=got, do="remove one of the two")
+        raise ConfigError("holdout", expected="nothing stated beside slices", got=got, do="remove one of the two", code="C003")
     found = {case.name: _planes(dataset, case) for case in cases}
     # A plane that is the only one of its volume would leave nothing of that to learn from.
     units = [(name, plane) for name, planes in found.items() if len(planes) >= 2 for plane in planes]
     if not units:
         expected = "a volume with two annotated planes at least, and nothing annotated between them"
         got = f"none among {some(found)}"
-        raise ConfigError(dataset.root, expected=expected, got=got, do="hold out cases, or train with --fold all")
+        raise ConfigError(dataset.root, expected=expected, got=got, do="hold out cases, or train with --fold all", code="C015")
     chosen: dict[str, list[Plane]] = defaultdict(list)
     for name, plane in units[part - 1 :: _available(part, parts, len(units), "annotated planes")]:
         chosen[name].append(plane)

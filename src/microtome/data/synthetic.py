@@ -85,7 +85,9 @@ def sparse_annotation(label: np.ndarray, slices: tuple[int, ...] = (3, 3, 2), se
     """
     if len(slices) != label.ndim or not any(slices) or any(not 0 <= n <= size for n, size in zip(slices, label.shape, strict=False)):
         expected = f"a number of slices for each axis of {format_shape(label.shape)}, not all 0"
-        raise ConfigError("slices", expected=expected, got=str(slices), do="give at most as many slices as the axis has voxels")
+        raise ConfigError(
+            "slices", expected=expected, got=str(slices), do="give at most as many slices as the axis has voxels", code="C022"
+        )
     rng = np.random.default_rng(seed)
     annotated = np.zeros(label.shape, bool)
     for axis, (count, size) in enumerate(zip(slices, label.shape, strict=True)):
@@ -348,4 +350,4 @@ def _check_shape(shape_vox: Shape, dims: int, smallest: int) -> None:
     """Refuse a shape that has no room for what is to be drawn."""
     if len(shape_vox) != dims or min(shape_vox) < smallest:
         expected = f"{dims} sizes of at least {smallest}"
-        raise ConfigError("shape_vox", expected=expected, got=format_shape(shape_vox), do="ask for a larger one")
+        raise ConfigError("shape_vox", expected=expected, got=format_shape(shape_vox), do="ask for a larger one", code="C022")

@@ -282,4 +282,6 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except ValueError as error:
-        raise DataError(path, expected="JSON", got=str(error), do="remove that run's folder and compare again with --resume") from None
+        raise DataError(
+            path, expected="JSON", got=str(error), do="remove that run's folder and compare again with --resume", code="D059"
+        ) from None

@@ -109,12 +109,16 @@ def evaluate(
 def _check(predictions: Path, truth: Path, tolerance_mm: float | None, instances: bool) -> None:
     """Refuse what cannot be before anything is read."""
     if tolerance_mm is not None and not (tolerance_mm >= 0 and math.isfinite(tolerance_mm)):
-        raise ConfigError("tolerance", expected="a length in mm of at least 0", got=str(tolerance_mm), do="give another --tolerance")
+        raise ConfigError(
+            "tolerance", expected="a length in mm of at least 0", got=str(tolerance_mm), do="give another --tolerance", code="C022"
+        )
     if tolerance_mm is not None and instances:
-        raise ConfigError("tolerance", expected="none beside --instances", got=f"{tolerance_mm:g} mm", do="leave one of them out")
+        raise ConfigError(
+            "tolerance", expected="none beside --instances", got=f"{tolerance_mm:g} mm", do="leave one of them out", code="C003"
+        )
     for path in (predictions, truth):
         if not (path.exists() or is_image_place(path)):
-            raise DataError(path, expected="a file or a folder", got="nothing there", do="check the path")
+            raise DataError(path, expected="a file or a folder", got="nothing there", do="check the path", code="D001")
 
 
 def _paired(predictions: Path, truth: Path, listed: Listing | None, truths: Sequence[Truth]) -> dict[str, Path]:
@@ -183,7 +187,7 @@ def _with_legend(dataset: Dataset, legend: Legend) -> Dataset:
     if unknown:
         got = some(map(format_value, unknown))
         do = "evaluate against labels of the same classes"
-        raise DataError(dataset.root, expected=f"label values of {legend.words}", got=got, do=do)
+        raise DataError(dataset.root, expected=f"label values of {legend.words}", got=got, do=do, code="D040")
     return replace(dataset, legend=legend)
 
 
@@ -216,7 +220,9 @@ def _spacing(dataset: Dataset, case: Case) -> tuple[Spacing, bool]:
     if stated is not None:
         if len(stated) != len(image.shape_vox):
             expected = f"a voxel size for each of the {len(image.shape_vox)} axes of {case.images[0].name}"
-            raise ConfigError(dataset.root, expected=expected, got=f"spacing_mm {list(stated)}", do="mend `spacing_mm` in microtome.yaml")
+            raise ConfigError(
+                dataset.root, expected=expected, got=f"spacing_mm {list(stated)}", do="mend `spacing_mm` in microtome.yaml", code="C019"
+            )
         return stated, True
     best = label if label.spacing_known and not image.spacing_known else image
     return best.spacing_mm, best.spacing_known
@@ -249,9 +255,12 @@ def _checked(item: Truth, path: Path, prediction: np.ndarray) -> tuple[np.ndarra
             expected=f"the shape of {item.place}, {format_shape(truth.shape)}",
             got=format_shape(prediction.shape),
             do="predict this image again, or check that the two belong together",
+            code="D077",
         )
     if np.all(truth < 0):
-        raise DataError(item.place, expected="an annotated voxel", got="none", do="annotate a part of it, or leave this case out")
+        raise DataError(
+            item.place, expected="an annotated voxel", got="none", do="annotate a part of it, or leave this case out", code="D033"
+        )
     return truth, prediction
 
 
@@ -265,7 +274,7 @@ def _classes(path: Path, legend: Legend) -> np.ndarray:
     unknown = [value_of(code, colour) for code in count_codes(codes) if not legend.knows(code, colour=colour)]
     if unknown:
         got = some(map(format_value, unknown))
-        raise DataError(path, expected=f"label values of {legend.words}", got=got, do="check its label values")
+        raise DataError(path, expected=f"label values of {legend.words}", got=got, do="check its label values", code="D040")
     return legend.lookup(codes, colour=colour)
 
 

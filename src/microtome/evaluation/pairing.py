@@ -48,6 +48,7 @@ def pair(predictions: Mapping[str, Path], truths: Sequence[Named], *, where: Pat
             expected=f"a prediction for each of {len(truths)} cases",
             got=f"none for {len(missing)}: {some(missing)}",
             do="predict them too, or evaluate against a truth without them",
+            code="D071",
         )
     unused = sorted(set(predictions.values()) - set(found.values()))
     if unused:
@@ -56,6 +57,7 @@ def pair(predictions: Mapping[str, Path], truths: Sequence[Named], *, where: Pat
             expected="a truth for every prediction",
             got=f"none for {len(unused)}: {some([path.name for path in unused])}",
             do="add their truth or move them away",
+            code="D072",
         )
     _refuse_double(found, truths)
     return found
@@ -76,7 +78,9 @@ def prediction_files(predictions: Path, listed: Listing | None) -> dict[str, Pat
     for name, entry in listed.entries.items():
         if entry.case in files:
             got = f"{files[entry.case].name} and {name}"
-            raise DataError(predictions / LISTING, expected=f"one prediction of {entry.case}", got=got, do="predict into an empty folder")
+            raise DataError(
+                predictions / LISTING, expected=f"one prediction of {entry.case}", got=got, do="predict into an empty folder", code="D073"
+            )
         files[entry.case] = predictions / name
     known = set(files.values())
     maps = {path for name in MAPS if (predictions / name).is_dir() for path in image_files(predictions / name)}
@@ -84,7 +88,9 @@ def prediction_files(predictions: Path, listed: Listing | None) -> dict[str, Pat
     others = [path.relative_to(predictions).as_posix() for path in image_files(predictions) if path not in known | maps]
     if others:
         got = f"{len(others)} that {LISTING} does not list: {some(others)}"
-        raise DataError(predictions, expected="only files that `predict` wrote", got=got, do="predict again, or move them away")
+        raise DataError(
+            predictions, expected="only files that `predict` wrote", got=got, do="predict again, or move them away", code="D076"
+        )
     # A file that is listed and not there is reported as the missing prediction of its case.
     return {case: path for case, path in files.items() if path.exists()}
 
@@ -97,7 +103,7 @@ def files_by_stem(folder: Path) -> dict[str, Path]:
     """
     paths = image_files(folder)
     if not paths:
-        raise DataError(folder, expected="label images", got="none", do="check the path")
+        raise DataError(folder, expected="label images", got="none", do="check the path", code="D074")
     return dict(zip(unique_names(folder, paths), paths, strict=True))
 
 
@@ -125,7 +131,7 @@ def object_maps(found: Mapping[str, Path], folder: Path, listed: Listing | None)
         other = within if within.is_dir() else maps.get(path.relative_to(folder).with_name(stem_of(path))) if listed else path
         if other is None:
             got = f"labels of {listed.legend.words} alone" if listed else "labels alone"
-            raise DataError(path, expected="numbers of objects beside it", got=got, do="predict again with --instances")
+            raise DataError(path, expected="numbers of objects beside it", got=got, do="predict again with --instances", code="D075")
         objects[case] = other
     return objects
 
@@ -144,7 +150,11 @@ def _find(truth: Named, predictions: Mapping[str, Path], where: Path) -> Path | 
     found = [path for name, path in predictions.items() if bare_name(name) in wanted]
     if len(found) > 1:
         raise DataError(
-            where, expected=f"one prediction of {truth.case}", got=some([path.name for path in found]), do="keep the right one there"
+            where,
+            expected=f"one prediction of {truth.case}",
+            got=some([path.name for path in found]),
+            do="keep the right one there",
+            code="D073",
         )
     return found[0] if found else None
 
@@ -160,5 +170,6 @@ def _refuse_double(found: Mapping[str, Path], truths: Sequence[Named]) -> None:
                 expected="one truth for it",
                 got=f"{owner[path]} and {truth.case}",
                 do="give them names that differ in more than a role",
+                code="D073",
             )
         owner[path] = truth.case

@@ -119,16 +119,16 @@ def read_run(folder: Path) -> Run:
     plan_path = folder / "plan.yaml"
     if not plan_path.is_file():
         raise ConfigError(
-            folder, expected="a run folder with plan.yaml", got="none", do="give the folder that `microtome train --out` wrote"
+            folder, expected="a run folder with plan.yaml", got="none", do="give the folder that `microtome train --out` wrote", code="C006"
         )
     data = _json(folder / "dataset.json")
     if data is None:
-        raise DataError(folder / "dataset.json", expected="the file that `train` writes first", got="none", do="train again")
+        raise DataError(folder / "dataset.json", expected="the file that `train` writes first", got="none", do="train again", code="D059")
     try:
         data = {**data, "findings": list(data["findings"]), "train": list(data["train"]), "validation": list(data["validation"])}
         legend = Legend.from_json(data["legend"])
     except (KeyError, TypeError) as error:
-        raise DataError(folder / "dataset.json", expected="what `train` writes", got=repr(error), do="train again") from None
+        raise DataError(folder / "dataset.json", expected="what `train` writes", got=repr(error), do="train again", code="D059") from None
     return Run(
         folder=folder,
         plan=parse_config(Plan, load_yaml(plan_path), plan_path),
@@ -388,9 +388,13 @@ def _json(path: Path) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise DataError(path, expected="JSON", got=str(error), do="copy the run folder again, or run `train` again") from None
+        raise DataError(path, expected="JSON", got=str(error), do="copy the run folder again, or run `train` again", code="D059") from None
     if not isinstance(content, dict):
         raise DataError(
-            path, expected="names with values", got=type(content).__name__, do="copy the run folder again, or run `train` again"
+            path,
+            expected="names with values",
+            got=type(content).__name__,
+            do="copy the run folder again, or run `train` again",
+            code="D059",
         )
     return content

@@ -76,7 +76,11 @@ class ChunkedArray:
         if self._most is not None and math.prod(shape) > self._most:
             got = f"a part of {format_shape(shape)}"
             raise DataError(
-                name_of(self.where), expected=f"at most {self._most} values at a time (max_voxels)", got=got, do="read it in parts"
+                name_of(self.where),
+                expected=f"at most {self._most} values at a time (max_voxels)",
+                got=got,
+                do="read it in parts",
+                code="D003",
             )
         if 0 in shape:
             return np.empty(shape, self.dtype)
@@ -176,12 +180,18 @@ def _checked_names(names: str, store: ts.TensorStore, path: Path) -> str:
     """
     if len(names) != store.rank or len(set(names) & set("zyx")) not in {2, 3} or any(names.count(name) > 1 for name in "czyx"):
         got = f"axes {names or 'without names'} of {format_shape(tuple(store.shape)) or 'one value'}"
-        raise DataError(name_of(path), expected="axes among t, c, z, y, x, at least two of space", got=got, do="export it with such axes")
+        raise DataError(
+            name_of(path), expected="axes among t, c, z, y, x, at least two of space", got=got, do="export it with such axes", code="D023"
+        )
     for name, size in zip(names, store.shape, strict=True):
         if name not in "czyx" and size != 1:
             what = "time points" if name == "t" else "steps along an axis that is neither t, c, z, y nor x"
             raise DataError(
-                name_of(path), expected="one image", got=f"{size} {what}", do=f"export one of 0 to {size - 1} as a store of its own"
+                name_of(path),
+                expected="one image",
+                got=f"{size} {what}",
+                do=f"export one of 0 to {size - 1} as a store of its own",
+                code="D009",
             )
     return names
 
@@ -196,7 +206,7 @@ def _measures(found: Found, space: list[int], path: Path) -> tuple[tuple[float, 
     origin_mm = tuple((float(found.origin[axis]) if found.origin else 0.0) * factor for axis, factor in zip(space, factors, strict=True))
     if min(spacing_mm) <= 0 or not all(map(math.isfinite, spacing_mm + origin_mm)):
         got = f"sides {sides} from {origin_mm}"
-        raise DataError(name_of(path), expected="finite places and voxel sizes above 0", got=got, do="correct its metadata")
+        raise DataError(name_of(path), expected="finite places and voxel sizes above 0", got=got, do="correct its metadata", code="D010")
     if not known and any(side != 1 for side in sides):
         got = ", ".join(sorted({f"`{unit}`" if unit else "none" for unit in units if unit not in MM_PER_UNIT}))
         message = f"{name_of(path)}: its scale has no unit of length (found {got}); the voxel size is not known"
@@ -221,7 +231,9 @@ def _check(pixels: ChunkedArray, store: ts.TensorStore, path: Path, limits: Limi
     )
     for refused, expected, got in wrong:
         if refused:
-            raise DataError(name_of(path), expected=expected, got=got, do="check its metadata, or export it with other chunks and axes")
+            raise DataError(
+                name_of(path), expected=expected, got=got, do="check its metadata, or export it with other chunks and axes", code="D023"
+            )
 
 
 def _sides(grid: ts.ChunkLayout.Grid) -> Shape:

@@ -162,7 +162,9 @@ def _slices_of(path: Path) -> list[_Slice] | None:
         header = _header(path)
         own = list(_read_slices(path, header))
         if not own:
-            raise DataError(path, expected="an image", got=f"{header.get('Modality')} without pixels", do="give a file of images")
+            raise DataError(
+                path, expected="an image", got=f"{header.get('Modality')} without pixels", do="give a file of images", code="D017"
+            )
         if len(own) != 1 or own[0].position is None or not own[0].series:
             return own
         others = (one for file in dicom_files(path.parent) if file != path for one in _read_slices(file, _header(file)))
@@ -180,7 +182,7 @@ def _slices_of(path: Path) -> list[_Slice] | None:
         more = f" and {len(listed) - _MOST_LISTED} more" if len(listed) > _MOST_LISTED else ""
         got = f"{len(listed)}: {'; '.join(listed[:_MOST_LISTED])}{more}" if listed else f"none in {len(headers)} DICOM files"
         do = "give one file of the series that is meant, or move each into a folder of its own"
-        raise DataError(path, expected="one series of images", got=got, do=do)
+        raise DataError(path, expected="one series of images", got=got, do=do, code="D015")
     return slices
 
 
@@ -195,7 +197,9 @@ def _read_slices(path: Path, header: Any) -> Iterator[_Slice]:
         frames = list(header.get("PerFrameFunctionalGroupsSequence", [None]))
         if len(frames) != count:
             got = f"{count} frames and {len(frames) if frames[0] else 'no'} positions"
-            raise DataError(path, expected="a position for each frame", got=got, do="export each frame or time point as a file")
+            raise DataError(
+                path, expected="a position for each frame", got=got, do="export each frame or time point as a file", code="D017"
+            )
         shared = next(iter(header.get("SharedFunctionalGroupsSequence", [])), None)
         for number, frame in enumerate(frames):
             yield _slice(path, number, header, look, [group for group in (frame, shared) if group is not None])
@@ -217,7 +221,7 @@ def _slice(path: Path, number: int, header: Any, look: _Look, groups: list[Any])
     thickness, slope = find("PixelMeasuresSequence", "SliceThickness"), find("PixelValueTransformationSequence", "RescaleSlope")
     numbers = [*(spacing or ()), *(position if placed else ()), *(orientation if placed else ())]
     if not np.isfinite(np.array(numbers, float)).all() or any(float(size) <= 0 for size in spacing or ()):
-        raise DataError(path, expected="finite positions, and voxel sizes above 0", got=f"{numbers}", do="export it again")
+        raise DataError(path, expected="finite positions, and voxel sizes above 0", got=f"{numbers}", do="export it again", code="D010")
     return _Slice(
         path=path,
         frame=number,
@@ -243,7 +247,7 @@ def _look(path: Path, header: Any) -> _Look:
     grey, colour = photometric in _GREY and samples == 1, photometric in _COLOURS and samples == 3
     if not (grey or colour) or bits not in _BITS:
         got = f"{photometric} with {samples} samples of {bits} bits"
-        raise DataError(path, expected="grey values or RGB colours", got=got, do="export it as MONOCHROME2 or RGB")
+        raise DataError(path, expected="grey values or RGB colours", got=got, do="export it as MONOCHROME2 or RGB", code="D017")
     if "ModalityLUTSequence" in header:
         warnings.warn(f"{path}: its look-up table of values (Modality LUT) is not applied", DataWarning, stacklevel=6)
     return _Look(
@@ -270,7 +274,7 @@ def _check_file(path: Path, header: Any, look: _Look, frames: int) -> None:
             raise cut_off(path, wanted, size)
     elif syntax.is_compressed and not get_decoder(syntax).is_available:
         do = 'run: pip install "microtome[medical]" python-gdcm, or export it without compression'
-        raise DataError(path, expected=f"a decoder of {syntax.name}", got=f"none is installed ({syntax})", do=do)
+        raise DataError(path, expected=f"a decoder of {syntax.name}", got=f"none is installed ({syntax})", do=do, code="D014")
 
 
 def _check_alike(slices: Sequence[_Slice]) -> None:
@@ -293,7 +297,7 @@ def _check_alike(slices: Sequence[_Slice]) -> None:
 
 def _unlike(first: _Slice, one: _Slice, expected: str, got: str) -> DataError:
     do = "take it out of the folder, or export it as a series of its own"
-    return DataError(one.path, expected=f"{expected}, as {first.path.name}", got=got, do=do)
+    return DataError(one.path, expected=f"{expected}, as {first.path.name}", got=got, do=do, code="D015")
 
 
 def _sorted(path: Path, slices: list[_Slice]) -> list[_Slice]:
@@ -311,14 +315,14 @@ def _sorted(path: Path, slices: list[_Slice]) -> list[_Slice]:
     if gaps_mm[nearest] <= _SAME_PLACE_MM:
         got = f"{slices[nearest].path.name} and {slices[nearest + 1].path.name} both at {_at(slices[nearest]).tolist()}"
         do = "keep one time point or echo in the folder, and each slice once"
-        raise DataError(path, expected="one slice at each position", got=got, do=do)
+        raise DataError(path, expected="one slice at each position", got=got, do=do, code="D016")
     usual = np.median(steps, axis=0)
     off = np.linalg.norm(steps - usual, axis=1)
     worst = int(off.argmax())
     if off[worst] > _MOST_UNEVEN * float(usual @ normal):
         names = f"{slices[worst].path.name} and {slices[worst + 1].path.name}"
         expected, got = f"slices {usual @ normal:.5g} mm apart", f"{gaps_mm[worst]:.5g} mm between {names}"
-        raise DataError(path, expected=expected, got=got, do="find the slices that are missing, or resample the series")
+        raise DataError(path, expected=expected, got=got, do="find the slices that are missing, or resample the series", code="D016")
     return slices
 
 
@@ -351,7 +355,9 @@ def _affine(slices: Sequence[_Slice]) -> tuple[np.ndarray, bool]:
     affine[:3, 1], affine[:3, 2] = first.orientation[1] * spacing[0], first.orientation[0] * spacing[1]
     affine[:3, 3] = first.position
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :3]) < 3:
-        raise DataError(first.path, expected="rows and columns at an angle", got=f"{first.orientation.tolist()}", do="export it again")
+        raise DataError(
+            first.path, expected="rows and columns at an angle", got=f"{first.orientation.tolist()}", do="export it again", code="D010"
+        )
     return LPS_TO_RAS @ affine, first.spacing is not None
 
 
@@ -379,7 +385,7 @@ def _values(one: _Slice, dtype: np.dtype[Any]) -> np.ndarray:
     with decoding(one.path, "DICOM"):
         stored = pixel_array(one.path, index=one.frame)
     if stored.shape[:2] != one.look[:2]:
-        raise DataError(one.path, expected=f"pixels {one.look}", got=f"{stored.shape}", do="export it again")
+        raise DataError(one.path, expected=f"pixels {one.look}", got=f"{stored.shape}", do="export it again", code="D017")
     if one.look.photometric == "MONOCHROME1":
         # All bits of a number turned round are the distance from the other end of its range.
         stored = (sum(_stored_range(one.look)) - stored.astype(np.int64)).astype(stored.dtype)

@@ -83,7 +83,7 @@ def open_segmentation(path: Path, limits: Limits) -> Volume:
             segments = _without_spacing(highdicom, path)
             place = segments.get_volume_geometry()
         if place is None:
-            raise DataError(path, expected="planes at equal distances", got="none", do="export it with its series")
+            raise DataError(path, expected="planes at equal distances", got="none", do="export it with its series", code="D018")
         affine = LPS_TO_RAS @ np.asarray(place.affine)
         header = Header(
             shape_vox=tuple(place.spatial_shape),
@@ -98,7 +98,7 @@ def open_segmentation(path: Path, limits: Limits) -> Volume:
             volume = segments.get_volume(combine_segments=True, dtype=np.uint16)
         except RuntimeError as error:
             got = str(error).splitlines()[0]
-            raise DataError(path, expected="segments that do not overlap", got=got, do="export each as a file") from error
+            raise DataError(path, expected="segments that do not overlap", got=got, do="export each as a file", code="D018") from error
         numbers, names = _values_of(segments)
     labels = numbers[np.asarray(volume.array)]
     # As series are: along the normal of rows and columns, which have the opposite order in an affine of z, y, x.
@@ -146,7 +146,7 @@ def write_seg(path: Path, image: Image) -> None:
     files, frames = [Path(file) for file in image.extra.get("source", ())], list(image.extra.get("frames", ()))
     if image.array.ndim != 4 or image.channels != 1 or len(files) != len(image.array[0]):
         got = f"{image.channels} channels of {format_shape(image.shape_vox)} from {len(files)} slices"
-        raise DataError(path, expected="a label map of a DICOM series", got=got, do="write .nii.gz, .tif or .png instead")
+        raise DataError(path, expected="a label map of a DICOM series", got=got, do="write .nii.gz, .tif or .png instead", code="D019")
     names = _named(path, image)
     order = np.argsort(frames, kind="stable") if frames and len(set(files)) == 1 else np.arange(len(files))
     labels = image.array[0][order]
@@ -196,13 +196,13 @@ def _named(path: Path, image: Image) -> dict[int, str]:
     array = image.array
     if array.dtype.kind not in "biu" or int(array.min(initial=0)) < 0:
         got = f"{array.dtype} from {array.min(initial=0)}"
-        raise DataError(path, expected="whole numbers from 0", got=got, do="write .nii.gz instead")
+        raise DataError(path, expected="whole numbers from 0", got=got, do="write .nii.gz instead", code="D019")
     given: Mapping[int, str] = image.extra.get("classes") or {}
     # No segmentation is without a segment.
     values = sorted({int(value) for value in (*np.unique(array), *given) if value > 0}) or [1]
     if len(values) > _MOST_SEGMENTS:
         got = f"{len(values)} of them"
-        raise DataError(path, expected=f"at most {_MOST_SEGMENTS} segments", got=got, do="write .nii.gz instead")
+        raise DataError(path, expected=f"at most {_MOST_SEGMENTS} segments", got=got, do="write .nii.gz instead", code="D019")
     return {value: str(given.get(value, f"label {value}")) for value in values}
 
 

@@ -179,11 +179,13 @@ def write_labels(path: Path, labels: np.ndarray, like: Image | Volume) -> None:
     colours = labels.shape == (3, *like.shape_vox) and labels.dtype == np.uint8
     if not colours and labels.shape != like.shape_vox:
         got = f"{format_shape(labels.shape)} {labels.dtype}"
-        raise DataError(path, expected=f"labels of {format_shape(like.shape_vox)}", got=got, do=f"label {like.path.name} itself")
+        raise DataError(
+            path, expected=f"labels of {format_shape(like.shape_vox)}", got=got, do=f"label {like.path.name} itself", code="D007"
+        )
     if labels.dtype.kind not in "biu":
-        raise DataError(path, expected="whole numbers", got=f"{labels.dtype} labels", do="round them, or use write_image")
+        raise DataError(path, expected="whole numbers", got=f"{labels.dtype} labels", do="round them, or use write_image", code="D007")
     if _SUFFIXES.get(suffix_of(path)) != _SUFFIXES[label_suffix(like)]:
-        raise DataError(path, expected=f"a name ending in {label_suffix(like)}", got=f"`{path.name}`", do="rename the output")
+        raise DataError(path, expected=f"a name ending in {label_suffix(like)}", got=f"`{path.name}`", do="rename the output", code="D006")
     array = labels if colours else _smallest(labels)[None]
     write_image(path, like.with_array(array) if isinstance(like, Volume) else dataclasses.replace(like, array=array))
 
@@ -206,7 +208,7 @@ def write_image(path: Path, image: Image) -> None:
         getattr(import_module(module), name)(path, image)
     else:
         expected = "a name ending in .png, .tif, .nii, .nii.gz, .nrrd, .mha, .h5, .npy, .ome.zarr or .dcm"
-        raise DataError(path, expected=expected, got=f"`{path.name}`", do="rename the output")
+        raise DataError(path, expected=expected, got=f"`{path.name}`", do="rename the output", code="D006")
 
 
 def label_suffix(image: Image | Volume) -> str:
@@ -265,7 +267,9 @@ def _loaded(path: Path, kind: str, limits: Limits) -> Image:
         limits.check(next(above for above in (path, *path.parents) if above.is_file()), volume.header)
     if math.prod(volume.pixels.shape) > limits.max_voxels:
         got = f"{volume.channels} channels of {format_shape(volume.shape_vox)}"
-        raise DataError(path, expected=f"at most {limits.max_voxels} values (max_voxels)", got=got, do="open it part by part, or cut it")
+        raise DataError(
+            path, expected=f"at most {limits.max_voxels} values (max_voxels)", got=got, do="open it part by part, or cut it", code="D003"
+        )
     return volume.load()
 
 
@@ -299,7 +303,9 @@ def _kind_of(path: Path) -> str:
             return kind
         if (path.parent / "info").is_file():
             return "precomputed"
-        raise DataError(path, expected="an image", got="a folder that is no store of one", do="give a folder of DICOM, Zarr, N5 or an info")
+        raise DataError(
+            path, expected="an image", got="a folder that is no store of one", do="give a folder of DICOM, Zarr, N5 or an info", code="D005"
+        )
     if not path.exists() and any(_kind_of(above) == "hdf5" for above in path.parents if above.is_file()):
         return "hdf5"
     head = _head(path)
@@ -310,7 +316,7 @@ def _kind_of(path: Path) -> str:
             return kind
     got = next((words for pattern, words in _FOREIGN if re.match(pattern, head, re.DOTALL)), f"bytes {head[:8].hex(' ')}")
     expected = "a PNG, JPEG, BMP, GIF, TIFF, NIfTI, NRRD, MetaImage, DICOM, HDF5 or NPY file"
-    raise DataError(path, expected=expected, got=got, do="convert it, or take it out of the folder")
+    raise DataError(path, expected=expected, got=got, do="convert it, or take it out of the folder", code="D005")
 
 
 def _head(path: Path) -> bytes:
@@ -319,7 +325,9 @@ def _head(path: Path) -> bytes:
         with path.open("rb") as file:
             return file.read(NIFTI2_BYTES)
     except OSError as error:
-        raise DataError(path, expected="a readable file", got=str(error.strerror), do="check the path and its permissions") from None
+        raise DataError(
+            path, expected="a readable file", got=str(error.strerror), do="check the path and its permissions", code="D001"
+        ) from None
 
 
 def _unpacked(path: Path) -> bytes:

@@ -183,7 +183,7 @@ def _no_choice(path: Path, found: dict[str, Shape]) -> DataError:
     listed = ", ".join(f"{name} ({format_shape(shape)})" for name, shape in found.items())
     do = f"give its name as {file.name}/{next(iter(found))}" if found else "export it with an image"
     got = f"several: {listed}" if found and file == path else f"only {listed}" if found else "none of them"
-    return DataError(path, expected=f"a dataset of {_LEAST_AXES} to {_MOST_AXES} axes of numbers", got=got, do=do)
+    return DataError(path, expected=f"a dataset of {_LEAST_AXES} to {_MOST_AXES} axes of numbers", got=got, do=do, code="D020")
 
 
 def _follow(path: Path, file: Any, name: str) -> Any:
@@ -203,7 +203,9 @@ def _follow(path: Path, file: Any, name: str) -> Any:
         if hasattr(link, "path"):
             hops += 1
             if hops > _MOST_LINKS:
-                raise DataError(path, expected="links that end", got=f"{part} and {hops} links in a circle", do="write the file again")
+                raise DataError(
+                    path, expected="links that end", got=f"{part} and {hops} links in a circle", do="write the file again", code="D011"
+                )
             pending = [*PurePosixPath(link.path).parts, *pending]
         else:
             node = node[part]
@@ -224,11 +226,15 @@ def _check_inside(path: Path, file: Any, dataset: Any, depth: int) -> None:
     for number, _, _, name in (packing.get_filter(i) for i in range(packing.get_nfilters())):
         if not filter_avail(number):
             got = f"compression {number} ({name.decode(errors='replace')})"
-            raise DataError(path, expected="a compression that h5py has", got=got, do="repack it: h5repack -f GZIP=1 OLD.h5 NEW.h5")
+            raise DataError(
+                path, expected="a compression that h5py has", got=got, do="repack it: h5repack -f GZIP=1 OLD.h5 NEW.h5", code="D014"
+            )
 
 
 def _elsewhere(path: Path, got: str) -> DataError:
-    return DataError(path, expected="a dataset whose values are in this file", got=got, do="copy them into one file: h5copy, h5repack")
+    return DataError(
+        path, expected="a dataset whose values are in this file", got=got, do="copy them into one file: h5copy, h5repack", code="D012"
+    )
 
 
 def _axis_names(path: Path, dataset: Any) -> str:
@@ -275,7 +281,7 @@ def _arranged(path: Path, dataset: Any) -> tuple[int | None, ...]:
     letters = _axis_names(path, dataset)
     if "T" in letters and (times := dataset.shape[letters.index("T")]) > 1:
         got = f"{times} of them (axes {letters}, {format_shape(dataset.shape)})"
-        raise DataError(path, expected="one time point", got=got, do="save one time point a dataset")
+        raise DataError(path, expected="one time point", got=got, do="save one time point a dataset", code="D009")
     return letters.index("C") if "C" in letters else None, *(letters.index(letter) for letter in "ZYX" if letter in letters)
 
 

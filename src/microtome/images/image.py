@@ -119,7 +119,7 @@ class Limits:
 
     def _refuse(self, path: Path, expected: str, header: Header) -> None:
         got = f"a header that claims {header.channels} channels of {format_shape(header.shape_vox)} {header.dtype}"
-        raise DataError(path, expected=expected, got=got, do="check that the file is whole, or read it with other Limits")
+        raise DataError(path, expected=expected, got=got, do="check that the file is whole, or read it with other Limits", code="D003")
 
 
 @contextmanager
@@ -134,11 +134,13 @@ def decoding(path: Path, kind: str) -> Iterator[None]:
     except (MicrotomeError, Warning):
         raise
     except MemoryError:
-        raise DataError(path, expected="an image that fits in memory", got="too little memory", do="cut it into parts") from None
+        raise DataError(
+            path, expected="an image that fits in memory", got="too little memory", do="cut it into parts", code="D004"
+        ) from None
     except Exception as error:  # decoders raise nearly every built-in type on damaged bytes, and types of their own
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         got = f"damaged data ({reason[:200]})"
-        raise DataError(path, expected=f"a whole {kind} file", got=got, do="copy or export it again, or remove it") from error
+        raise DataError(path, expected=f"a whole {kind} file", got=got, do="copy or export it again, or remove it", code="D002") from error
 
 
 def native(array: np.ndarray) -> np.ndarray:

@@ -6,9 +6,8 @@ file, and unpacked at the first touch where they are packed.
 
 import re
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -18,48 +17,19 @@ from microtome.errors import DataError, RunError, missing_extra
 from microtome.files import atomic_path
 from microtome.geometry import Shape, format_shape, spacing_of
 from microtome.images.image import Header, Image, Limits, decoding, native
+from microtome.images.itk_text import Text, meta_text, nrrd_text
 from microtome.images.medical import world_affine
 from microtome.images.parts import Lazy, Mapped, cut_off, limits_of_parts, mapped
 from microtome.images.volume import Pixels, Volume
 
-_MAX_HEADER_BYTES = 2**22  # Slicer writes a few hundred bytes a segment
 # Of unpacked and of packed bytes that are held at a time beside the array.
 _CHUNK_BYTES, _PACKED_BYTES = 2**22, 2**16
 # ITK counts x to the left and y to the back, NIfTI and we to the right and to the front.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 LPS_TO_RAS.flags.writeable = False
-_PACKINGS = MappingProxyType({"raw": "raw", "gzip": "deflate", "gz": "deflate"})
-_MM_PER_UNIT = MappingProxyType({"nm": 1e-6, "um": 1e-3, "µm": 1e-3, "microns": 1e-3, "mm": 1.0, "cm": 10.0, "m": 1e3})
 _PIXEL_TYPE = re.compile(r"(?:vector of )?(?P<bits>\d+)-bit (?P<kind>signed integer|unsigned integer|float)")
 _KINDS = MappingProxyType({"signed integer": "i", "unsigned integer": "u", "float": "f"})
-# How MetaImage packs its voxels if the text does not say: CompressedData, BinaryData, HeaderSize.
-_META_DEFAULTS = (("compresseddata", "false"), ("binarydata", "true"), ("headersize", "0"))
 _Segment = tuple[int, int, str]  # layer, value in it, name
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Text:
-    """What the text at the start of a file says.
-
-    Attributes:
-        fields: values by name in small letters; of NRRD also the pairs `name:=value`.
-        data: the file that holds the voxels.
-        offset: where they begin in it.
-        packing: "raw", "deflate", or "" of what SimpleITK alone unpacks.
-        big: whether values have their highest byte first.
-        sizes: of all axes, the fastest first; empty where the format leaves no doubt.
-        spacing_known: whether it says the voxel size.
-        mm: millimetres of its unit of length.
-    """
-
-    fields: dict[str, str]
-    data: Path
-    offset: int
-    packing: str
-    big: bool
-    sizes: Shape
-    spacing_known: bool
-    mm: float
 
 
 def open_itk(path: Path, limits: Limits) -> Volume:
@@ -99,7 +69,9 @@ def write_itk(path: Path, image: Image) -> None:
     """
     sitk = _simpleitk(path)
     if path.suffix.lower() not in (".nrrd", ".mha"):
-        raise DataError(path, expected="a name ending in .nrrd or .mha", got=f"`{path.name}`", do="write one file instead of a pair")
+        raise DataError(
+            path, expected="a name ending in .nrrd or .mha", got=f"`{path.name}`", do="write one file instead of a pair", code="D006"
+        )
     array = image.array.astype({"bool": "uint8", "float16": "float32"}.get(image.array.dtype.name, image.array.dtype), copy=False)
     array_SC = array[0] if len(array) == 1 else np.ascontiguousarray(np.moveaxis(array, 0, -1))
     picture = sitk.GetImageFromArray(array_SC, isVector=len(array) > 1)
@@ -113,7 +85,9 @@ def write_itk(path: Path, image: Image) -> None:
             sitk.WriteImage(picture, str(part), useCompression=True)
         except RuntimeError as error:
             got = str(error).splitlines()[-1]
-            raise RunError(path, expected="a folder that can be written", got=got, do="free space or choose another --out") from error
+            raise RunError(
+                path, expected="a folder that can be written", got=got, do="free space or choose another --out", code="R001"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +103,7 @@ class _Found:
         header, affine: of the image.
     """
 
-    text: _Text
+    text: Text
     reader: Any
     dtype: np.dtype[Any]
     file_shape: Shape
@@ -154,7 +128,7 @@ def _inspected(path: Path) -> _Found:
     with decoding(path, "NRRD or MetaImage"), path.open("rb") as file:
         kind = "nrrd" if file.read(4) == b"NRRD" else "metaimage"
         # Before SimpleITK sees the file, as the text may lead it to other files.
-        text = _nrrd_text(path) if kind == "nrrd" else _meta_text(path)
+        text = nrrd_text(path) if kind == "nrrd" else meta_text(path)
         reader = sitk.ImageFileReader()
         reader.SetImageIO({"nrrd": "NrrdImageIO", "metaimage": "MetaImageIO"}[kind])
         reader.SetFileName(str(path))
@@ -178,93 +152,11 @@ def _inspected(path: Path) -> _Found:
     )
 
 
-def _nrrd_text(path: Path) -> _Text:
-    """The lines of a NRRD file up to the empty one.
-
-    Raises:
-        DataError: they lead to voxels in a list of files, or outside of the folder.
-    """
-    lines, offset = _lines(path, lambda line: not line)
-    fields = {}
-    for line in lines[1:]:
-        # A pair may hold a colon itself, and a field never ":=".
-        name, separator, value = line.partition(":=") if ":=" in line else line.partition(":")
-        if separator and not line.startswith("#"):
-            fields[" ".join(name.lower().split())] = value.strip()
-    names = [name for name in fields if name.replace(" ", "") == "datafile"]
-    data = _beside(path, fields[names[0]]) if names else path
-    skips = [fields.get(name, "0") for name in ("byte skip", "byteskip", "line skip", "lineskip")]
-    packing = _PACKINGS.get(fields.get("encoding", "").lower(), "") if set(skips) == {"0"} else ""
-    units = set(re.findall(r'"([^"]*)"', fields.get("space units", "")))
-    return _Text(
-        fields=fields,
-        data=data,
-        offset=0 if names else offset,
-        packing=packing,
-        big=fields.get("endian", "").lower() == "big",
-        sizes=tuple(int(size) for size in fields.get("sizes", "").split()),
-        spacing_known="space directions" in fields or "spacings" in fields,
-        mm=_MM_PER_UNIT.get(units.pop(), 1.0) if len(units) == 1 else 1.0,
-    )
-
-
-def _meta_text(path: Path) -> _Text:
-    """The lines of a MetaImage file up to that which names the file of the voxels.
-
-    Raises:
-        DataError: they are in a list of files, or outside of the folder.
-    """
-    lines, offset = _lines(path, lambda line: line.replace(" ", "").lower().startswith("elementdatafile"))
-    pairs = (re.split(r"\s*[=:]\s*", line, maxsplit=1) for line in lines if re.search("[=:]", line))
-    fields = {name.strip().lower(): value.strip() for name, value in pairs}
-    if "elementdatafile" not in fields:
-        raise DataError(path, expected="a line ElementDataFile = NAME", got=repr(lines[-1][:80]), do="export it again")
-    here = fields["elementdatafile"].lower() == "local"
-    data = path if here else _beside(path, fields["elementdatafile"])
-    packed, binary, skipped = (fields.get(name, default).lower() for name, default in _META_DEFAULTS)
-    plain = binary.startswith("t") and skipped == "0"
-    return _Text(
-        fields={},
-        data=data,
-        offset=offset if here else 0,
-        packing="" if not plain else "deflate" if packed.startswith("t") else "raw",
-        big=any(fields.get(name, "").lower().startswith("t") for name in ("binarydatabyteordermsb", "elementbyteordermsb")),
-        sizes=(),
-        spacing_known="elementspacing" in fields or "elementsize" in fields,
-        mm=1.0,
-    )
-
-
-def _lines(path: Path, is_last: Callable[[str], bool]) -> tuple[list[str], int]:
-    """The lines of text at the start of a file, and where the bytes behind them begin."""
-    lines: list[str] = []
-    with path.open("rb") as file:
-        while file.tell() < _MAX_HEADER_BYTES and (raw := file.readline(_MAX_HEADER_BYTES)):
-            lines.append(raw.decode("utf-8", "replace").strip())
-            if is_last(lines[-1]):
-                break
-        return lines, file.tell()
-
-
-def _beside(path: Path, name: str) -> Path:
-    """The file of the voxels, in the folder of that which names it.
-
-    Raises:
-        DataError: it is elsewhere, not there, or not one.
-    """
-    pure = PurePath(name)
-    if pure.is_absolute() or ".." in pure.parts or name.split()[:1] == ["LIST"] or "%" in name or "\\" in name:
-        raise DataError(path, expected="voxels in one file beside it", got=f"`{name[:200]}`", do="export it as one .nrrd or .mha file")
-    if not (path.parent / pure).is_file():
-        raise DataError(path, expected=f"its voxels in {name[:200]}", got="no such file beside it", do="copy both files")
-    return path.parent / pure
-
-
 def _type(path: Path, words: str) -> np.dtype[Any]:
     """The type of voxels from SimpleITK's words for it."""
     match = _PIXEL_TYPE.fullmatch(words)
     if match is None:
-        raise DataError(path, expected="real numbers", got=f"values of {words}", do="save the magnitude, or real part")
+        raise DataError(path, expected="real numbers", got=f"values of {words}", do="save the magnitude, or real part", code="D008")
     return np.dtype(f"{_KINDS[match['kind']]}{int(match['bits']) // 8}")
 
 
@@ -276,7 +168,7 @@ def _file_shape(path: Path, size: tuple[int, ...], components: int) -> Shape:
     """
     if not 2 <= len(size) <= 4 or (len(size) == 4 and size[3] > 1 and components > 1):
         got = f"{components} components of {format_shape(tuple(size[::-1]))}"
-        raise DataError(path, expected="2 or 3 axes, and one of channels", got=got, do="save one time point a file")
+        raise DataError(path, expected="2 or 3 axes, and one of channels", got=got, do="save one time point a file", code="D009")
     return (size[3] if len(size) == 4 else 1, *size[:3][::-1], components)
 
 
@@ -293,7 +185,9 @@ def _affine(path: Path, reader: Any, mm: float) -> np.ndarray:
     affine[:dims, :dims], affine[:dims, dims] = mm * matrix, mm * np.array(reader.GetOrigin()[:dims])
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:dims, :dims]) < dims:
         got = f"axes {np.round(matrix, 6).tolist()}, origin {reader.GetOrigin()}"
-        raise DataError(path, expected="finite voxel sizes above 0 along axes that span a volume", got=got, do="set its spacing")
+        raise DataError(
+            path, expected="finite voxel sizes above 0 along axes that span a volume", got=got, do="set its spacing", code="D010"
+        )
     if dims == 2:
         return affine[[1, 0, 2]][:, [1, 0, 2]]
     return (LPS_TO_RAS @ affine)[:, [2, 1, 0, 3]]
@@ -359,7 +253,7 @@ def _by_simpleitk(path: Path, found: _Found) -> np.ndarray:
     return np.asarray(_simpleitk(path).GetArrayFromImage(found.reader.Execute())).reshape(found.file_shape)
 
 
-def _inflated(text: _Text, shape: Shape, dtype: np.dtype[Any]) -> np.ndarray:
+def _inflated(text: Text, shape: Shape, dtype: np.dtype[Any]) -> np.ndarray:
     """Voxels that are packed by deflate, in the frame of zlib or of gzip.
 
     Raises:

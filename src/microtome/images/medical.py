@@ -138,7 +138,7 @@ def data_offset(path: Path, found: Found) -> int:
     # The standard lets 0 stand for right behind the header and its 4 bytes of flags.
     first, offset = len(found.block) + 4, found.offset
     if not (offset == 0 or first - 4 <= offset <= _MAX_OFFSET):
-        raise DataError(path, expected=f"vox_offset from {first} to {_MAX_OFFSET}", got=f"{offset:g}", do="export it again")
+        raise DataError(path, expected=f"vox_offset from {first} to {_MAX_OFFSET}", got=f"{offset:g}", do="export it again", code="D011")
     return int(offset) or first
 
 
@@ -186,7 +186,7 @@ def _read_header(path: Path, file: _Unpacked) -> Any:
     """The header as nibabel's object, in the file's byte order; not nibabel's checks, which log and mend in silence."""
     block = file.read(NIFTI2_BYTES)
     if block[344:348] == _PAIR_MAGICS[0] or block[4:8] == _PAIR_MAGICS[1]:
-        raise DataError(path, expected="a single NIfTI file", got="half of a .hdr/.img pair", do="convert the pair to .nii.gz")
+        raise DataError(path, expected="a single NIfTI file", got="half of a .hdr/.img pair", do="convert the pair to .nii.gz", code="D012")
     return _parse_header(block)
 
 
@@ -210,10 +210,10 @@ def _describe(path: Path, nifti: Any) -> Found:
     """Shape, type, scale and place of what a header describes."""
     file_shape = tuple(int(n) for n in nifti.get_data_shape())
     if not 1 <= len(file_shape) <= 7 or min(file_shape) < 1:
-        raise DataError(path, expected="1 to 7 axes of at least one voxel", got=f"shape {file_shape}", do="export it again")
+        raise DataError(path, expected="1 to 7 axes of at least one voxel", got=f"shape {file_shape}", do="export it again", code="D009")
     if sum(n > 1 for n in file_shape[3:]) > 1:
         got = f"shape {file_shape}, both time points and channels"
-        raise DataError(path, expected="one axis beside X, Y, Z", got=got, do="save one time point a file")
+        raise DataError(path, expected="one axis beside X, Y, Z", got=got, do="save one time point a file", code="D009")
     dtype, place = nifti.get_data_dtype(), _place(path, nifti)
     slope, intercept = nifti.get_slope_inter()
     slope, intercept = 1.0 if slope is None else slope, intercept or 0.0
@@ -244,7 +244,9 @@ def _result_type(path: Path, dtype: np.dtype[Any], *, scaled: bool) -> np.dtype[
     if dtype.names:
         return np.dtype(np.uint8)
     if dtype.kind not in "iuf":
-        raise DataError(path, expected="real numbers or RGB", got=f"{dtype.name} values", do="save the magnitude, or real part")
+        raise DataError(
+            path, expected="real numbers or RGB", got=f"{dtype.name} values", do="save the magnitude, or real part", code="D008"
+        )
     if scaled:
         return np.dtype(np.float32)
     return np.dtype(np.float64) if dtype.itemsize > 8 else dtype.newbyteorder("=")
@@ -263,7 +265,9 @@ def _place(path: Path, nifti: Any) -> Place:
             continue
         candidate = read()
         if not np.isfinite(candidate).all():
-            raise DataError(path, expected=f"a finite {name}", got="NaN or infinity in it", do="export it again, or set its affine")
+            raise DataError(
+                path, expected=f"a finite {name}", got="NaN or infinity in it", do="export it again, or set its affine", code="D010"
+            )
         if np.linalg.matrix_rank(candidate[:3, :3]) == 3:
             # The sform does not need the voxel sizes that are missing.
             affine, missing = candidate, missing if name == "qform" else []
@@ -271,7 +275,13 @@ def _place(path: Path, nifti: Any) -> Place:
         unusable.append(f"its {name} puts all voxels into a plane and is not used")
     affine = np.array(affine, float)[:, [2, 1, 0, 3]]
     affine[:3] *= _mm_per_unit(nifti)
-    return Place(affine=affine, spacing_mm=spacing_of(affine), known=not missing, faults=(*unusable, *missing))
+    spacing = spacing_of(affine)
+    # Numbers may be so small or large that their squares are 0 or infinite.
+    if not all(0 < size < math.inf for size in spacing):
+        raise DataError(
+            path, expected="finite voxel sizes above 0", got=f"{spacing} mm", do="export it again, or set its spacing", code="D010"
+        )
+    return Place(affine=affine, spacing_mm=spacing, known=not missing, faults=(*unusable, *missing))
 
 
 def _mm_per_unit(nifti: Any) -> float:
@@ -283,7 +293,9 @@ def _with_sound_pixdim(path: Path, nifti: Any) -> tuple[Any, list[str]]:
     """A copy of the header whose voxel sizes are above 0, and what had to be assumed for that."""
     sound, sizes = nifti.copy(), np.abs(nifti["pixdim"][1:4])
     if not np.isfinite(sizes).all():
-        raise DataError(path, expected="finite voxel sizes", got=f"pixdim {sizes.tolist()}", do="export it again, or set its spacing")
+        raise DataError(
+            path, expected="finite voxel sizes", got=f"pixdim {sizes.tolist()}", do="export it again, or set its spacing", code="D010"
+        )
     missing = [axis for axis, size in zip("XYZ", sizes, strict=True) if size == 0]
     sound["pixdim"][1:4] = np.where(sizes == 0, 1, sizes)
     sound["pixdim"][0] = -1 if nifti["pixdim"][0] == -1 else 1
@@ -310,7 +322,9 @@ def _read_values(path: Path, file: _Unpacked, dtype: np.dtype[Any], count: int) 
 
 
 def _cut_off(path: Path, wanted: int, got: int) -> DataError:
-    return DataError(path, expected=f"{wanted} bytes of voxels", got=f"only {got}: it was cut off", do="copy or download it again")
+    return DataError(
+        path, expected=f"{wanted} bytes of voxels", got=f"only {got}: it was cut off", do="copy or download it again", code="D002"
+    )
 
 
 def _channels_first(values: np.ndarray, shape_vox: Shape) -> np.ndarray:

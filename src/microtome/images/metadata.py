@@ -100,10 +100,8 @@ def kind_of(path: Path) -> str:
             return kind
     if (read_json(path.parent, "info") or {}).get("scales"):
         return "precomputed"
-    expected = "an OME-Zarr, Zarr, N5 or precomputed store"
-    raise DataError(
-        name_of(path), expected=expected, got="none of their documents that may be read", do="check the address and your rights"
-    )
+    expected, got = "an OME-Zarr, Zarr, N5 or precomputed store", "none of their documents that may be read"
+    raise DataError(name_of(path), expected=expected, got=got, do="check the address and your rights", code="D021")
 
 
 # Zarr, with OME's metadata and without.
@@ -113,7 +111,8 @@ def _find_zarr(place: Path) -> Found:
     """The image that a node of a Zarr store is or leads to."""
     node = _node(place)
     if node is None:
-        raise DataError(name_of(place), expected="a Zarr group or array", got="neither .zgroup, .zarray nor zarr.json", do="copy it again")
+        got = "neither .zgroup, .zarray nor zarr.json"
+        raise DataError(name_of(place), expected="a Zarr group or array", got=got, do="copy it again", code="D021")
     if node.is_array:
         return _level_found(node) or _plain(node)
     if node.ome.get("multiscales"):
@@ -124,7 +123,7 @@ def _find_zarr(place: Path) -> Found:
         if choices:
             return _find_zarr(_inside(place, choices[0]))
     do = "give the array itself, as in STORE/name"
-    raise DataError(name_of(place), expected="an image in a Zarr group", got="a group that lists none", do=do)
+    raise DataError(name_of(place), expected="an image in a Zarr group", got="a group that lists none", do=do, code="D021")
 
 
 def _node(place: Path) -> _Node | None:
@@ -146,7 +145,8 @@ def _image(node: _Node, level: str | None = None) -> Found:
     place = _inside(node.place, path)
     array = _node(place)
     if array is None or not array.is_array:
-        raise DataError(name_of(place), expected="the array that its group names", got="none", do="copy or export the store again")
+        do = "copy or export the store again"
+        raise DataError(name_of(place), expected="the array that its group names", got="none", do=do, code="D021")
     names, units = _axes(multiscale.get("axes"), _rank(array))
     scale, origin = np.ones(len(names)), np.zeros(len(names))
     for transformed in (datasets[path], multiscale):
@@ -186,11 +186,12 @@ def _transformed(scale: np.ndarray, origin: np.ndarray, step: Mapping[str, Any],
     if kind == "identity":
         return scale, origin
     if kind not in {"scale", "translation"} or kind not in step:
-        do = "write scale and translation as lists"
-        raise DataError(name_of(place), expected="scale and translation", got=f"a transformation `{kind}` of {sorted(step)}", do=do)
+        got, do = f"a transformation `{kind}` of {sorted(step)}", "write scale and translation as lists"
+        raise DataError(name_of(place), expected="scale and translation", got=got, do=do, code="D023")
     values = np.asarray(step[kind], np.float64)
     if values.shape != scale.shape:
-        raise DataError(name_of(place), expected=f"{len(scale)} numbers in {kind}", got=f"{step[kind]}"[:80], do="correct its metadata")
+        expected, got = f"{len(scale)} numbers in {kind}", f"{step[kind]}"[:80]
+        raise DataError(name_of(place), expected=expected, got=got, do="correct its metadata", code="D023")
     return (scale * values, origin * values) if kind == "scale" else (scale, origin + values)
 
 
@@ -229,7 +230,7 @@ def _series(node: _Node) -> list[str]:
     """
     if wells := node.ome.get("plate", {}).get("wells"):
         do = f"give a field of one of them, such as {name_of(node.place)}/{wells[0]['path']}/0"
-        raise DataError(name_of(node.place), expected="one image", got=f"a plate of {len(wells)} wells", do=do)
+        raise DataError(name_of(node.place), expected="one image", got=f"a plate of {len(wells)} wells", do=do, code="D022")
     if fields := node.ome.get("well", {}).get("images"):
         return [str(field["path"]) for field in fields]
     if "bioformats2raw.layout" not in node.ome:
@@ -284,9 +285,8 @@ def _find_n5(place: Path) -> Found:
         return _find_n5(_inside(place, (finest or datasets)[0]))
     if datasets:
         raise _several(place, datasets, "datasets")
-    raise DataError(
-        name_of(place), expected="a dataset of N5", got="a group that lists none", do="give the dataset itself, as in STORE/name"
-    )
+    do = "give the dataset itself, as in STORE/name"
+    raise DataError(name_of(place), expected="a dataset of N5", got="a group that lists none", do=do, code="D021")
 
 
 def _dataset(place: Path, attributes: dict[str, Any]) -> Found:
@@ -336,12 +336,14 @@ def _find_precomputed(place: Path) -> Found:
     info = read_json(place, "info")
     if info is not None and not info.get("scales"):
         got = f"`{info.get('@type', 'no type')}` without scales"
-        raise DataError(name_of(place), expected="a precomputed image or segmentation", got=got, do="give the image's own store")
+        do = "give the image's own store"
+        raise DataError(name_of(place), expected="a precomputed image or segmentation", got=got, do=do, code="D021")
     root = place if info is not None else place.parent
     scales = (info if info is not None else read_json(root, "info") or {})["scales"]
     keys = [str(scale["key"]) for scale in scales]
     if info is None and place.name not in keys:
-        raise DataError(name_of(place), expected=f"one of its scales {', '.join(keys)}", got=f"`{place.name}`", do="correct the path")
+        expected = f"one of its scales {', '.join(keys)}"
+        raise DataError(name_of(place), expected=expected, got=f"`{place.name}`", do="correct the path", code="D021")
     index = 0 if info is not None else keys.index(place.name)
     scale = [float(value) for value in scales[index]["resolution"]]
     offset = [float(value) for value in scales[index].get("voxel_offset", (0, 0, 0))]
@@ -367,7 +369,8 @@ def _inside(place: Path, name: str) -> Path:
     """
     path = PurePosixPath(name)
     if path.is_absolute() or not path.parts or ".." in path.parts:
-        raise DataError(name_of(place), expected="paths within the store", got=f"`{name}` in its metadata", do="do not trust this store")
+        got = f"`{name}` in its metadata"
+        raise DataError(name_of(place), expected="paths within the store", got=got, do="do not trust this store", code="D024")
     return place / path
 
 
@@ -388,9 +391,8 @@ def _walked(place: Path, is_array: Callable[[Path], bool | None], depth: int = _
 def _several(place: Path, names: list[str], what: str) -> DataError:
     """The error for a store of which one image must be named."""
     shown = ", ".join(names[:_MOST_LISTED]) + (", ..." if len(names) > _MOST_LISTED else "")
-    return DataError(
-        name_of(place), expected="one image", got=f"{what} {shown}", do=f"give one of them, such as {name_of(place)}/{names[0]}"
-    )
+    do = f"give one of them, such as {name_of(place)}/{names[0]}"
+    return DataError(name_of(place), expected="one image", got=f"{what} {shown}", do=do, code="D022")
 
 
 FINDERS: Mapping[str, Callable[[Path], Found]] = MappingProxyType({"zarr": _find_zarr, "n5": _find_n5, "precomputed": _find_precomputed})

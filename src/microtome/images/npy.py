@@ -80,7 +80,7 @@ def _mapped(path: Path) -> np.ndarray:
     image_type(path, dtype)
     if not 2 <= len(shape) <= _MOST_AXES or min(shape) < 1:
         got = f"an array of {len(shape)} axes {shape}"
-        raise DataError(path, expected="the axes YX, ZYX or CZYX", got=got, do="save one image a file")
+        raise DataError(path, expected="the axes YX, ZYX or CZYX", got=got, do="save one image a file", code="D009")
     array = mapped(path, dtype, offset, shape[::-1] if fortran_order else shape)
     return array.T if fortran_order else array
 
@@ -97,7 +97,7 @@ def image_type(path: Path, dtype: np.dtype[Any]) -> np.dtype[Any]:
         DataError: records, objects, texts, times or complex numbers.
     """
     if dtype.kind not in "biuf" or dtype.names is not None:
-        raise DataError(path, expected="real numbers", got=f"{dtype} values", do="save a plain array of integers or floats")
+        raise DataError(path, expected="real numbers", got=f"{dtype} values", do="save a plain array of integers or floats", code="D008")
     if dtype.kind == "b":
         return np.dtype(np.uint8)
     return np.dtype(np.float64) if dtype.itemsize > 8 else dtype.newbyteorder("=")

@@ -71,7 +71,9 @@ def create_labels(
         RunError: it cannot be written.
     """
     if np.dtype(dtype).kind not in "iu":
-        raise DataError(name_of(place), expected="labels of whole numbers", got=f"{np.dtype(dtype)}", do="write it by create_image")
+        raise DataError(
+            name_of(place), expected="labels of whole numbers", got=f"{np.dtype(dtype)}", do="write it by create_image", code="D007"
+        )
     return _created(place, f"labels/{name}", _metadata(shape_vox, np.dtype(dtype), chunk_vox, version, layers), version)
 
 
@@ -121,7 +123,7 @@ def finish(place: Path, name: str, *, like: Volume, values: Mapping[int, str] | 
     shape_vox = finest.shape[-len(like.shape_vox) :]
     if shape_vox != like.shape_vox:
         expected, got = f"an array of {format_shape(like.shape_vox)}", format_shape(finest.shape)
-        raise DataError(name_of(group), expected=expected, got=got, do="remove it and predict again")
+        raise DataError(name_of(group), expected=expected, got=got, do="remove it and predict again", code="D028")
     levels = levels_of(like.shape_vox, like.spacing_mm)
     layers = finest.shape[0] if len(finest.shape) > len(shape_vox) else None
     finer: Pixels = finest
@@ -153,7 +155,7 @@ def write_omezarr(path: Path, image: Image) -> None:
         DataError: the path is a URL, where nothing appears in one step.
     """
     if url_of(path) is not None:
-        raise DataError(name_of(path), expected="a folder of this machine", got="a URL", do="write it here and copy it")
+        raise DataError(name_of(path), expected="a folder of this machine", got="a URL", do="write it here and copy it", code="D029")
     like, name, shape = volume_of(image), "image", image.shape_vox
     chunk = (64, 128, 128) if len(shape) == 3 else (1024, 1024)
     label = image.channels == 1 and image.array.dtype.kind in "iu"
@@ -272,7 +274,9 @@ def _created(place: Path, path: str, metadata: dict[str, Any], version: Version,
     for group in (place, where.parent):
         if _root_version(group) not in {None, version}:
             do = f"write version {_root_version(group)}, or choose another place"
-            raise DataError(name_of(group), expected=f"no store, or one of OME-Zarr {version}", got=f"one of {_root_version(group)}", do=do)
+            raise DataError(
+                name_of(group), expected=f"no store, or one of OME-Zarr {version}", got=f"one of {_root_version(group)}", do=do, code="D027"
+            )
     document = read_json(where, ".zarray" if version == "0.4" else "zarr.json")
     if document is None:
         with writing(where):
@@ -283,7 +287,7 @@ def _created(place: Path, path: str, metadata: dict[str, Any], version: Version,
     if found := {key: document.get(key) for key, value in wanted.items() if document.get(key) != value}:
         expected = ", ".join(f"{key} {wanted[key]}" for key in found)
         got = ", ".join(f"{key} {value}" for key, value in found.items())
-        raise DataError(name_of(where), expected=expected, got=got, do="remove it, or choose another --out")
+        raise DataError(name_of(where), expected=expected, got=got, do="remove it, or choose another --out", code="D027")
     return _opened(where, version)
 
 
@@ -298,7 +302,7 @@ def _group_of(place: Path, name: str) -> tuple[Path, bool]:
     for group, is_label in ((place / "labels" / name, True), (place / name, False)):
         if any(read_json(group / "0", document) is not None for document in (".zarray", "zarr.json")):
             return group, is_label
-    raise DataError(name_of(place), expected=f"an array that was created as `{name}`", got="none", do="predict first")
+    raise DataError(name_of(place), expected=f"an array that was created as `{name}`", got="none", do="predict first", code="D028")
 
 
 # Groups and their metadata.

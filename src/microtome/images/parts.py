@@ -96,7 +96,7 @@ def mapped(path: Path, dtype: np.dtype[Any], offset: int, shape: Shape) -> np.nd
 
 def cut_off(path: Path, wanted: int, size: int) -> DataError:
     """The error for a file that ends too early."""
-    return DataError(path, expected=f"{wanted} bytes", got=f"{size}: it was cut off", do="copy, download or export it again")
+    return DataError(path, expected=f"{wanted} bytes", got=f"{size}: it was cut off", do="copy, download or export it again", code="D002")
 
 
 class Bytes:

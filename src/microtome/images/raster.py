@@ -72,7 +72,7 @@ def write_png(path: Path, array: np.ndarray) -> None:
     """
     if array.ndim != 3 or array.shape[0] not in (1, 3) or array.dtype not in (np.uint8, np.uint16):
         got = f"{array.dtype} of shape {array.shape}"
-        raise DataError(path, expected="1 or 3 channels YX of uint8 or uint16 for a PNG", got=got, do="write a .tif instead")
+        raise DataError(path, expected="1 or 3 channels YX of uint8 or uint16 for a PNG", got=got, do="write a .tif instead", code="D007")
     pixels = array[0] if array.shape[0] == 1 else np.moveaxis(array, 0, -1)
     with atomic_path(path) as part:
         # A copy, because the encoder refuses the free strides that numpy leaves to axes of length 1.

@@ -59,7 +59,7 @@ def kvstore_of(place: Path) -> dict[str, Any]:
         else:
             spec = ts.KvStore.Spec(url).to_json()
     except (ValueError, NotImplementedError) as error:
-        raise DataError(url, expected="the URL of a store", got=reason_of(error), do="check the URL") from None
+        raise DataError(url, expected="the URL of a store", got=reason_of(error), do="check the URL", code="D025") from None
     return {**spec, "path": f"{spec.get('path', '').rstrip('/')}/"}
 
 
@@ -80,11 +80,13 @@ def reading(place: Path) -> Iterator[None]:
     except (MicrotomeError, Warning):
         raise
     except MemoryError:
-        raise DataError(name_of(place), expected="a part that fits in memory", got="too little memory", do="read less at a time") from None
+        raise DataError(
+            name_of(place), expected="a part that fits in memory", got="too little memory", do="read less at a time", code="D004"
+        ) from None
     except Exception as error:  # tensorstore has a type for each code of an error, and metadata of any shape fail anyhow
         got = f"what cannot be read ({reason_of(error)})"
         do = "copy or export it again, and check address and rights"
-        raise DataError(name_of(place), expected="a whole chunked store", got=got, do=do) from error
+        raise DataError(name_of(place), expected="a whole chunked store", got=got, do=do, code="D026") from error
 
 
 @contextmanager
@@ -100,7 +102,7 @@ def writing(place: Path) -> Iterator[None]:
         raise
     except Exception as error:  # as above
         do = "free space, check the rights, or choose another --out"
-        raise RunError(name_of(place), expected="a store that can be written", got=reason_of(error), do=do) from error
+        raise RunError(name_of(place), expected="a store that can be written", got=reason_of(error), do=do, code="R001") from error
 
 
 def reason_of(error: Exception) -> str:
@@ -248,9 +250,9 @@ def _object_of(text: bytes, place: Path, name: str) -> dict[str, Any]:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         got = f"damaged metadata ({reason_of(error)})"
-        raise DataError(where, expected="JSON", got=got, do="copy or export the store again") from None
+        raise DataError(where, expected="JSON", got=got, do="copy or export the store again", code="D023") from None
     if not isinstance(value, dict):
-        raise DataError(where, expected="a JSON object", got=f"a {type(value).__name__}", do="copy or export the store again")
+        raise DataError(where, expected="a JSON object", got=f"a {type(value).__name__}", do="copy or export the store again", code="D023")
     return value
 
 

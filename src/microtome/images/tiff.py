@@ -162,7 +162,7 @@ def _check_pages(path: Path, file: IO[bytes]) -> None:
     seen: set[int] = set()
     while offset:
         if offset in seen or len(seen) >= _MAX_PAGES:
-            raise DataError(path, expected="pages one after the other", got=f"page {len(seen)} before page 0", do="export it again")
+            raise DataError(path, expected="pages in a row", got=f"page {len(seen)} before page 0", do="export it again", code="D011")
         seen.add(offset)
         file.seek(offset)
         count = number.unpack(_exactly(path, file, number.size, size))[0]
@@ -222,7 +222,7 @@ def _result_type(path: Path, dtype: np.dtype[Any] | None) -> np.dtype[Any]:
     """The type of `Image.array` for a file's type."""
     if dtype is None or dtype.kind not in "biuf":
         got = "a sample format that is unknown" if dtype is None else f"{dtype.name} values"
-        raise DataError(path, expected="real numbers", got=got, do="convert it to 8, 16 or 32 bits")
+        raise DataError(path, expected="real numbers", got=got, do="convert it to 8, 16 or 32 bits", code="D008")
     return np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
 
 
@@ -231,14 +231,14 @@ def _check_complete(path: Path, tiff: Any, series: Any) -> None:
     promised = int((tiff.imagej_metadata or {}).get("images", 1)) if tiff.is_imagej else 1
     if series.kind != "imagej" and promised > len(tiff.pages):
         got = f"{len(tiff.pages)} of the {promised} that its ImageJ metadata name"
-        raise DataError(path, expected="all planes", got=got, do="it was cut off; copy or export it again")
+        raise DataError(path, expected="all planes", got=got, do="it was cut off; copy or export it again", code="D002")
 
 
 def check_whole(path: Path, series: Any) -> None:
     """Refuse a file that ends before its pixels do: some decoders fill the rest with grey."""
     for page in series.pages:
         if page is None:
-            raise DataError(path, expected="all planes", got="a plane that its OME-XML names is missing", do="export it again")
+            raise DataError(path, expected="all planes", got="a plane that its OME-XML names is missing", do="export it again", code="D002")
         size = page.parent.filehandle.size
         end = max((start + length for start, length in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
         if end > size:
@@ -266,10 +266,10 @@ def _arrange(path: Path, names: str, sizes: Shape) -> tuple[Shape, tuple[int, ..
     if any(names[i] == "T" for i in sections):
         got = f"{sizes[names.index('T')]} time points (axes {names}, {format_shape(sizes)})"
         do = "save one time point a file, or, if they are sections, set its axes to ZYX (ImageJ: Image > Properties)"
-        raise DataError(path, expected="one time point", got=got, do=do)
+        raise DataError(path, expected="one time point", got=got, do=do, code="D009")
     if len(sections) > 1:
-        got = f"axes {names} of {format_shape(sizes)}"
-        raise DataError(path, expected="one stack of sections", got=got, do="save one stack a file, or set its axes to ZYX or CZYX")
+        got, do = f"axes {names} of {format_shape(sizes)}", "save one stack a file, or set its axes to ZYX or CZYX"
+        raise DataError(path, expected="one stack of sections", got=got, do=do, code="D009")
     spatial = [*sections, *plane]
     return tuple(int(sizes[i]) for i in spatial), (*single, *channels, *spatial), math.prod(sizes[i] for i in channels)
 
@@ -374,7 +374,7 @@ def _storable(path: Path, array: np.ndarray) -> np.ndarray:
     if array.dtype == np.float16:
         return array.astype(np.float32)
     if array.dtype.kind not in "iuf" or (array.dtype.kind in "iu" and array.dtype.itemsize > 4):
-        raise DataError(path, expected="real numbers of at most 32 bits, or float64", got=array.dtype.name, do="convert them")
+        raise DataError(path, expected="real numbers of at most 32 bits, or float64", got=array.dtype.name, do="convert them", code="D007")
     return array
 
 

@@ -36,7 +36,7 @@ class CleanUp:
         for name in ("min_size_vox", "min_size_mm"):
             size = getattr(self, name)
             if not (0 <= size < math.inf):
-                raise ConfigError(f"clean-up: {name}", expected="a size, 0 or more", got=f"{size}", do="change it")
+                raise ConfigError(f"clean-up: {name}", expected="a size, 0 or more", got=f"{size}", do="change it", code="C022")
 
     @property
     def removes(self) -> bool:
@@ -64,6 +64,7 @@ def parse_size(text: str) -> tuple[float, str]:
             expected="a number of voxels (50), or of mm³ (0.5mm; of mm² in an image of two axes)",
             got=f"`{text}`",
             do="write it like that, without a sign",
+            code="C022",
         )
     return float(match["number"]), match["unit"] or "vox"
 
@@ -102,7 +103,7 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.memory_gb is not None and not (0 < self.memory_gb < math.inf):
-            raise ConfigError("--memory", expected="a number of GB above 0", got=f"{self.memory_gb:g}", do="change it")
+            raise ConfigError("--memory", expected="a number of GB above 0", got=f"{self.memory_gb:g}", do="change it", code="C022")
 
     def check(self, legend: Legend) -> None:
         """Refuse what cannot be made of a model's classes.
@@ -113,7 +114,7 @@ class Options:
         if self.mending and legend.background is None:
             word = "--instances" if self.instances else "--keep-largest, --fill-holes, --min-size"
             do = "name the class `background` in microtome.yaml and train again"
-            raise ConfigError(word, expected="a model with a background between objects", got=legend.words, do=do)
+            raise ConfigError(word, expected="a model with a background between objects", got=legend.words, do=do, code="C023")
 
     def wanted(self, legend: Legend, *, averaged: bool, temperature: float = 1.0) -> Wanted:
         """What has to come of the logits of a model, which may be the mean of several passes."""

@@ -69,7 +69,11 @@ class Record:
         try:
             if found["schema"] != SCHEMA:
                 raise DataError(
-                    where, expected=f"a record of schema {SCHEMA}", got=str(found["schema"]), do="use the microtome that wrote it"
+                    where,
+                    expected=f"a record of schema {SCHEMA}",
+                    got=str(found["schema"]),
+                    do="use the microtome that wrote it",
+                    code="D053",
                 )
             cut = found["layout"]
             return cls(
@@ -87,7 +91,9 @@ class Record:
             )
         except (KeyError, TypeError, ValueError) as error:
             got = f"{type(error).__name__}: {error}"[:200]
-            raise DataError(where, expected="the record of a prediction", got=got, do="remove this output and predict again") from None
+            raise DataError(
+                where, expected="the record of a prediction", got=got, do="remove this output and predict again", code="D030"
+            ) from None
 
 
 class Bricks:
@@ -115,7 +121,7 @@ class Bricks:
             changed = ", ".join(sorted(name for name in record.request if found.request.get(name) != record.request[name]))
             what = "a finished prediction" if found.complete else "the beginning of a prediction"
             got = f"{what} of another kind ({changed})"
-            raise DataError(place, expected="this prediction or nothing", got=got, do="give another --out, or remove it")
+            raise DataError(place, expected="this prediction or nothing", got=got, do="give another --out, or remove it", code="D027")
         self.record = found or record
         if found is None:
             self.documents.write(RECORD, record.to_json())

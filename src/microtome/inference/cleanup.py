@@ -73,7 +73,9 @@ def _chosen(what: str, asked: bool | tuple[int, ...], foreground: list[int]) -> 
     unknown = sorted(set(asked) - set(foreground))
     if unknown:
         known = ", ".join(map(str, foreground)) or "none"
-        raise ConfigError(f"--{what}", expected=f"classes other than the background ({known})", got=f"{unknown[0]}", do="choose from these")
+        raise ConfigError(
+            f"--{what}", expected=f"classes other than the background ({known})", got=f"{unknown[0]}", do="choose from these", code="C023"
+        )
     return sorted(set(asked))
 
 

@@ -81,7 +81,23 @@ def fill_on_cluster(address: str, job: Job, bricks: Bricks, *, on_voxels: OnVoxe
     finished, total = bricks.done()
     if finished < total:
         got, do = f"{finished} of {total} bricks there", "let all workers reach one and the same store, and run the same command again"
-        raise RunError(name_of(bricks.place), expected="all that the workers wrote", got=got, do=do)
+        raise RunError(name_of(bricks.place), expected="all that the workers wrote", got=got, do=do, code="R008")
+
+
+def check_address(address: str) -> None:
+    """Refuse words that name no cluster, before any time is spent.
+
+    Raises:
+        ConfigError: neither `local:N` nor a scheduler's address or file.
+    """
+    if address.startswith(LOCAL):
+        workers = address.removeprefix(LOCAL)
+        if not workers.isdecimal() or int(workers) < 1:
+            expected = f"{LOCAL} and a number of workers"
+            raise ConfigError("--cluster", expected=expected, got=f"`{address}`", do=f"give {LOCAL}2", code="C030")
+    elif "://" not in address and not address.endswith(".json"):
+        do = f"give {LOCAL}2, tcp://host:8786, or the file of `dask scheduler --scheduler-file`"
+        raise ConfigError("--cluster", expected="the address of a cluster", got=f"`{address}`", do=do, code="C030")
 
 
 # What a worker does.
@@ -102,31 +118,15 @@ class Order:
     job: Job = field(compare=False)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """An error for people, as a worker sends it: errors of several parts do not travel as exceptions."""
-
-    kind: str
-    where: str
-    expected: str
-    got: str
-    do: str
-
-    def error(self) -> MicrotomeError:
-        """The error that it was."""
-        kinds = {kind.__name__: kind for kind in (ConfigError, DataError)}
-        return kinds.get(self.kind, RunError)(self.where, expected=self.expected, got=self.got, do=self.do)
-
-
-def fill_block(order: Order, box: Box) -> Failure | None:
-    """Compute and write what is missing of a box: what a worker is sent."""
+def fill_block(order: Order, box: Box) -> MicrotomeError | None:
+    """Compute and write what is missing of a box: what a worker is sent. What it found wrong comes back, and no other worker tries."""
     try:
         _check_version(f"worker {platform.node()}", order.version, version("microtome"))
         worker = _worker_of(order)
         for part in worker.bricks.missing(box=box):
             deque(worker.fill(part), maxlen=0)
     except MicrotomeError as error:
-        return Failure(type(error).__name__, error.where, error.expected, f"{error.got} (on {platform.node()})", error.do)
+        return error.on(platform.node())
     return None
 
 
@@ -143,7 +143,7 @@ def _worker_of(order: Order) -> Worker:
     if thread not in kept:
         if recorded(order.job.place) is None:
             got, do = "nothing there", "choose an --out that all workers reach under the same name"
-            raise DataError(name_of(order.job.place), expected="the store that this prediction was begun in", got=got, do=do)
+            raise DataError(name_of(order.job.place), expected="the store that this prediction was begun in", got=got, do=do, code="D028")
         with warnings.catch_warnings():
             # Who ran the command was told already.
             warnings.simplefilter("ignore", DataWarning)
@@ -180,11 +180,9 @@ def _connected(address: str, say: Say) -> Iterator[Any]:
         dask: Any = import_module("distributed")
     except ImportError:
         raise missing_extra(f"--cluster {address}", "dask.distributed", "cluster") from None
+    check_address(address)
     if address.startswith(LOCAL):
-        workers = address.removeprefix(LOCAL)
-        if not workers.isdecimal() or int(workers) < 1:
-            raise ConfigError("--cluster", expected=f"{LOCAL} and a number of workers", got=f"`{address}`", do=f"give {LOCAL}2")
-        with _local(dask, int(workers), say) as client:
+        with _local(dask, int(address.removeprefix(LOCAL)), say) as client:
             yield client
         return
     place = _scheduler_at(address)
@@ -193,7 +191,7 @@ def _connected(address: str, say: Say) -> Iterator[Any]:
             client = dask.Client(place, timeout=CONNECT_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             do = "start `dask scheduler` and `dask worker`, and give the address that the scheduler shows (docs/cluster.md)"
-            raise RunError(f"--cluster {address}", expected="a scheduler of Dask", got=_line(error), do=do) from None
+            raise RunError(f"--cluster {address}", expected="a scheduler of Dask", got=_line(error), do=do, code="R010") from None
         with client:
             with suppress(KeyError):
                 say(f"scheduler at {place}; dashboard, if bokeh is installed there: {client.dashboard_link}")
@@ -207,10 +205,7 @@ def _scheduler_at(address: str) -> str:
             return str(json.loads(Path(address).read_text(encoding="utf-8"))["address"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             do = "wait until the scheduler has written it, or give the scheduler's address"
-            raise ConfigError(f"--cluster {address}", expected="the file of a scheduler", got=_line(error), do=do) from None
-    if "://" not in address:
-        do = f"give {LOCAL}2, tcp://host:8786, or the file of `dask scheduler --scheduler-file`"
-        raise ConfigError("--cluster", expected="the address of a cluster", got=f"`{address}`", do=do)
+            raise ConfigError(f"--cluster {address}", expected="the file of a scheduler", got=_line(error), do=do, code="C030") from None
     return address
 
 
@@ -227,7 +222,7 @@ def _local(dask: Any, workers: int, say: Say) -> Iterator[Any]:
             cluster = dask.LocalCluster(n_workers=workers, threads_per_worker=1, silence_logs=logging.CRITICAL, **words)
         except (OSError, RuntimeError) as error:
             do = "give fewer workers, or call from a script with `if __name__ == '__main__':`"
-            raise RunError(f"--cluster {LOCAL}{workers}", expected="workers that start", got=_line(error), do=do) from error
+            raise RunError(f"--cluster {LOCAL}{workers}", expected="workers that start", got=_line(error), do=do, code="R010") from error
         with cluster, dask.Client(cluster, set_as_default=False) as client:
             link = f"dashboard: {cluster.dashboard_link}" if board else "no dashboard (pip install bokeh)"
             say(f"{_count(workers, 'worker')} of {_count(each, 'thread')}; {link}")
@@ -289,8 +284,9 @@ def _check_versions(client: Any) -> None:
 def _check_version(place: str, wanted: str, found: str | None) -> None:
     """Refuse another version than is wanted."""
     if found != wanted:
+        expected = f"microtome {wanted}, as where the command runs"
         do = "give scheduler, workers and this command one environment or one container image"
-        raise ConfigError(place, expected=f"microtome {wanted}, as where the command runs", got=found or "none installed", do=do)
+        raise ConfigError(place, expected=expected, got=found or "none installed", do=do, code="C031")
 
 
 def _wait_for_threads(client: Any, bricks: Bricks, say: Say) -> int:
@@ -313,7 +309,7 @@ def _wait_for_threads(client: Any, bricks: Bricks, say: Say) -> int:
         if limit and needed > 0.8 * limit:
             got = f"{limit / 1e9:.2f} GB for {worker['nthreads']} threads of {each / 1e9:.2f} GB each"
             do = "start workers with --nthreads 1 and --memory-limit 0"
-            raise ConfigError(f"worker {place}", expected="memory for a block a thread", got=got, do=do)
+            raise ConfigError(f"worker {place}", expected="memory for a block a thread", got=got, do=do, code="C032")
     say(f"{_count(len(found), 'worker')}, {_count(sum(found.values()), 'block')} at once")
     return sum(found.values())
 
@@ -346,7 +342,7 @@ def _ended(client: Any, futures: Mapping[Any, Box], say: Say) -> Iterator[Any]:
             say("no workers are left; waiting for new ones")
         if missed > MOST_MISSED and client.cluster is not None:
             got, do = "none, and none comes back", "see whether memory is short, and run the same command again"
-            raise RunError("--cluster", expected="workers of this machine", got=got, do=do)
+            raise RunError("--cluster", expected="workers of this machine", got=got, do=do, code="R009")
 
 
 @contextmanager
@@ -360,7 +356,7 @@ def _talking(address: str, bricks: Bricks) -> Iterator[None]:
         yield
     except (OSError, asyncio.CancelledError, concurrent.futures.CancelledError) as error:
         got = "the connection to it was lost"
-        raise RunError(f"--cluster {address}", expected="a scheduler until the end", got=got, do=_again(bricks)) from error
+        raise RunError(f"--cluster {address}", expected="a scheduler until the end", got=got, do=_again(bricks), code="R009") from error
 
 
 def _raise_failure(future: Any, box: Box, bricks: Bricks) -> None:
@@ -373,7 +369,7 @@ def _raise_failure(future: Any, box: Box, bricks: Bricks) -> None:
     if future.status != "error":
         failure = future.result()
         if failure is not None:
-            raise failure.error()
+            raise failure
         return
     error, do = future.exception(), _again(bricks)
     got = _line(error)
@@ -381,7 +377,7 @@ def _raise_failure(future: Any, box: Box, bricks: Bricks) -> None:
         got = f"{error.allowed_failures + 1} workers, each of which died of it"
         do = f"give workers more memory (their logs say more), then {do}"
     where = f"{name_of(bricks.place)}, block {' × '.join(f'{a}:{b}' for a, b in box)}"
-    raise RunError(where, expected="a block that can be computed", got=got, do=do) from error
+    raise RunError(where, expected="a block that can be computed", got=got, do=do, code="R007") from error
 
 
 def _again(bricks: Bricks) -> str:

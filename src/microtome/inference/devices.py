@@ -29,14 +29,18 @@ def pick_device(name: str = "auto") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ConfigError("device", expected="auto, cpu or cuda", got=f"`{name}`", do="give another --device") from None
+        raise ConfigError("device", expected="auto, cpu or cuda", got=f"`{name}`", do="give another --device", code="C024") from None
     if device.type not in ("cpu", "cuda"):
-        raise ConfigError("device", expected="auto, cpu or cuda", got=f"`{name}`", do="give another --device")
+        raise ConfigError("device", expected="auto, cpu or cuda", got=f"`{name}`", do="give another --device", code="C024")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", expected="a GPU that torch can use", got=f"`{name}` and none", do="give --device cpu")
+        raise ConfigError("device", expected="a GPU that torch can use", got=f"`{name}` and none", do="give --device cpu", code="C024")
     if device.type == "cuda" and (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise ConfigError(
-            "device", expected=f"one of {torch.cuda.device_count()} GPUs, counted from 0", got=f"`{name}`", do="give --device cuda"
+            "device",
+            expected=f"one of {torch.cuda.device_count()} GPUs, counted from 0",
+            got=f"`{name}`",
+            do="give --device cuda",
+            code="C024",
         )
     return device
 

@@ -122,17 +122,19 @@ class Engines:
         word, do = f"--engine {engine}", "use --engine torch"
         if _is_graph(engine):
             if self.device != "cpu":
-                raise ConfigError(word, expected="--device cpu", got=f"--device {self.device}", do=do)
+                raise ConfigError(word, expected="--device cpu", got=f"--device {self.device}", do=do, code="C025")
             if self.tta == "rotations":
-                raise ConfigError(word, expected="no --tta rotations, which turns tiles with torch", got="both", do=do)
+                raise ConfigError(word, expected="no --tta rotations, which turns tiles with torch", got="both", do=do, code="C025")
             if self.head is not None:
-                raise ConfigError(word, expected="no --head, as graphs hold the whole network", got=f"--head {self.head}", do=do)
+                raise ConfigError(
+                    word, expected="no --head, as graphs hold the whole network", got=f"--head {self.head}", do=do, code="C025"
+                )
             if self.samples is None:
                 expected = "a model with a golden input, to check the engine by"
                 do = "`microtome train --resume` on its run brings it up to date, or --engine torch"
-                raise ConfigError(word, expected=expected, got="a model of an older microtome, or of an unfinished run", do=do)
+                raise ConfigError(word, expected=expected, got="a model of an older microtome, or of an unfinished run", do=do, code="C025")
         if ENGINES[engine].precision == "bf16" and not self._has_bf16():
-            raise ConfigError(word, expected="a processor that multiplies bfloat16", got=self._machine(), do=do)
+            raise ConfigError(word, expected="a processor that multiplies bfloat16", got=self._machine(), do=do, code="C025")
 
     def _usable(self) -> Iterable[str]:
         """The names that `auto` may choose from, the preferred first."""

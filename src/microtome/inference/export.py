@@ -53,7 +53,7 @@ def write_graph(bundle: Bundle) -> Path:
     folder = graph_folder(bundle)
     if bundle.samples is None:
         where, do = bundle.folder or "bundle", "`microtome train --resume` on its run brings it up to date"
-        raise DataError(where, expected="a golden input in the bundle, to check its graph by", got="none", do=do)
+        raise DataError(where, expected="a golden input in the bundle, to check its graph by", got="none", do=do, code="D056")
     network = restore(bundle)
     with atomic_path(folder / FILES["onnx"][0]) as part:
         export(network, part)
@@ -72,7 +72,9 @@ def export(network: Network, path: Path) -> None:
     weight_bytes = sum(tensor.nbytes for tensor in network.state_dict().values())
     if weight_bytes > MOST_BYTES:
         got = f"{weight_bytes / 1e9:.1f} GB"
-        raise ConfigError(network.spec.name, expected="at most 2 GB of weights for an ONNX graph", got=got, do="use --engine torch")
+        raise ConfigError(
+            network.spec.name, expected="at most 2 GB of weights for an ONNX graph", got=got, do="use --engine torch", code="C038"
+        )
     plain = copy.deepcopy(network).cpu().eval()
     for module in list(plain.modules()):
         for name, child in module.named_children():
@@ -100,7 +102,7 @@ def export(network: Network, path: Path) -> None:
         except RuntimeError as error:
             got = " ".join(str(error).split())[:200]
             raise RunError(
-                network.spec.name, expected="a network that torch can write as a graph", got=got, do="use --engine torch"
+                network.spec.name, expected="a network that torch can write as a graph", got=got, do="use --engine torch", code="R011"
             ) from None
 
 
@@ -114,13 +116,13 @@ def check_graph(path: Path, samples: Samples) -> None:
     """
     logits_KS = run_graph(path, samples.golden_CS)
     if logits_KS.shape != samples.logits_KS.shape:
-        raise DataError(path, expected=f"logits {samples.logits_KS.shape}", got=str(logits_KS.shape), do="use --engine torch")
+        raise DataError(path, expected=f"logits {samples.logits_KS.shape}", got=str(logits_KS.shape), do="use --engine torch", code="D057")
     largest = float(np.abs(samples.logits_KS).max())
     difference = float(np.abs(logits_KS - samples.logits_KS).max())
     # Said this way round, it also catches a NaN.
     if not difference <= AGREEMENT * max(largest, 1e-6):
         expected = f"logits as torch computes them (the largest is {largest:.3g})"
-        raise DataError(path, expected=expected, got=f"a difference of {difference:.3g}", do="use --engine torch")
+        raise DataError(path, expected=expected, got=f"a difference of {difference:.3g}", do="use --engine torch", code="D057")
 
 
 def run_graph(path: Path, image_CS: np.ndarray) -> np.ndarray:
@@ -176,4 +178,4 @@ def _means(size: Tensor, pool: int) -> Tensor:
 
 
 def _missing(package: str) -> ConfigError:
-    return ConfigError("graph", expected=f"the package {package}", got="none installed", do='pip install "microtome[fast]"')
+    return ConfigError("graph", expected=f"the package {package}", got="none installed", do='pip install "microtome[fast]"', code="C002")

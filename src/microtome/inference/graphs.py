@@ -54,7 +54,7 @@ def graph_folder(bundle: Bundle) -> Path:
     """
     if not bundle.hash:
         raise ConfigError(
-            "graph", expected="a bundle that was saved", got="one in memory", do="save it, and take what `save_bundle` returns"
+            "graph", expected="a bundle that was saved", got="one in memory", do="save it, and take what `save_bundle` returns", code="C038"
         )
     beside, cached = _folders(bundle)[0], _folders(bundle)[-1]
     if _is_writable(beside):
@@ -63,7 +63,7 @@ def graph_folder(bundle: Bundle) -> Path:
         cached.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         got, do = error.strerror or str(error), "set MICROTOME_CACHE to one, or use --engine torch"
-        raise RunError(cached, expected="a cache folder that can be written", got=got, do=do) from None
+        raise RunError(cached, expected="a cache folder that can be written", got=got, do=do, code="R001") from None
     return cached
 
 

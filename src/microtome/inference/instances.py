@@ -76,7 +76,7 @@ class Splitting:
         }
         for name, (good, expected) in limits.items():
             if not good:
-                raise ConfigError(f"splitting: {name}", expected=expected, got=f"{getattr(self, name)}", do="change it")
+                raise ConfigError(f"splitting: {name}", expected=expected, got=f"{getattr(self, name)}", do="change it", code="C022")
 
 
 def segment_instances(

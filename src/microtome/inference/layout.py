@@ -37,7 +37,7 @@ class TooLittleMemoryError(ConfigError):
     def __init__(self, where: str, least_bytes: int, limit_bytes: int) -> None:
         self.short_bytes = least_bytes - limit_bytes
         got = f"{max(0, limit_bytes) / 1e9:.2f} GB for it, and the least that it takes is {least_bytes / 1e9:.2f} GB"
-        super().__init__(where, expected="memory for a slab of one column", got=got, do="allow more memory")
+        super().__init__(where, expected="memory for a slab of one column", got=got, do="allow more memory", code="C042")
 
 
 class Sized(Protocol):

@@ -190,7 +190,11 @@ class _Pieces:
 def too_many(pieces: int, most: int) -> RunError:
     """The error for more pieces of objects than can be numbered."""
     return RunError(
-        "objects", expected=f"at most {most} pieces", got=f"{pieces} or more", do="remove the noise first, or raise the threshold"
+        "objects",
+        expected=f"at most {most} pieces",
+        got=f"{pieces} or more",
+        do="remove the noise first, or raise the threshold",
+        code="R012",
     )
 
 

@@ -88,11 +88,15 @@ class OpenVinoEngine:
 def missing(engine: str, package: str) -> ConfigError:
     """The error for an engine whose library is not installed."""
     return ConfigError(
-        f"--engine {engine}", expected=f"the package {package}", got="none installed", do='pip install "microtome[fast]", or --engine torch'
+        f"--engine {engine}",
+        expected=f"the package {package}",
+        got="none installed",
+        do='pip install "microtome[fast]", or --engine torch',
+        code="C002",
     )
 
 
 def unusable(path: Path, engine: str, error: Exception) -> RunError:
     """The error for a graph that a library cannot run."""
     got = " ".join(str(error).split())[-200:]
-    return RunError(path, expected=f"a graph that {engine} can run", got=got, do="remove the file, or use --engine torch")
+    return RunError(path, expected=f"a graph that {engine} can run", got=got, do="remove the file, or use --engine torch", code="R011")

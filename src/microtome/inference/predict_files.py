@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from microtome.data.case import Case
 from microtome.data.inputs import list_images
 from microtome.data.listing import LISTING, Listing, continued_listing, recording
 from microtome.data.reading import open_case
-from microtome.errors import DataError
+from microtome.errors import ConfigError, DataError
 from microtome.images.files import label_suffix, write_labels
 from microtome.images.volume import url_of
 from microtome.inference.asked import Options
@@ -19,6 +20,8 @@ from microtome.inference.finishing import STORE_SUFFIX, STORES, predict_maps, wr
 from microtome.inference.layout import TooLittleMemoryError
 from microtome.inference.predictor import Predictor
 
+# Folders in --out for what else was asked for.
+MAPS = ("probabilities", "uncertainty", "disagreement", "instances")
 # What `label_suffix` may give; stores are looked after by their own record.
 LABEL_SUFFIXES = (".png", ".tif", ".nii", ".nii.gz", ".h5", ".npy", ".nrrd", ".mha", ".dcm")
 
@@ -30,7 +33,7 @@ def predict_files(
     *,
     options: Options = Options(),  # noqa: B008 - frozen
     on_done: Callable[[str, int, int], None] = lambda name, done, of: None,
-    on_voxels: Callable[[int, int], None] = lambda done, of: None,
+    on_voxels: Callable[[str, int, int], None] = lambda name, done, of: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Label every image among `inputs` (files, folders, stores, datasets) into `out`; returns what was written.
@@ -56,7 +59,8 @@ def predict_files(
     with listing as record:
         for number, case in enumerate(cases, start=1):
             try:
-                words: dict[str, Any] = {"options": options, "images": len(cases) - number + 1, "on_voxels": on_voxels, "say": say}
+                voxels = partial(on_voxels, case.name)
+                words: dict[str, Any] = {"options": options, "images": len(cases) - number + 1, "on_voxels": voxels, "say": say}
                 written.append(write_prediction(predictor, case, out, **words))
                 if record is not None:
                     record.add(written[-1], case)
@@ -72,7 +76,8 @@ def predict_files(
             out.rmdir()
     if failed and len(failed) < len(cases):
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        raise DataError(failed[0].where, expected=failed[0].expected, got=failed[0].got + more, do=f"the other {len(written)} are in {out}")
+        first, do = failed[0], f"the other {len(written)} are in {out}"
+        raise DataError(first.where, expected=first.expected, got=first.got + more, do=do, code=first.code)
     if failed:
         raise failed[0]
     return written
@@ -92,7 +97,7 @@ def write_prediction(
     volume = open_case(case)
     if options.clean.min_size_mm and not volume.spacing_known:
         got, do = "none, and --min-size in mm", "give --min-size in voxels (50)"
-        raise DataError(volume.path, expected="a voxel size in the file", got=got, do=do)
+        raise DataError(volume.path, expected="a voxel size in the file", got=got, do=do, code="D038")
     name = safe_name(case.name)
     if options.store or options.cluster or volume.format in STORES:
         # Late: what reads and writes stores is slow to import, and a picture needs none of it.
@@ -100,7 +105,9 @@ def write_prediction(
 
         return write_store(predictor, case, out / f"{name}{STORE_SUFFIX}", options, images=images, on_voxels=on_voxels, say=say)
     if (url := url_of(out)) is not None:
-        raise DataError(url, expected=f"a folder for the label file of {case.name}", got="a URL", do="give --ome-zarr, or another --out")
+        raise DataError(
+            url, expected=f"a folder for the label file of {case.name}", got="a URL", do="give --ome-zarr, or another --out", code="D029"
+        )
     maps = predict_maps(predictor, volume, options, images=images, on_voxels=on_voxels, say=say)
     for kind, array in maps.items():
         if kind != "labels":
@@ -119,7 +126,11 @@ def _memory_error(error: TooLittleMemoryError, options: Options, case: Case) -> 
     enough = ((options.limit_bytes or 0) + error.short_bytes) / 1e9
     do = "give as much" if options.store else "give as much, or --ome-zarr, which holds a part of the labels at a time"
     return DataError(
-        case.images[0], expected=f"--memory {math.ceil(enough * 10) / 10:g} or more", got=f"--memory {options.memory_gb:g}", do=do
+        case.images[0],
+        expected=f"--memory {math.ceil(enough * 10) / 10:g} or more",
+        got=f"--memory {options.memory_gb:g}",
+        do=do,
+        code="D062",
     )
 
 
@@ -132,15 +143,17 @@ def _cases(inputs: Sequence[Path], channels: int) -> Iterator[Case]:
     """The images that paths mean."""
     for path in inputs:
         if url_of(path) is None and not path.exists() and not any(above.is_file() for above in path.parents):
-            raise DataError(path, expected="an image or a folder", got="nothing there", do="check the path")
+            raise DataError(path, expected="an image or a folder", got="nothing there", do="check the path", code="D001")
         yield from list_images(path, channels=channels)
 
 
 def _check_out(inputs: Sequence[Path], out: Path) -> None:
-    """Refuse to write into a folder of images, where the next call would take predictions for images."""
+    """Refuse a file, and to write into a folder of images, where the next call would take predictions for images."""
+    if out.is_file():
+        raise ConfigError(out, expected="a folder for the label files", got="a file", do="give another --out", code="C005")
     for path in inputs:
         if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
-            raise DataError(out, expected=f"a folder outside of the images' {path}", got="one inside", do="give another --out")
+            raise DataError(out, expected=f"a folder outside of the images' {path}", got="one inside", do="give another --out", code="D063")
 
 
 def _check_names(cases: Sequence[Case], out: Path, listed: Listing) -> None:
@@ -154,14 +167,23 @@ def _check_names(cases: Sequence[Case], out: Path, listed: Listing) -> None:
                 expected="images with different names",
                 got=f"the name of {seen[name]}",
                 do="predict them in two calls with two --out folders",
+                code="D064",
             )
         if case.images[0].resolve().parent == (out / name).resolve().parent:
             raise DataError(
-                out, expected="another folder than the images'", got="theirs", do="give another --out, or images would be overwritten"
+                out,
+                expected="another folder than the images'",
+                got="theirs",
+                do="give another --out, or images would be overwritten",
+                code="D063",
             )
-        for file in (name + suffix for suffix in LABEL_SUFFIXES):
-            if (out / file).exists() and file not in listed.entries and name not in listed.writing:
+        for suffix in LABEL_SUFFIXES:
+            ours = name + suffix in listed.entries or name in listed.writing
+            # Maps of a listed prediction are ours as it is.
+            taken = [place for place in (out, *(out / kind for kind in MAPS)) if (place / (name + suffix)).exists()]
+            if taken and not ours and not (taken[0] != out and any(entry.startswith(f"{name}.") for entry in listed.entries)):
+                file = taken[0] / (name + suffix)
                 raise DataError(
-                    out / file, expected="no file of that name", got="one that `predict` did not write", do="give another --out"
+                    file, expected="no file of that name", got="one that `predict` did not write", do="give another --out", code="D063"
                 )
         seen[name] = case.images[0]

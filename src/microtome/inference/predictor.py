@@ -186,11 +186,17 @@ class Predictor:
         plan = self.bundle.plan
         if image.channels not in (plan.channels, 1 if plan.channels == 3 else plan.channels):
             expected = f"{plan.channels} channel{'s' if plan.channels > 1 else ''} as in training"
-            raise DataError(image.path, expected=expected, got=str(image.channels), do="convert the image, or train on such images")
+            raise DataError(
+                image.path, expected=expected, got=str(image.channels), do="convert the image, or train on such images", code="D058"
+            )
         if len(image.shape_vox) != len(plan.spacing_mm):
             got = f"{len(image.shape_vox)} axes"
             raise DataError(
-                image.path, expected=f"{len(plan.spacing_mm)} axes as in training", got=got, do="use a model trained on such images"
+                image.path,
+                expected=f"{len(plan.spacing_mm)} axes as in training",
+                got=got,
+                do="use a model trained on such images",
+                code="D058",
             )
 
 
@@ -219,7 +225,9 @@ def mirror_axes(plan: Plan, tta: TTA) -> tuple[int, ...]:
     if tta != "mirror":
         return ()
     if not plan.augment.flip_axes:
-        raise ConfigError("--tta mirror", expected="a model trained on mirrored images", got="augment.flip_axes ()", do="leave it out")
+        raise ConfigError(
+            "--tta mirror", expected="a model trained on mirrored images", got="augment.flip_axes ()", do="leave it out", code="C028"
+        )
     return plan.augment.flip_axes
 
 
@@ -233,7 +241,9 @@ def check_turned(plan: Plan, tta: TTA) -> None:
     if tta == "rotations" and not (augment.rotation_p and augment.rotation_deg and augment.rotation_deg[0] >= 180):
         got = f"augment.rotation_deg {augment.rotation_deg} with probability {augment.rotation_p:g}"
         do = "leave it out, or try --tta mirror"
-        raise ConfigError("--tta rotations", expected="a model trained on images turned by any angle, up to 180", got=got, do=do)
+        raise ConfigError(
+            "--tta rotations", expected="a model trained on images turned by any angle, up to 180", got=got, do=do, code="C028"
+        )
 
 
 def job_of(shape_vox: Shape, spacing_mm: Spacing, plan: Plan, network: Sized) -> Job:

@@ -41,10 +41,14 @@ def write_int8(bundle: Bundle) -> Path:
     """
     for package in ("nncf", "openvino"):
         if not find_spec(package):
-            raise ConfigError("int8 graph", expected=f"the package {package}", got="none installed", do='pip install "microtome[int8]"')
+            raise ConfigError(
+                "int8 graph", expected=f"the package {package}", got="none installed", do='pip install "microtome[int8]"', code="C002"
+            )
     if bundle.samples is None or not bundle.samples.calibration:
         where = bundle.folder or "bundle"
-        raise DataError(where, expected="calibration samples in the bundle", got="none", do="train it with this version of microtome")
+        raise DataError(
+            where, expected="calibration samples in the bundle", got="none", do="train it with this version of microtome", code="D056"
+        )
     folder = graph_folder(bundle)
     source = find_graph(bundle, "onnx") or write_graph(bundle)
     with tempfile.TemporaryDirectory() as scratch, _quietly():
@@ -82,7 +86,9 @@ def _write_first_that_agrees(source: Path, samples: Samples, path: Path) -> None
         if shares[-1] >= BOUNDS["int8"].labels:
             return
     expected, got = f"{BOUNDS['int8'].labels:.1%} of the labels of the samples as in floating point", f"{max(shares):.2%} at most"
-    raise DataError("--engine openvino-int8", expected=expected, got=got, do="this network loses too much in 8 bits: use another engine")
+    raise DataError(
+        "--engine openvino-int8", expected=expected, got=got, do="this network loses too much in 8 bits: use another engine", code="D057"
+    )
 
 
 def quantise(model: Any, patches: Sequence[np.ndarray], spared: tuple[int, int] = SPARED[0]) -> Any:

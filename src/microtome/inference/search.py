@@ -113,7 +113,7 @@ class Search:
         if not self._agrees(candidate):
             got = found.failure(candidate.precision) if found else "nothing"
             do = "use --engine torch, or auto, which takes the fastest that agrees"
-            raise ConfigError(f"--engine {candidate.name}", expected="the answers of the trained network", got=got, do=do)
+            raise ConfigError(f"--engine {candidate.name}", expected="the answers of the trained network", got=got, do=do, code="C026")
         return Choice(engine=engine, reason=f"{candidate.name}: {why}{_as_torch(candidate, found)}")
 
     def best(self, job: Job) -> Choice:
@@ -144,7 +144,7 @@ class Search:
             if self._try(candidate):
                 return candidate
         got = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
-        raise ConfigError("--engine auto", expected="an engine that can be used", got=got or "none", do="use --engine torch")
+        raise ConfigError("--engine auto", expected="an engine that can be used", got=got or "none", do="use --engine torch", code="C025")
 
     def _next(self, best: Candidate, job: Job) -> Candidate | None:
         """Another candidate that is worth being opened, if there is one: known to be faster, or cheap beside what is left to do."""

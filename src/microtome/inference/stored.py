@@ -103,12 +103,12 @@ def _check_going_on(predictor: Predictor, place: Path, found: Record, limit_byte
     """
     if predictor.asked not in ("auto", found.engine):
         got, do = f"--engine {predictor.asked}", f"--engine {found.engine}, or auto"
-        raise ConfigError(name_of(place), expected="the engine that this prediction was begun with", got=got, do=do)
+        raise ConfigError(name_of(place), expected="the engine that this prediction was begun with", got=got, do=do, code="C027")
     needed = found.layout.peak_bytes + resident_bytes()
     if limit_bytes is not None and needed > limit_bytes:
         expected = f"the {math.ceil(needed / 1e8) / 10:g} GB or more for which this prediction was begun"
         got, do = f"--memory {limit_bytes / 1e9:g}", "give as much, or remove it and begin anew"
-        raise ConfigError(name_of(place), expected=expected, got=got, do=do)
+        raise ConfigError(name_of(place), expected=expected, got=got, do=do, code="C027")
 
 
 def request_of(predictor: Predictor, case: Case, volume: Volume, wanted: Wanted) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def write_store(
         RunError: the store cannot be written, or workers were lost.
     """
     stage = place.with_name(f".stage-{place.name}") if options.mending else place
-    wanted, request, found = wanted_of(predictor, options), {"mending": options.words}, recorded(place)
+    wanted, request, found = wanted_of(predictor, options), {"clean-up and instances": options.words}, recorded(place)
     if found is None and recorded(stage) is None:
         _check_empty(place)
     if found is not None and found.complete and same_request(found.request, request_of(predictor, case, open_case(case), wanted) | request):
@@ -53,7 +53,9 @@ def write_store(
         _remove_stage(stage, place)
         return place
     if options.mending and found is not None:
-        raise DataError(name_of(place), expected="nothing there", got="another prediction", do="give another --out, or remove it")
+        raise DataError(
+            name_of(place), expected="nothing there", got="another prediction", do="give another --out, or remove it", code="D027"
+        )
     bricks, volume = open_store(predictor, case, stage, wanted, limit_bytes=options.limit_bytes, images=images, request=request)
     say(bricks.record.layout.words)
     if not bricks.record.complete:
@@ -82,7 +84,9 @@ def _check_empty(place: Path) -> None:
     else:
         held = place.is_file() or (place.is_dir() and any(path.name != OURS for path in place.iterdir()))
     if held:
-        raise DataError(name_of(place), expected="nothing there", got="what `predict` did not write", do="give another --out, or remove it")
+        raise DataError(
+            name_of(place), expected="nothing there", got="what `predict` did not write", do="give another --out, or remove it", code="D027"
+        )
 
 
 def _remove_stage(stage: Path, place: Path) -> None:

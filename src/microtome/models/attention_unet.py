@@ -51,7 +51,7 @@ class AttentionUNet(Network):
         widths, dims = spec.config.widths or WIDTHS, spec.dims
         if len(widths) < 3:
             expected = "at least 3 levels, since the finest skip has no gate"
-            raise ConfigError(spec.name, expected=expected, got=str(widths), do="change `network.widths`")
+            raise ConfigError(spec.name, expected=expected, got=str(widths), do="change `network.widths`", code="C033")
         super().__init__(spec, batch_normed_sizes(dims, len(widths)))
         gates, bottom = 2 if spec.variant == "double" else 1, widths[-1]
         self.encoder = nn.ModuleList(_two_convolutions(dims, i, o) for i, o in pairwise((spec.in_channels, *widths)))

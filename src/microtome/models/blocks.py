@@ -187,7 +187,7 @@ def level_widths(spec: NetworkSpec, paper: tuple[int, ...]) -> tuple[int, ...]:
     """
     widths = spec.config.widths or paper
     if len(widths) < 2:
-        raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`")
+        raise ConfigError(spec.name, expected="at least 2 levels", got=str(widths), do="change `network.widths`", code="C033")
     return widths
 
 

@@ -90,7 +90,7 @@ class CANet(Network):
         self.check_image(image_BCS)
         if self.training and len(image_BCS) == 1:
             do = "train with a batch of 2 or more: a batch norm after a mean over the image needs two values"
-            raise ConfigError(self.spec.name, expected="2 images or more in training", got="1", do=do)
+            raise ConfigError(self.spec.name, expected="2 images or more in training", got="1", do=do, code="C035")
         features_BCS, stages = self.stem(image_BCS), []
         for stage in self.stages:
             features_BCS = stage(features_BCS)
@@ -281,6 +281,8 @@ def _check(spec: NetworkSpec) -> None:
     heads = 1 if small else 2
     if config.supervised_levels > heads:
         expected = f"at most {heads} supervised levels"
-        raise ConfigError(spec.name, expected=expected, got=str(config.supervised_levels), do="change `network.supervised_levels`")
+        raise ConfigError(
+            spec.name, expected=expected, got=str(config.supervised_levels), do="change `network.supervised_levels`", code="C033"
+        )
     if small and config.dropout:
-        raise ConfigError(spec.name, expected="no dropout in `small`", got=str(config.dropout), do="remove `network.dropout`")
+        raise ConfigError(spec.name, expected="no dropout in `small`", got=str(config.dropout), do="remove `network.dropout`", code="C033")

@@ -159,6 +159,7 @@ def parse_input(text: str) -> tuple[int, ...]:
             expected="channels and then 2 or 3 sizes, whole numbers above 0",
             got=f"`{text}`",
             do="write it as 1x572x572 (C, Y, X) or 1x64x128x128 (C, Z, Y, X)",
+            code="C037",
         )
     return tuple(map(int, parts))
 

@@ -191,7 +191,7 @@ def number_of_levels(config: NetworkConfig) -> int:
 
 def _check(spec: NetworkSpec, right: bool, expected: str, got: object, field: str) -> None:
     if not right:
-        raise ConfigError(spec.name, expected=expected, got=str(got), do=f"change `network.{field}`")
+        raise ConfigError(spec.name, expected=expected, got=str(got), do=f"change `network.{field}`", code="C033")
 
 
 def _sizes(spec: NetworkSpec, levels: Sequence[Level]) -> Sizes:

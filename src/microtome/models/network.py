@@ -40,9 +40,9 @@ class NetworkSpec:
         if not (1 <= self.in_channels <= MOST_CHANNELS and 1 <= self.classes <= MOST_CHANNELS):
             got = f"{self.in_channels} channels and {self.classes} classes"
             expected = f"at least one channel and one class, and at most {MOST_CHANNELS:,} of each"
-            raise ConfigError(self.name, expected=expected, got=got, do="check the dataset's channels and legend")
+            raise ConfigError(self.name, expected=expected, got=got, do="check the dataset's channels and legend", code="C033")
         if any(width < 1 for width in self.config.widths):
-            raise ConfigError(self.name, expected="positive widths", got=str(self.config.widths), do="change `network.widths`")
+            raise ConfigError(self.name, expected="positive widths", got=str(self.config.widths), do="change `network.widths`", code="C033")
 
 
 class Network(nn.Module):
@@ -88,7 +88,7 @@ class Network(nn.Module):
             ConfigError: there is no such head.
         """
         got = f"head {depth}"
-        raise ConfigError(self.spec.name, expected="a network of nested U-Nets (unetpp)", got=got, do="leave out --head")
+        raise ConfigError(self.spec.name, expected="a network of nested U-Nets (unetpp)", got=got, do="leave out --head", code="C029")
 
     def check_image(self, image_BCS: Tensor) -> None:
         """Refuse an image that does not fit; each `forward` begins with it.
@@ -101,15 +101,21 @@ class Network(nn.Module):
         axes = "ZYX"[-self.dims :]
         if len(shape) != self.dims + 2 or shape[1] != self.in_channels:
             expected = f"images (B, {self.in_channels}, {', '.join(axes)})"
-            raise ConfigError(self.spec.name, expected=expected, got=str(shape), do="build the network for these channels and axes")
+            raise ConfigError(
+                self.spec.name, expected=expected, got=str(shape), do="build the network for these channels and axes", code="C034"
+            )
         if not all(self.valid_size(n, axis) for axis, n in enumerate(shape[2:])):
             fits = [f"{axes[axis]} {_either(self.nearest_sizes(n, axis))}" for axis, n in enumerate(shape[2:])]
             got = format_shape(shape[2:])
-            raise ConfigError(self.spec.name, expected=f"a size that fits: {', '.join(fits)}", got=got, do="pad or crop to such a size")
+            raise ConfigError(
+                self.spec.name, expected=f"a size that fits: {', '.join(fits)}", got=got, do="pad or crop to such a size", code="C034"
+            )
         if self.training and shape[0] == 1 and shape[2:] == self.sizes.step and self._batch_normed():
             expected = "more than one value a channel for the batch norm of the deepest level, to train"
             got = f"one image of {format_shape(shape[2:])}"
-            raise ConfigError(self.spec.name, expected=expected, got=got, do="train with a batch of 2 or more, or with larger images")
+            raise ConfigError(
+                self.spec.name, expected=expected, got=got, do="train with a batch of 2 or more, or with larger images", code="C035"
+            )
 
     def _batch_normed(self) -> bool:
         return any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm3d) for module in self.modules())

@@ -267,10 +267,10 @@ def build(name: str, *, dims: int, in_channels: int, classes: int, config: Netwo
         others = [other.name for other in NETWORKS.values() if dims in other.dims]
         expected = " or ".join(f"{n}D" for n in entry.dims)
         do = f"use one of {', '.join(others)}" if others else "images are 2D or 3D"
-        raise ConfigError(name, expected=f"{expected} images", got=f"{dims}D", do=do)
+        raise ConfigError(name, expected=f"{expected} images", got=f"{dims}D", do=do, code="C043")
     if variant and variant not in entry.variants:
         expected = f"one of the variants {', '.join(entry.variants)}" if entry.variants else "no variant"
-        raise ConfigError(name, expected=expected, got=f"`{variant}`", do="change or leave out the variant")
+        raise ConfigError(name, expected=expected, got=f"`{variant}`", do="change or leave out the variant", code="C033")
     config = config or NetworkConfig()
     _check_settings(entry, config)
     return entry.builder(NetworkSpec(name=name, dims=dims, in_channels=in_channels, classes=classes, config=config, variant=variant))
@@ -282,4 +282,6 @@ def _check_settings(entry: Entry, config: NetworkConfig) -> None:
         value = getattr(config, field)
         if field not in ("name", "variant") and field not in entry.settings and value != info.default:
             expected = f"settings that it has ({', '.join(sorted(entry.settings))})"
-            raise ConfigError(entry.name, expected=expected, got=f"`{field}: {value}`", do=f"remove `network.{field}` or use modern_unet")
+            raise ConfigError(
+                entry.name, expected=expected, got=f"`{field}: {value}`", do=f"remove `network.{field}` or use modern_unet", code="C033"
+            )

@@ -50,7 +50,7 @@ class SlidingWindow(Network):
         widths = spec.config.widths or WIDTHS
         if len(widths) < 2:
             expected = "maps of a convolution or more, then hidden units"
-            raise ConfigError(spec.name, expected=expected, got=str(widths), do="change `network.widths`")
+            raise ConfigError(spec.name, expected=expected, got=str(widths), do="change `network.widths`", code="C033")
         kernels = tuple(KERNELS[min(place, len(KERNELS) - 1)] for place in range(len(widths) - 1))
         self.window_vox = _window(kernels)
         super().__init__(spec, Sizes((self.window_vox,) * 2, (1, 1)), self.window_vox // 2)

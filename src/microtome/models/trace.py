@@ -158,7 +158,7 @@ def _check_size(network: Network, shape: Sequence[int]) -> None:
     most = (1 << 63) // (BATCH * torch.float32.itemsize * max(widest, shape[0])) - 1
     if math.prod(shape[1:]) > most:
         expected = f"an image of at most {most:,} voxels"
-        raise ConfigError(network.spec.name, expected=expected, got=format_shape(tuple(shape[1:])), do="choose a smaller one")
+        raise ConfigError(network.spec.name, expected=expected, got=format_shape(tuple(shape[1:])), do="choose a smaller one", code="C034")
 
 
 class _Recorder(TorchFunctionMode):

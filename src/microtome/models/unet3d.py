@@ -99,10 +99,10 @@ def _norm(spec: NetworkSpec) -> Callable[[int], nn.Module]:
 def _check(spec: NetworkSpec, widths: tuple[int, ...], normalised: bool) -> None:
     if len(widths) < 2 or any(width % 2 for width in widths):
         expected = "two levels or more of even widths, since each ends by doubling"
-        raise ConfigError(spec.name, expected=expected, got=str(widths), do="change `network.widths`")
+        raise ConfigError(spec.name, expected=expected, got=str(widths), do="change `network.widths`", code="C033")
     if spec.config.batch_statistics and not normalised:
         got = f"`batch_statistics` with the variant `{spec.variant}`"
-        raise ConfigError(spec.name, expected="a variant with a norm", got=got, do="remove `network.batch_statistics`")
+        raise ConfigError(spec.name, expected="a variant with a norm", got=got, do="remove `network.batch_statistics`", code="C033")
 
 
 def _up_convolution(channels: int, normalised: bool) -> nn.Module:

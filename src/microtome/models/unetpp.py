@@ -101,7 +101,11 @@ class UNetPlusPlus(Network):
         if not 0 <= place < len(self.heads):
             depths = " or ".join(str(self.depth - each) for each in range(len(self.heads)))
             raise ConfigError(
-                self.spec.name, expected=f"a depth with a head, {depths}", got=str(depth), do="train with more `network.supervised_levels`"
+                self.spec.name,
+                expected=f"a depth with a head, {depths}",
+                got=str(depth),
+                do="train with more `network.supervised_levels`",
+                code="C029",
             )
         widths = level_widths(self.spec, WIDTHS)[: depth + 1]
         config = self.spec.config.model_copy(update={"widths": widths, "supervised_levels": 1})
@@ -116,7 +120,7 @@ class UNetPlusPlus(Network):
         supervised = spec.config.supervised_levels
         if supervised >= len(widths):
             expected = f"at most {len(widths) - 1} supervised levels, one a nested U-Net"
-            raise ConfigError(spec.name, expected=expected, got=str(supervised), do="change `network.supervised_levels`")
+            raise ConfigError(spec.name, expected=expected, got=str(supervised), do="change `network.supervised_levels`", code="C033")
 
 
 def _name(level: int, column: int) -> str:

@@ -123,7 +123,9 @@ class ShardedArray:
         except ValueError as error:
             # The library has one type for all that goes wrong below it: damaged chunks, a folder that is gone.
             got = " ".join(str(error).split())[:300]
-            raise RunError(self.path, expected="a whole stored array", got=got, do="remove this folder, then --resume") from error
+            raise RunError(
+                self.path, expected="a whole stored array", got=got, do="remove this folder, then --resume", code="R006"
+            ) from error
         return found
 
 

@@ -1,20 +1,41 @@
-"""All that must survive a crash, in one object and in one file that is replaced in one rename."""
+"""All that must survive a crash, in one object and in one file that is replaced in one rename.
+
+The file is in the safetensors format, written here: the library's own `save_file` puts a temporary file of its own beside it, which
+a kill would leave, and its `save` needs the memory twice. Its description carries a hash of all that the file says.
+"""
 
 import copy
+import hashlib
 import json
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from microtome.config import OptimiserConfig, Plan
-from microtome.errors import DataError
+from microtome.errors import DataError, RunError
 from microtome.files import atomic_path
 from microtome.models.network import Network
+
+# What safetensors calls the types that a state may hold, in the order in which the library puts them into a file.
+_TYPES: Mapping[torch.dtype, str] = MappingProxyType(
+    {
+        torch.int64: "I64",
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.int32: "I32",
+        torch.bfloat16: "BF16",
+        torch.float16: "F16",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    }
+)
 
 
 @dataclass
@@ -76,38 +97,144 @@ def _optimiser(groups: list[dict[str, Any]], config: OptimiserConfig) -> torch.o
 
 
 def save_checkpoint(path: Path, state: TrainState) -> None:
-    """Write the whole state as one safetensors file, in one step.
+    """Write the whole state as one safetensors file, in one step; the one before it stays beside it as `previous_checkpoint`.
 
     Raises:
         RunError: the disk is full; the file that was there is still whole.
     """
+    tensors, document = _contents(state)
+    _keep_previous(path)
+    with atomic_path(path) as part, part.open("wb") as file:
+        for chunk in _serialised(tensors, document | {"hash": _hash(tensors, document)}):
+            file.write(chunk)
+
+
+def previous_checkpoint(path: Path) -> Path:
+    """Where the checkpoint before the last one lies, if there is one: a disk that damages a file rarely damages two."""
+    return path.with_name("previous" + path.suffix)
+
+
+def _keep_previous(path: Path) -> None:
+    """Give the last checkpoint a second name, by which it stays when it is replaced; costs no time, and its size on the disk.
+
+    It is a second road, which some file systems have not: where it cannot be made the first is as safe as without.
+    """
+    second = previous_checkpoint(path)
+    if not path.exists():
+        return
+    with suppress(RunError), atomic_path(second) as part:
+        part.unlink()
+        part.hardlink_to(path)
+
+
+def _contents(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a state by name, in the memory of the processor, and what describes the rest."""
     tensors = {f"network/{name}": t for name, t in state.network.state_dict().items()}
     tensors |= {f"average/{name}": t for name, t in state.average.state_dict().items()}
     document = {"progress": asdict(state.progress), "optimiser": type(state.optimiser).__name__}
     for number, values in state.optimiser.state_dict()["state"].items():
         tensors |= {f"optimiser/{number}/{name}": t for name, t in values.items() if isinstance(t, Tensor)}
-    flat = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with atomic_path(path) as part:
-        try:
-            save_file(flat, part, metadata={"microtome": json.dumps(document)})
-        except SafetensorError as error:
-            # The library wraps the system's error; `atomic_path` knows what to say of it.
-            raise OSError(str(error)) from None
+    return {name: t.detach().cpu().contiguous() for name, t in tensors.items()}, document
+
+
+def _serialised(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor: none is copied.
+
+    Sorted by type, the largest first, and by name, so that each tensor lies at a multiple of its size.
+
+    References:
+        https://github.com/huggingface/safetensors: 8 bytes with the length of the header, the header in JSON, the tensors.
+    """
+    kinds = list(_TYPES)
+    names = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
+    header: dict[str, Any] = {"__metadata__": {"microtome": json.dumps(document)}}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": _TYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
+    words = json.dumps(header, separators=(",", ":")).encode()
+    words += b" " * (-len(words) % 8)
+    yield len(words).to_bytes(8, "little")
+    yield words
+    for name in names:
+        yield _bytes(tensors[name])
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, which are not copied."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _hash(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
+    """A hash of a description and of names, types, shapes and bytes of tensors."""
+    digest = hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)};".encode())
+        digest.update(_bytes(tensors[name].contiguous()))
+    return digest.hexdigest()
 
 
 def load_checkpoint(path: Path, state: TrainState) -> None:
     """Bring `state`, made by `new_state` with the same plan, to where the file was written.
 
     Raises:
-        DataError: the file cannot be read or belongs to another network.
+        DataError: the file cannot be read, was changed since it was written, or belongs to another network.
     """
+    _take(path, state, *_read(path))
+
+
+def load_latest(path: Path, state: TrainState) -> str | None:
+    """`load_checkpoint` of the last one or, where that is damaged, of the one before it.
+
+    Returns:
+        what was wrong with the last one, in a line for people; None if nothing.
+
+    Raises:
+        DataError: both are damaged, or they belong to another network.
+    """
+    try:
+        found = _read(path)
+    except DataError as error:
+        previous = previous_checkpoint(path)
+        if not previous.exists():
+            raise
+        _take(previous, state, *_read(previous))
+        return f"{error.where}: {error.got}; the run goes on from the checkpoint before it, of step {state.progress.step}"
+    _take(path, state, *found)
+    return None
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors in a checkpoint and what describes the rest, as they were written.
+
+    Raises:
+        DataError: the file cannot be read, or was changed since.
+    """
+    do = "copy it again if it was copied, else start again without --resume; model/ is as it was"
     try:
         with safe_open(path, framework="pt") as file:
             document = json.loads((file.metadata() or {}).get("microtome", "{}"))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError(path, expected="a checkpoint", got=str(error), do="start again without --resume") from None
+        recorded = document.pop("hash", None)
+    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        # The last three: damage made another JSON of the description, or a type of numbers of a tensor that torch has not.
+        line = " ".join(str(error).split())[:200]
+        raise DataError(path, expected="a checkpoint", got=f"a damaged file ({line})", do=do, code="D060") from None
+    # Those of version 0.1.0 have none.
+    if recorded is not None and recorded != _hash(tensors, document):
+        raise DataError(path, expected=f"content with hash {str(recorded)[:64]}", got="a damaged file", do=do, code="D060")
+    return tensors, document
+
+
+def _take(path: Path, state: TrainState, tensors: dict[str, Tensor], document: Mapping[str, Any]) -> None:
+    """Bring `state` to what was read from a file.
+
+    Raises:
+        DataError: the file belongs to another network.
+    """
     try:
+        if unknown := sorted(document.keys() - {"progress", "optimiser"}):
+            raise KeyError(unknown[0])
         state.network.load_state_dict(_part(tensors, "network/"))
         state.average.load_state_dict(_part(tensors, "average/"))
         state.progress = Progress(**document["progress"])
@@ -116,7 +243,7 @@ def load_checkpoint(path: Path, state: TrainState) -> None:
             raise KeyError(document["optimiser"])
     except (RuntimeError, KeyError, TypeError) as error:
         line = str(error).splitlines()[0]
-        raise DataError(path, expected="a checkpoint of this plan", got=line, do="use the plan.yaml of the run") from None
+        raise DataError(path, expected="a checkpoint of this plan", got=line, do="use the plan.yaml of the run", code="D061") from None
     _load_optimiser(state.optimiser, _part(tensors, "optimiser/"))
 
 

@@ -1,10 +1,23 @@
 """Where the wall time of a run goes, and whether somebody asked it to stop."""
 
+import os
 import signal
+import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+
+from microtome.errors import StoppedError
+
+# Ctrl-C; what job schedulers and machines that shut down send; a terminal that was closed; SLURM's `--signal=USR1@60`.
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+# Of these a second one means it: a closed terminal may send several, and schedulers repeat a warning.
+INSISTING = (signal.SIGINT, signal.SIGTERM)
+# A program that was asked twice and is deep in a library has so long to end by itself.
+_PATIENCE_SECONDS = 1.0
 
 
 class Clock:
@@ -50,26 +63,117 @@ class Clock:
         return time.perf_counter() - self.last_save
 
 
+class Requests:
+    """Whether somebody asked to stop; the first request is noted, one that insists leaves at once."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def __call__(self) -> bool:
+        """Whether a request came."""
+        return self.number != 0
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Take a request.
+
+        Raises:
+            KeyboardInterrupt: a second Ctrl-C.
+            SystemExit: a second SIGTERM, with the exit code 143.
+        """
+        if self.number and number in INSISTING:
+            leave(number, frame)
+        self.number = self.number or number
+
+
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether Ctrl-C or SIGTERM came; the step then ends and the state is saved.
+    """A function that tells whether Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 came; who asks it ends what it does and saves.
 
-    A second Ctrl-C leaves at once, as Python does by itself. Only the main thread can listen to signals; one that is
-    handled by a program around this one, outside of Python, is left to it: its handler could not be put back.
+    A second Ctrl-C or SIGTERM leaves at once. Within another one of this process, what that one heard counts. Only the main thread
+    can listen to signals; one that is handled by a program around this one, outside of Python, is left to it: its handler could not be
+    put back. SIGHUP stays ignored under `nohup`, and SIGUSR1 with whoever listens to it already.
     """
-    asked = threading.Event()
+    requests = Requests()
     if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
+        yield requests
         return
+    outer = [found for number in ASKING if isinstance(found := getattr(signal.getsignal(number), "__self__", None), Requests)]
+    if outer:
+        yield outer[0]
+        return
+    with _handled_by(requests.on_signal, ASKING):
+        yield requests
 
-    def on_signal(number: int, _: object) -> None:
-        asked.set()
-        signal.signal(number, signal.default_int_handler)
 
-    ours = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is not None]
-    before = {number: signal.signal(number, on_signal) for number in ours}
+def stopped_at(step: int, steps: int) -> StoppedError:
+    """What to say of a run that was asked to stop and has saved itself."""
+    return StoppedError(f"step {step}", expected=f"{steps} steps", got="a request to stop", do="continue with --resume", code="R004")
+
+
+def leave(number: int, _: FrameType | None) -> None:
+    """A handler that leaves: whatever is under way is given up, and what was being written is removed.
+
+    Raises:
+        KeyboardInterrupt: for Ctrl-C, as Python has it.
+        SystemExit: else, with the exit code that shells give a process which the signal ended.
+    """
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
+    sys.exit(128 + number)
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """For a whole program: requests to stop end it in good order, and a second one in a second at most.
+
+    Python answers a signal when its main thread is between two steps of its own. That thread may be in a library for long, or wait
+    for another: a thread that only listens then ends the process, as a kill would, which every file of ours survives.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, written = socket.socketpair()
+    written.setblocking(False)
+    before = signal.set_wakeup_fd(written.fileno(), warn_on_full_buffer=False)
+    ended = threading.Event()
+    threading.Thread(target=_leave_when_insisted, args=(heard, ended), name="leaving", daemon=True).start()
     try:
-        yield asked.is_set
+        with _handled_by(leave, ASKING[1:]):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        ended.set()
+        signal.set_wakeup_fd(before)
+        written.close()
+
+
+def _leave_when_insisted(heard: socket.socket, ended: threading.Event) -> None:
+    """Count requests; end the process some time after the second, unless `ended` says that it is over."""
+    asked = 0
+    with heard:
+        # Each byte is the number of a signal; none are left when the other side is closed.
+        while asked < 2 and (numbers := heard.recv(64)):
+            for number in numbers:
+                asked += number in (INSISTING if asked else ASKING)
+    if asked > 1 and not ended.wait(_PATIENCE_SECONDS):
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nmicrotome: left at once; what was saved is good\n")
+        os._exit(128 + number)
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None], numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+    """Inside of it these signals go to a handler, but for those that belong to somebody else."""
+    ours = [number for number in numbers if _is_free(number)]
+    before = {number: signal.signal(number, handler) for number in ours}
+    try:
+        yield
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)
+
+
+def _is_free(number: signal.Signals) -> bool:
+    """Whether a signal may be taken."""
+    found = signal.getsignal(number)
+    if number == signal.SIGHUP:
+        return found not in (None, signal.SIG_IGN)
+    return found in (signal.SIG_DFL, leave) if number == signal.SIGUSR1 else found is not None

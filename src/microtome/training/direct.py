@@ -117,7 +117,7 @@ def goes_direct(dataset: Dataset, case: Case, plan: Plan, wanted: bool | None = 
     if obstacle and needed > free:
         got = f"{needed} bytes ({needed / 1e9:.1f} GB), and {obstacle}"
         expected = f"a case that fits in the free memory ({free} bytes), or one of which patches can be read from its file"
-        raise DataError(case.images[0], expected=expected, got=got, do="change that, or cut the case into parts")
+        raise DataError(case.images[0], expected=expected, got=got, do="change that, or cut the case into parts", code="D049")
     return not obstacle
 
 

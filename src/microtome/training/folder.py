@@ -19,7 +19,8 @@ from microtome.data.dataset import Dataset
 from microtome.data.planes import plane_name
 from microtome.data.split import Split
 from microtome.errors import ConfigError, RunError
-from microtome.files import write_json, write_text
+from microtome.files import flush, is_leftover, sweep, write_json, write_text
+from microtome.training import lock
 from microtome.training.warp import compiled
 
 
@@ -54,19 +55,51 @@ class RunFolder:
                 file.write(json.dumps(event) + "\n")
         except OSError as error:
             got = str(error.strerror or error)
-            raise RunError(self.log, expected="a log that can be written", got=got, do="free space, then --resume") from error
+            raise RunError(self.log, expected="a log that can be written", got=got, do="free space, then --resume", code="R001") from error
 
-    def shorten_log(self, step: int, *, ended: bool) -> None:
-        """Take out lines after a step, which are made again, and the end of a run that goes on."""
+    def keep_log(self) -> None:
+        """Put the log on the disk: after a power cut it must reach as far as the checkpoint that is written next.
+
+        Raises:
+            RunError: the disk is full or broken.
+        """
         if self.log.exists():
-            events = [(line, _event(line)) for line in self.log.read_text(encoding="utf-8").splitlines()]
-            kept = [line for line, (kind, at) in events if at <= step and (ended or kind != "end")]
-            write_text(self.log, "".join(line + "\n" for line in kept))
+            flush(self.log)
+
+    def shorten_log(self, step: int, validations: int, *, ended: bool) -> None:
+        """Take out what is made again: lines after a step, validations beyond so many, the end of a run that goes on."""
+        kept: list[str] = []
+        for line, (kind, at) in self._lines():
+            # The one validation that a checkpoint may lack although it is of its step: of minutes that were over before any other.
+            made_again = kind == "validation" and validations == 0
+            validations -= kind == "validation" and at <= step
+            if at <= step and not made_again and (ended or kind != "end"):
+                kept.append(line + "\n")
+        if self.log.exists():
+            write_text(self.log, "".join(kept))
+
+    def has_ended(self) -> bool:
+        """Whether the log says that the run came to its end."""
+        return any(kind == "end" for _, (kind, _) in self._lines())
 
     def is_finished(self, plan: Plan) -> bool:
         """Whether the run came to its end, and the plan gives it no other minutes since."""
-        ended = self.log.exists() and '"event": "end"' in self.log.read_text(encoding="utf-8")
-        return ended and plan.minutes == read_plan(self.path / "plan.yaml").minutes
+        return self.has_ended() and plan.minutes == read_plan(self.path / "plan.yaml").minutes
+
+    def _lines(self) -> list[tuple[str, tuple[str, float]]]:
+        """The lines of the log, each with what `_event` says of it; a power cut may leave any bytes at its end."""
+        if not self.log.exists():
+            return []
+        return [(line, _event(line)) for line in self.log.read_bytes().decode(errors="replace").split("\n") if line]
+
+    def sweep(self) -> None:
+        """Remove what killed processes left half-written; nobody else may be training here.
+
+        Graphs are also written by whoever predicts with the model, and a report by whoever asks for one: what a running process of
+        this machine is writing stays.
+        """
+        for folder in (self.path, self.checkpoint.parent, self.path / "model", self.path / "model" / "engines"):
+            sweep(folder)
 
     def write_plan(self, plan: Plan) -> None:
         """Write the plan that the run goes by."""
@@ -105,12 +138,14 @@ class RunFolder:
             changed = {case.name for case in cases} ^ set(before.get(part, [case.name for case in cases]))
             if changed:
                 got = f"{len(changed)} others ({sorted(changed)[0]}, ...)"
-                raise ConfigError(path, expected=f"the same cases in `{part}`", got=got, do="bring the data back, or start a new run")
+                raise ConfigError(
+                    path, expected=f"the same cases in `{part}`", got=got, do="bring the data back, or start a new run", code="C041"
+                )
         now = _held_out(split.train)
         held_out = before.get("held_out", now)
         if held_out != now:
             expected, do = f"the held-out slices {held_out}", "bring the annotation back, or start a new run"
-            raise ConfigError(path, expected=expected, got=str(now), do=do)
+            raise ConfigError(path, expected=expected, got=str(now), do=do, code="C041")
 
 
 def _held_out(cases: Iterable[Case]) -> dict[str, list[str]]:
@@ -119,13 +154,24 @@ def _held_out(cases: Iterable[Case]) -> dict[str, list[str]]:
 
 
 def check_folder(folder: Path, *, resume: bool) -> None:
-    """Refuse, before any work, a folder that holds another run, or one to resume that holds none."""
+    """Refuse, before any work, a folder that another process uses or that holds another run, or one to resume that holds none.
+
+    Raises:
+        ConfigError: of the folder.
+        RunError: it is in use.
+    """
+    lock.refuse_if_used(folder)
     if resume and not (folder / "plan.yaml").exists():
-        raise ConfigError(folder, expected="a run folder with plan.yaml", got="none", do="check --out, or leave out --resume")
-    if not resume and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(folder, expected="a run folder with plan.yaml", got="none", do="check --out, or leave out --resume", code="C006")
+    if not resume and folder.exists() and (not folder.is_dir() or not all(map(_is_rest, folder.iterdir()))):
         raise ConfigError(
-            folder, expected="a new or empty folder", got="one with files in it", do="give another --out, or --resume to go on"
+            folder, expected="a new or empty folder", got="one with files in it", do="give another --out, or --resume to go on", code="C005"
         )
+
+
+def _is_rest(path: Path) -> bool:
+    """Whether a killed process left this before its run had begun: half a file, or its lock."""
+    return is_leftover(path) or path.name == lock.NAME
 
 
 def read_plan(path: Path) -> Plan:

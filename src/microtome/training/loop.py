@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor
 from microtome.config import Plan
 from microtome.errors import RunError
 from microtome.training.checkpoint import Progress, TrainState
-from microtome.training.clock import Clock, stop_requests
-from microtome.training.compiled import fast_kernels, training_call
+from microtome.training.clock import Clock, stop_requests, stopped_at
+from microtome.training.compiled import fast_kernels
 from microtome.training.feeding import Batch, Batches
-from microtome.training.gradients import add_gradients
-from microtome.training.recompute import recomputing
+from microtome.training.gradients import Gradients
 from microtome.training.store import StoredCase
 
 Event = Mapping[str, Any]
@@ -36,12 +35,14 @@ class Hooks:
         validate: predicts validation cases with `state.average`; returns "score" and what else is to be logged.
         save: writes the checkpoint; with True also the model, as the best so far.
         seconds_left: seconds that steps and validations may still take; None: no limit.
+        replan: takes the plan by which the run goes on where memory was too short for it as it was.
     """
 
     log: Callable[[Event], None]
     validate: Callable[[TrainState], dict[str, Any]]
     save: Callable[[TrainState, bool], None]
     seconds_left: Callable[[], float | None]
+    replan: Callable[[Plan], None] = lambda plan: None
 
 
 def train_steps(
@@ -62,16 +63,16 @@ def train_steps(
         read_every: None: 1 on a CPU, where reading costs nothing, else STEPS_BETWEEN_READINGS.
 
     Raises:
-        RunError: the loss is not finite, or somebody stopped the run; the last checkpoint, if there is one, is good.
+        RunError: the loss is not finite, memory is too short for one patch, or somebody stopped the run (StoppedError); the last
+            checkpoint, if there is one, is good.
     """
     progress, clock, saved = state.progress, Clock(), state.progress.step
     losses = Losses(plan.batch, clock, hooks, read_every or (1 if device.type == "cpu" else STEPS_BETWEEN_READINGS))
     parameters = list(state.network.parameters())
     border = state.network.context_vox
-    twice = recomputing(state.network, plan.patch_vox) if plan.checkpointing else nullcontext()
+    adding = Gradients(state.network, plan, device, hooks.seconds_left(), on_smaller=partial(memory_was_short, hooks, progress))
     state.network.train()
-    with fast_kernels(device), Batches(cases, plan, device, border) as batches, twice, stop_requests() as stopped:
-        network = training_call(state.network, plan, device, hooks.seconds_left())
+    with fast_kernels(device), Batches(cases, plan, device, border) as batches, adding as add_gradients, stop_requests() as stopped:
         while progress.step < progress.steps:
             rate = learning_rate(progress.step, progress.steps, plan)
             for group in state.optimiser.param_groups:
@@ -81,7 +82,7 @@ def train_steps(
             batch = answered(batches.get(progress.step), border)
 
             with clock.network():
-                loss = add_gradients(network, batch, plan)
+                loss = add_gradients(batch)
                 length = torch.nn.utils.clip_grad_norm_(parameters, plan.optimiser.clip_norm or math.inf)
                 losses.add(loss, length, progress.step, rate)
                 if losses.are_due():
@@ -112,9 +113,7 @@ def train_steps(
                 saved = progress.step
             # A request that came since this was asked waits for the end of the next step: what is unsaved would be lost.
             if (validating or saving) and stopped():
-                raise RunError(
-                    f"step {progress.step}", expected=f"{progress.steps} steps", got="a request to stop", do="continue with --resume"
-                )
+                raise stopped_at(progress.step, progress.steps)
     return clock
 
 
@@ -162,6 +161,12 @@ class Losses:
             events, self.known = self.known, []
             for event in events:
                 self.hooks.log({**event, "samples_per_second": speed})
+
+
+def memory_was_short(hooks: Hooks, progress: Progress, plan: Plan, line: str) -> None:
+    """The run goes on by a plan that takes less memory: noted, and said."""
+    hooks.replan(plan)
+    hooks.log({"event": "memory", "step": progress.step, "message": line})
 
 
 def validate_now(state: TrainState, hooks: Hooks) -> bool:
@@ -259,4 +264,5 @@ def not_finite(loss: float, slope: float, step: int, saved: int) -> RunError:
         got=f"a loss of {loss} with a gradient of length {slope}",
         do=f"{kept}: change plan.yaml first, as an unchanged plan ends here again "
         "(lower optimiser.learning_rate, or set precision: fp32), then --resume",
+        code="R003",
     )

@@ -151,7 +151,7 @@ def level_weights(count: int, config: LossConfig = DEFAULT) -> tuple[float, ...]
     weights = config.level_weights or tuple(0.5**level for level in range(count))
     if len(weights) != count:
         do = "give one weight a supervised level, or none"
-        raise ConfigError("loss.level_weights", expected=f"{count} values", got=f"{len(weights)}: {weights}", do=do)
+        raise ConfigError("loss.level_weights", expected=f"{count} values", got=f"{len(weights)}: {weights}", do=do, code="C033")
     return tuple(weight / sum(weights) for weight in weights)
 
 

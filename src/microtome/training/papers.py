@@ -242,7 +242,11 @@ def _nnunet_sizes(draft: Plan, data: Fingerprint, resources: Resources, spacing:
         levels = len(topology.strides)
         if levels < 2:
             raise ConfigError(
-                "recipe", expected="images of 8 voxels or more along an axis", got=format_shape(shape), do="use the default recipe"
+                "recipe",
+                expected="images of 8 voxels or more along an axis",
+                got=format_shape(shape),
+                do="use the default recipe",
+                code="C039",
             )
         network = NetworkConfig(name=draft.network.name, strides=topology.strides, kernels=topology.kernels, supervised_levels=levels - 1)
         batch = batch_size(topology.patch_vox, estimate, budget, dataset_voxels=voxels, memory_gb=memory)

@@ -62,7 +62,7 @@ def check_dims(recipe: Recipe, dims: int) -> None:
     if dims not in recipe.dims:
         expected = f"{' or '.join(f'{n}D' for n in recipe.dims)} images for the recipe {recipe.name}"
         others = ", ".join(other.name for other in RECIPES.values() if dims in other.dims)
-        raise ConfigError("recipe", expected=expected, got=f"{dims}D", do=f"choose another --recipe: one of {others}")
+        raise ConfigError("recipe", expected=expected, got=f"{dims}D", do=f"choose another --recipe: one of {others}", code="C039")
 
 
 def _nothing(draft: Plan, data: Fingerprint, resources: Resources) -> papers.Lines:
@@ -137,5 +137,5 @@ def find_recipe(name: str, network: str | None = None) -> Recipe:
     recipe = RECIPES[name]
     if network is not None and recipe.networks and network not in recipe.networks:
         expected = f"the network {' or '.join(recipe.networks)} for the recipe {name}"
-        raise ConfigError("network", expected=expected, got=f"`{network}`", do="leave out --network or --recipe")
+        raise ConfigError("network", expected=expected, got=f"`{network}`", do="leave out --network or --recipe", code="C039")
     return recipe

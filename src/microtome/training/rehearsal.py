@@ -79,7 +79,7 @@ def make_plan(
     name = find(network or (chosen.networks or ("modern_unet",))[0]).name
     if dims is not None and dims not in chosen.dims:
         expected = f"{' or '.join(map(str, chosen.dims))} for the recipe {recipe}"
-        raise ConfigError("dims", expected=expected, got=str(dims), do="leave it out, or choose another --recipe")
+        raise ConfigError("dims", expected=expected, got=str(dims), do="leave it out, or choose another --recipe", code="C039")
     if only_pictures(dataset):
         # Volumes fit a recipe in 2D too: it sees their sections one by one.
         check_dims(chosen, 2)
@@ -90,7 +90,7 @@ def make_plan(
     facts = take_fingerprint(dataset, split_dataset(dataset, fold, seed, holdout).train)
     plan = draft_plan(facts, resources, network=name, dims=chosen.dims if dims is None else (dims,), seed=seed, fold=fold)
     if dims not in (None, plan.dims):
-        raise ConfigError("dims", expected=f"{plan.dims} for these images", got=str(dims), do="leave it out")
+        raise ConfigError("dims", expected=f"{plan.dims} for these images", got=str(dims), do="leave it out", code="C040")
     plan = save_memory(apply_recipe(chosen, plan, facts, resources), resources).model_copy(update={"holdout": holdout})
     if steps is not None:
         return _with(plan, "steps", steps, "as asked")

@@ -1,10 +1,12 @@
 """A Dataset and a Plan -> a run folder: model, checkpoints, log, validation, scores, report."""
 
 import math
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +16,7 @@ from microtome.data.dataset import Dataset
 from microtome.data.split import leaks, split_dataset
 from microtome.errors import ConfigError, DataError, RunError
 from microtome.evaluation.report import build_report
-from microtome.files import write_json
+from microtome.files import remove_folder, write_json
 from microtome.geometry import format_shape
 from microtome.inference.devices import pick_device, to_device
 from microtome.inference.predictor import Predictor
@@ -24,11 +26,13 @@ from microtome.machine import recycle_memory
 from microtome.models.network import Network
 from microtome.models.registry import build
 from microtome.plan import step_bytes
-from microtome.training.checkpoint import TrainState, load_checkpoint, new_state, save_checkpoint
+from microtome.training.checkpoint import TrainState, load_latest, new_state, previous_checkpoint, save_checkpoint
 from microtome.training.clock import Clock
 from microtome.training.completion import complete_model
-from microtome.training.folder import RunFolder, check_folder, environment, versions
+from microtome.training.folder import RunFolder, check_folder, environment
+from microtome.training.lock import run_lock
 from microtome.training.loop import Event, Hooks, train_steps, validate_now
+from microtome.training.provenance import origin
 from microtome.training.rehearsal import free_memory
 from microtome.training.store import store_cases
 from microtome.training.validation import Validation
@@ -66,19 +70,22 @@ def train(
 
     Raises:
         ConfigError: `out` holds another run, or nothing to resume.
-        RunError: the loss is not finite, the disk is full, the minutes are too few to train in, somebody stopped the
-            run; what was saved is good.
+        RunError: the loss is not finite, the disk is full, the minutes are too few to train in, another process uses `out`,
+            somebody stopped the run (StoppedError); what was saved is good.
     """
     recycle_memory()
     began = time.perf_counter() if started is None else started
     check_folder(Path(out), resume=resume)
-    session = _Session(dataset, plan, Path(out), device, on_event)
-    session.started = began
-    session.open(resume)
-    if session.state.progress.step >= session.state.progress.steps:
-        on_event({"event": "complete", "step": session.state.progress.step})
-    session.train()
-    session.finish()
+    with run_lock(Path(out)) as killed:
+        session = _Session(dataset, plan, Path(out), device, on_event)
+        session.started = began
+        session.open(resume)
+        if killed is not None:
+            session.warn(f"{killed.words} was ended in the middle; the run goes on from what it saved")
+        if session.state.progress.step >= session.state.progress.steps:
+            on_event({"event": "complete", "step": session.state.progress.step})
+        session.train()
+        session.finish()
     return session.folder
 
 
@@ -86,14 +93,20 @@ def _check_plan(dataset: Dataset, plan: Plan) -> None:
     """Refuse a plan that was made for other data."""
     if plan.classes != dataset.legend.names:
         got = f"a plan for {', '.join(plan.classes)}"
-        raise ConfigError(dataset.root, expected=f"the classes {', '.join(dataset.legend.names)}", got=got, do="plan anew for this data")
+        raise ConfigError(
+            dataset.root, expected=f"the classes {', '.join(dataset.legend.names)}", got=got, do="plan anew for this data", code="C041"
+        )
     axes = {len(header.shape_vox) for header in dataset.headers.values()}
     if axes - {len(plan.spacing_mm)}:
         got = f"images with {sorted(axes)} axes"
-        raise ConfigError(dataset.root, expected=f"{len(plan.spacing_mm)} axes as in the plan", got=got, do="plan anew for this data")
+        raise ConfigError(
+            dataset.root, expected=f"{len(plan.spacing_mm)} axes as in the plan", got=got, do="plan anew for this data", code="C041"
+        )
     if dataset.channel_names and len(dataset.channel_names) != plan.channels:
         got = f"{len(dataset.channel_names)}"
-        raise ConfigError(dataset.root, expected=f"{plan.channels} channels as in the plan", got=got, do="plan anew for this data")
+        raise ConfigError(
+            dataset.root, expected=f"{plan.channels} channels as in the plan", got=got, do="plan anew for this data", code="C041"
+        )
 
 
 def _check_patch(network: Network, plan: Plan) -> None:
@@ -102,7 +115,7 @@ def _check_patch(network: Network, plan: Plan) -> None:
         if not network.valid_size(size, axis):
             near = " or ".join(map(str, sorted(set(network.nearest_sizes(size, axis)))))
             raise ConfigError(
-                "patch_vox", expected=f"{near} along axis {axis} for {plan.network.name}", got=str(size), do="change the plan"
+                "patch_vox", expected=f"{near} along axis {axis} for {plan.network.name}", got=str(size), do="change the plan", code="C036"
             )
 
 
@@ -113,7 +126,7 @@ def _check_memory(plan: Plan, device: torch.device) -> None:
     if needed > free:
         got = f"about {needed / 2**30:.1f} GB for {plan.batch} patches of {format_shape(plan.patch_vox)}"
         do = "make micro_batch, batch or patch_vox smaller, or set checkpointing: true"
-        raise ConfigError("plan", expected=f"at most the {free / 2**30:.1f} GB that are free", got=got, do=do)
+        raise ConfigError("plan", expected=f"at most the {free / 2**30:.1f} GB that are free", got=got, do=do, code="C042")
 
 
 class _Session:
@@ -134,7 +147,7 @@ class _Session:
         _check_patch(network, plan)
         _check_memory(plan, self.device)
         self.state = new_state(to_device(network, self.device, plan.dims), plan)
-        self.hooks = Hooks(log=self.log, validate=self.validation.score, save=self.save, seconds_left=self.seconds_left)
+        self.hooks = Hooks(log=self.log, validate=self.validation.score, save=self.save, seconds_left=self.seconds_left, replan=self.replan)
 
     def seconds(self) -> float:
         """Wall time of the run so far, over all its processes."""
@@ -142,6 +155,7 @@ class _Session:
 
     def open(self, resume: bool) -> None:
         """Make the folder, or take it up where it was left."""
+        self.files.sweep()
         if resume:
             self._resume()
         for finding in self.leaks:
@@ -154,10 +168,12 @@ class _Session:
         """Bring the state and the log to the last checkpoint; a run killed before its first starts at step 0."""
         self.files.check_split(self.split)
         progress = self.state.progress
-        if self.files.checkpoint.exists():
-            load_checkpoint(self.files.checkpoint, self.state)
+        if self.files.checkpoint.exists() or previous_checkpoint(self.files.checkpoint).exists():
+            if problem := load_latest(self.files.checkpoint, self.state):
+                self.warn(problem)
             progress = self.state.progress
             self.seconds_before = progress.seconds
+            self._check_best()
         finished = self.files.is_finished(self.plan)
         if self.plan.minutes is None:
             progress.steps = max(self.plan.steps, progress.step)
@@ -166,8 +182,28 @@ class _Session:
             progress.steps = progress.step + max(0, int(left * progress.step / progress.seconds))
         progress.next_validation = min(max(progress.next_validation, progress.step + 1), max(progress.steps, 1))
         # The log first: were the plan with more minutes there beside an end, the run would be taken for finished.
-        self.files.shorten_log(progress.step, ended=finished and progress.step >= progress.steps)
+        self.files.shorten_log(progress.step, progress.validations, ended=finished and progress.step >= progress.steps)
         self.files.write_plan(self.plan)
+
+    def _check_best(self) -> None:
+        """See that the model that the checkpoint knows is there; a damaged one would be found when all steps are done."""
+        progress = self.state.progress
+        if progress.best is None:
+            return
+        try:
+            # All of them are read, and held to their hash.
+            dict(load_bundle(self.folder).weights)
+        except DataError as error:
+            if progress.best_step == progress.step:
+                self._save_model()
+                self.warn(f"{error.where}: {error.got}; it is written again")
+            else:
+                progress.best = None
+                self.warn(f"{error.where}: {error.got}; the best of the validations to come takes its place")
+
+    def warn(self, message: str) -> None:
+        """Show what somebody should know."""
+        self.on_event({"event": "finding", "step": self.state.progress.step, "severity": "warning", "message": message})
 
     def train(self) -> None:
         """All steps that are left."""
@@ -181,7 +217,11 @@ class _Session:
         cases = store_cases(self.dataset, self.split.train, self.plan, self.folder / "cache", on_case)
         if not cases:
             raise DataError(
-                self.dataset.root, expected="annotated voxels to learn from", got="none", do="run `microtome inspect` on the folder"
+                self.dataset.root,
+                expected="annotated voxels to learn from",
+                got="none",
+                do="run `microtome inspect` on the folder",
+                code="D033",
             )
         self._check_minutes(before, len(cases))
         self.clock = train_steps(self.state, cases, self.plan, self.device, self.hooks)
@@ -198,6 +238,7 @@ class _Session:
                 expected=f"at least {LEAST_TRAINING:.0%} of {minutes:g} minutes left to train in",
                 got=f"{max(0.0, left):.0f} s, as preparing {cases} cases took {(before - left) / 60:.2g} minutes",
                 do="give more --minutes with --resume; what was prepared is kept",
+                code="R005",
             )
 
     def finish(self) -> None:
@@ -217,15 +258,19 @@ class _Session:
                 temperature = metrics.get("calibration", {}).get("temperature", 1.0)
         # After the scores, which it must not cost.
         if problem := complete_model(self.folder, self.dataset, self.split.train, temperature):
-            self.on_event({"event": "finding", "step": progress.step, "severity": "warning", "message": problem})
+            self.warn(problem)
         reason = "the minutes are over" if self.plan.minutes else "all steps are done"
         if self.plan.minutes and progress.step < self.plan.steps / 2:
             reason = f"the minutes were over after {progress.step} of {self.plan.steps} planned steps: give more, or an idler machine"
         share = round(self.clock.network_seconds / max(1e-9, time.perf_counter() - self.started), 4)
         said = {"validation_subset": subset} if subset else {}
-        self.log({"event": "end", "step": progress.step, "reason": reason, "network_share": share, **said})
+        # A run that was killed between this line and its report says it once.
+        say = self.on_event if self.files.has_ended() else self.log
+        say({"event": "end", "step": progress.step, "reason": reason, "network_share": share, **said})
         build_report(self.folder, dataset=self.dataset)
-        shutil.rmtree(self.folder / "cache", ignore_errors=True)
+        remove_folder(self.folder / "cache")
+        with suppress(OSError):
+            previous_checkpoint(self.files.checkpoint).unlink()
 
     def log(self, event: Event) -> None:
         """Add an event to the log, with the seconds of the run, and show it."""
@@ -234,21 +279,37 @@ class _Session:
         self.on_event(event)
 
     def save(self, state: TrainState, is_best: bool) -> None:
-        """The model first, if it is the best: a checkpoint never names a best that is not there."""
+        """The log first, then the model, if it is the best: a checkpoint never tells of steps or of a best that are not there."""
+        self.files.keep_log()
         if is_best:
-            provenance = {"step": state.progress.step, "score": state.progress.best, "data": str(self.dataset.root), **versions()}
-            network = state.average
-            bundle = Bundle(
-                plan=self.plan,
-                legend=self.dataset.legend,
-                weights=arrays_of(network.state_dict()),
-                sizes=network.sizes,
-                context_vox=network.context_vox,
-                provenance=provenance,
-            )
-            save_bundle(self.folder / "model", bundle)
+            self._save_model()
         state.progress.seconds = self.seconds()
         save_checkpoint(self.files.checkpoint, state)
+
+    def _save_model(self) -> None:
+        """Write the averaged weights as the model."""
+        state = self.state
+        provenance = {"step": state.progress.step, "score": state.progress.best, **self._origin}
+        network = state.average
+        bundle = Bundle(
+            plan=self.plan,
+            legend=self.dataset.legend,
+            weights=arrays_of(network.state_dict()),
+            sizes=network.sizes,
+            context_vox=network.context_vox,
+            provenance=provenance,
+        )
+        save_bundle(self.folder / "model", bundle)
+
+    @cached_property
+    def _origin(self) -> dict[str, Any]:
+        """What stays the same of a model's provenance; label files are read for it, once."""
+        return origin(self.dataset, self.split, self.plan)
+
+    def replan(self, plan: Plan) -> None:
+        """Go on by another plan, from now on and after --resume."""
+        self.plan = plan
+        self.files.write_plan(plan)
 
     def seconds_left(self) -> float | None:
         """Seconds until training must end, so that the last prediction and the report fit into the minutes."""

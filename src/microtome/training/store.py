@@ -18,7 +18,7 @@ from microtome.config import Plan
 from microtome.data.dataset import Case, Dataset
 from microtome.data.names import stamp_of
 from microtome.errors import DataWarning, RunError
-from microtome.files import atomic_path
+from microtome.files import atomic_path, make_folder
 from microtome.geometry import Shape
 from microtome.machine import free_memory_bytes
 from microtome.training.arrays import MAPPED, SHARDED, Arrays, Scale, StoredArray, packed_bytes, smallest, write_array
@@ -35,6 +35,8 @@ MEMORY_SHARE = 0.6
 GATHERING_BYTES = 2**30
 # Other cases may compress worse than the first.
 PACKED_MARGIN = 1.15
+# What the name of the file ends with that is written last of a case.
+COMPLETE = ".voxels.npz"
 # What the name of a stored file begins with: the number of the case, and its key.
 _STORED = re.compile(r"\d{5,}-[0-9a-f]{8}(?=\.)")
 
@@ -130,7 +132,7 @@ def store_cases(
     Warns:
         DataWarning: they are compressed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     stems = [folder / f"{number:05d}-{_key(dataset, case, plan)}" for number, case in enumerate(cases)]
     missing = [number for number, stem in enumerate(stems) if not _is_stored(stem)]
     _sweep(folder, {stem.name for number, stem in enumerate(stems) if number not in missing})
@@ -210,7 +212,7 @@ def _choose_kind(dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Pa
     if packed > free:
         expected = f"{packed} free bytes ({sizes})"
         do = "free space and --resume, or give another --out"
-        raise RunError(folder, expected=expected, got=f"{free} ({_gb(free)}), {packed - free} too few", do=do)
+        raise RunError(folder, expected=expected, got=f"{free} ({_gb(free)}), {packed - free} too few", do=do, code="R002")
     message = f"{folder}: {sizes}, and {_gb(free)} are free: they are stored compressed, from where patches are read several times slower"
     warnings.warn(DataWarning(message), stacklevel=3)
     return SHARDED
@@ -220,7 +222,7 @@ def _stopped(dataset: Dataset, cases: Sequence[Case], plan: Plan, error: RunErro
     """The error of a write that failed, with the room that the cases still to be prepared take."""
     needed = sum(stored_bytes(dataset, case, plan) for case in cases)
     expected = f"room for {len(cases)} more prepared cases, at most {needed} bytes ({_gb(needed)})"
-    return RunError(error.where, expected=expected, got=error.got, do="free space, then --resume: what was prepared is kept")
+    return RunError(error.where, expected=expected, got=error.got, do="free space, then --resume: what was prepared is kept", code="R002")
 
 
 def _gb(count: int) -> str:
@@ -241,18 +243,20 @@ def _key(dataset: Dataset, case: Case, plan: Plan) -> str:
 
 def _is_stored(stem: Path) -> bool:
     """Whether a case is complete: the file that is written last is there."""
-    return stem.with_suffix(".voxels.npz").exists()
+    return stem.with_suffix(COMPLETE).exists()
 
 
 def _sweep(folder: Path, kept: Collection[str]) -> None:
     """Remove what is of no use to this run: temporary files of a killed process, half of a case, cases of another plan."""
-    for path in folder.iterdir():
-        named = _STORED.match(path.name)
-        if path.name.startswith(".part-") or (named and named[0] not in kept):
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+    try:
+        # First what makes a case complete: a kill must not leave that without the arrays.
+        for path in sorted(folder.iterdir(), key=lambda path: not path.name.endswith(COMPLETE)):
+            named = _STORED.match(path.name)
+            if path.name.startswith(".part-") or (named and named[0] not in kept):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        got, do = f"{error.strerror or error}", "remove this folder, then --resume"
+        raise RunError(folder, expected="prepared cases that can be removed", got=got, do=do, code="R101") from error
 
 
 def _store(dataset: Dataset, case: Case, plan: Plan, stem: Path, rng: np.random.Generator) -> None:
@@ -277,13 +281,13 @@ def _write_facts(stem: Path, beside: Mapping[str, np.ndarray], facts: Facts) -> 
     found["counts"] = np.array(list(facts.counts.items()), np.int64).reshape(-1, 2)
     if facts.scale is not None:
         found["scale"] = np.stack(facts.scale)
-    with atomic_path(stem.with_suffix(".voxels.npz")) as part, part.open("wb") as file:
+    with atomic_path(stem.with_suffix(COMPLETE)) as part, part.open("wb") as file:
         np.savez(file, allow_pickle=False, **found)
 
 
 def _open(dataset: Dataset, case: Case, stem: Path, arrays: Arrays) -> StoredCase:
     """A case that was stored or noted; its arrays are opened when they are first read."""
-    with np.load(stem.with_suffix(".voxels.npz"), allow_pickle=False) as file:
+    with np.load(stem.with_suffix(COMPLETE), allow_pickle=False) as file:
         counts = {int(k): int(count) for k, count in file["counts"]}
         voxels = {k: file[str(k)] for k in counts}
         table, fill = file["quantiles"], file.get("fill")

@@ -1,0 +1,159 @@
+"""Codes of a folder of images and labels: what is found in it, and what its microtome.yaml or dataset.json says."""
+
+from types import MappingProxyType
+
+from microtome.codes.fault import Fault
+
+AREA = "Folders of images and labels"
+
+FAULTS = MappingProxyType(
+    {
+        "D031": Fault(
+            "No images and labels that belong together",
+            "Images and labels are paired by name (images/ + labels/, x.png + x_mask.png, dataset.json). In this folder there are none of one "
+            "of the two, their names do not agree, or several candidates fit one image.",
+            "Name each label like its image, or put both into images/ and labels/. Otherwise say what belongs together in microtome.yaml: "
+            "`images:`, `labels:` or `pairs:`. `microtome inspect DATA` shows what was found.",
+        ),
+        "D032": Fault(
+            "No case with a label",
+            "Images were found, but not one label that belongs to them and can be read. A network learns from labels.",
+            "Run `microtome inspect DATA` to see which labels were found and why they were left out. Annotate some images, or correct names "
+            "and paths of the labels.",
+        ),
+        "D033": Fault(
+            "Nothing is annotated",
+            "Every voxel of the labels counts as not annotated: they hold only the value that stands for it, or `not_annotated` in "
+            "microtome.yaml names a value that is a class.",
+            "Check the values in the label files with any viewer, and correct `not_annotated`. Annotate at least a part of a case, background "
+            "included.",
+        ),
+        "D034": Fault(
+            "Image and label differ in shape",
+            "The label has other sizes than its image: it was drawn on a scaled copy, cropped, rotated, or belongs to another image. "
+            "Masks of single objects must all have the image's shape.",
+            "Export the label again at the image's size. If the two do not belong together, correct names or `pairs:` in microtome.yaml. "
+            "To train without the case, move it out of the folder.",
+        ),
+        "D035": Fault(
+            "Image and label lie in different places",
+            "Shapes agree but the headers put the two files at different origins, directions or voxel sizes, so that a voxel of one is not "
+            "the voxel of the other.",
+            "Resample the label to the image's grid (3D Slicer: Resample Scalar/Vector/DWI Volume, nearest neighbour). If the voxels do agree "
+            "and only the header is wrong, copy the image's header to the label.",
+        ),
+        "D036": Fault(
+            "Images with different numbers of channels",
+            "Some images are grey and others RGB, or some have more channels than the rest. A network takes one number of channels.",
+            "Convert all images to one kind. Pictures with an alpha channel or a scale bar in colour are the usual cause.",
+        ),
+        "D037": Fault(
+            "Pictures and volumes in one folder",
+            "Some images have two axes and others three. A network is trained for one of the two.",
+            "Put them into two folders and train twice.",
+        ),
+        "D038": Fault(
+            "The voxel size is not known",
+            "Some images say how large their voxels are and others do not, or a size in mm was asked for where the file says none. "
+            "Nothing is guessed there.",
+            "State `spacing_mm: [z, y, x]` in the folder's microtome.yaml, which holds for all images, or give sizes in voxels.",
+        ),
+        "D039": Fault(
+            "The label file is no label map",
+            "A label map has one whole number, or one colour, for each class. This one has fractions (it was resampled with interpolation), "
+            "several channels, or numbers where the other labels have colours.",
+            "Export the labels as integers in one channel, as PNG or TIFF and never as JPEG; resample labels with nearest neighbour.",
+        ),
+        "D040": Fault(
+            "A label value that no class has",
+            "A file holds a value that is in none of the classes: of the predictions, the model or microtome.yaml.",
+            "Compare the values that the line lists. Give labels of the same classes, or add the value to `classes:` or to `not_annotated:` "
+            "in microtome.yaml.",
+        ),
+        "D041": Fault(
+            "dataset.json cannot be understood",
+            "The file is no JSON, is far too large, or its `training`, `dataset` or `labels` entries are not as nnU-Net or the Medical "
+            "Segmentation Decathlon write them. Regions, several values for a class, are not supported.",
+            "Correct the entry that the line shows. Without dataset.json the folder is read by the names of its files; classes can then be "
+            "given in microtome.yaml.",
+        ),
+        "D042": Fault(
+            "A name that leads out of the folder",
+            "microtome.yaml or dataset.json names a file above the folder or by an absolute path. Only files inside are read, so that a folder "
+            "from somebody else cannot reach yours.",
+            "Copy that file into the folder and write its path relative to the folder.",
+        ),
+        "D043": Fault(
+            "A file that is named is not there",
+            "microtome.yaml or dataset.json names a file that the folder does not hold.",
+            "Correct the name, capital letters and suffix included, or add the file.",
+        ),
+        "D044": Fault(
+            "Fewer than two classes are annotated",
+            "A network learns to tell classes apart, and this annotation shows only one, or nothing.",
+            "Paint the background too, in a few places or planes: it is a class like the others. If 0 is your background, name the planes "
+            "painted in full with `--planes z10,z20`.",
+        ),
+        "D045": Fault(
+            "Nothing is left to fill",
+            "Every voxel of the annotation counts as annotated, so that `densify` has nothing to add.",
+            "Say which value means that nobody looked (`--not-annotated 0`), or which planes are painted in full (`--planes z10,z20`).",
+        ),
+        "D046": Fault(
+            "Something is painted outside of the named planes",
+            "--planes says where the annotation is, and there are painted voxels elsewhere. They would be thrown away.",
+            "Name these planes too, or leave out --planes.",
+        ),
+        "D047": Fault(
+            "More classes than a network should tell apart",
+            "The annotation has very many values: usually a number for each object instead of one for each class.",
+            "Give all objects of a class one value. For folders with numbers of objects write `instances: true` into microtome.yaml.",
+        ),
+        "D048": Fault(
+            "A voxel size far from that of the training",
+            "The image's voxels are so much larger or smaller than those the network learned from that a wrong unit is the likely reason: "
+            "µm read as mm, or a scale that was never set.",
+            "Correct the voxel size in the file (Fiji: Image > Properties), or use a model that was trained at this resolution.",
+        ),
+        "D049": Fault(
+            "A case larger than the memory",
+            "The case does not fit in the memory that is free, and patches cannot be read from its file directly for the reason that the "
+            "line gives.",
+            "Remove that reason: store the volume as OME-Zarr or HDF5 on the grid that the plan works on, or cut it into parts.",
+        ),
+        "C016": Fault(
+            "`validation` in microtome.yaml cannot be",
+            "`validation` or `validation_sections` names cases without labels, leaves nothing to train on, or sections that the stack does "
+            "not have.",
+            "Correct the names. Cases of one group stay together, so that each group is named in full or not at all.",
+        ),
+        "C017": Fault(
+            "microtome.yaml names an unknown case",
+            "A name under `pairs:`, `groups:`, `validation:` or a similar entry is that of no case in the folder.",
+            "`microtome inspect DATA` lists the cases; write the name as it stands there.",
+        ),
+        "C018": Fault(
+            "Classes in microtome.yaml that do not fit the labels",
+            "`classes`, `background`, `not_annotated` or `instances` contradict the values in the label files, or one another.",
+            "Write `classes:` as `name: value`, `background:` as one of these names or null, and `not_annotated:` as values that are no class. "
+            "`microtome inspect DATA` shows the values in the labels.",
+        ),
+        "C019": Fault(
+            "`spacing_mm` has another number of axes",
+            "The voxel size in microtome.yaml must have one number for each axis of the images, two for pictures and three for volumes.",
+            "Write `spacing_mm: [y, x]` or `spacing_mm: [z, y, x]`.",
+        ),
+        "C020": Fault(
+            "Planes that are not in the image",
+            "A plane was named that the volume does not have, or planes of a picture.",
+            "Write them as `z10,z20,y40`, counted from 0; the line names the last of each axis.",
+        ),
+        "C021": Fault(
+            "What nobody looked at cannot be told",
+            "In a partly painted volume 0 may mean background or not looked at, and nothing shows which; or the value of --not-annotated "
+            "occurs nowhere in the annotation.",
+            "Name the planes painted in full (`--planes z10,z20`), or paint the background with a value of its own, or give the value "
+            "that nobody looked at with `--not-annotated`.",
+        ),
+    }
+)

@@ -1,0 +1,68 @@
+"""Codes of training: what ends it, what its plan asks for, what it writes."""
+
+from types import MappingProxyType
+
+from microtome.codes.fault import Fault
+
+AREA = "Training"
+
+FAULTS = MappingProxyType(
+    {
+        "D060": Fault(
+            "The checkpoint cannot be read",
+            "The file in RUN/checkpoints is damaged. microtome writes it in one step, so that a kill does not leave half of one; a failing "
+            "disk or an interrupted copy does.",
+            "Copy the run folder again if it was copied. Otherwise start again into a new folder, without --resume.",
+        ),
+        "D061": Fault(
+            "The checkpoint belongs to another plan",
+            "The network in the checkpoint is not the one that plan.yaml describes: the plan was changed after the training began.",
+            "Put the plan back as it was, or train with the new one into another --out.",
+        ),
+        "C041": Fault(
+            "The plan or the run was made for other data",
+            "Classes, channels, axes, or the cases that train and validate differ from those that the plan or the interrupted run was made "
+            "with. Files were added, removed or renamed, or this is another folder.",
+            "For a new training plan anew: `microtome plan DATA --out plan.yaml`. To resume, bring the data back as they were.",
+        ),
+        "C042": Fault(
+            "Not enough memory for this",
+            "A step of the training, or a slab of the prediction, takes more memory than is free or was allowed. It is said before it begins, "
+            "as the system would end the program without a word.",
+            "Allow more with --memory, or close other programs. For training make `micro_batch`, `batch` or `patch_vox` in plan.yaml smaller, "
+            "or set `checkpointing: true`.",
+        ),
+        "R001": Fault(
+            "The folder cannot be written to",
+            "The disk is full, the folder belongs to another account, or the drive is read-only or gone. What was there before is unchanged.",
+            "Look at `df -h FOLDER` and `ls -ld FOLDER`. Free space or choose another --out; a training then goes on with --resume.",
+        ),
+        "R002": Fault(
+            "Not enough room on the disk for the prepared images",
+            "Training reads patches from prepared copies of the images, which are too large for what is free, even compressed.",
+            "Free as many bytes as the line says and go on with --resume, or choose an --out on a larger disk.",
+        ),
+        "R003": Fault(
+            "The loss is not finite",
+            "The loss became NaN or infinite: the learning rate is too high for this network, half precision overflowed, or an image holds "
+            "extreme values.",
+            "Lower `optimiser.learning_rate` in plan.yaml, or set `precision: fp32`, then go on with --resume. "
+            "`microtome inspect DATA` shows images with unusual intensities.",
+        ),
+        "R004": Fault(
+            "The training was asked to stop",
+            "Ctrl-C, or the system, ended it before its last step. All that is needed to go on was saved.",
+            "Go on with the same command and --resume.",
+        ),
+        "R005": Fault(
+            "Too little time is left to train in",
+            "Preparing the images took nearly all of the minutes that were given.",
+            "Give more --minutes with --resume; what was prepared is kept.",
+        ),
+        "R006": Fault(
+            "A prepared image is damaged",
+            "A stored array in the run folder is not whole: a disk failed, or a file was changed or copied incompletely.",
+            "Remove the folder that the line names and go on with --resume: it is prepared again.",
+        ),
+    }
+)

@@ -1,0 +1,405 @@
+"""Mutated files by the thousand, read in a process of their own: what crashes, hangs, swells or raises what a user cannot understand.
+
+`mutated` changes bytes; a `Target` says what is read and how; `fuzz` reads so many mutants and tells what went wrong. Every
+mutant follows from (seed, number), so a finding is repeated by `Target.mutant(seed, number)`.
+"""
+
+import faulthandler
+import gzip
+import logging
+import multiprocessing
+import os
+import random
+import re
+import resource
+import secrets
+import shutil
+import signal
+import struct
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from microtome.errors import MicrotomeError
+
+SECONDS_PER_INPUT = 10
+# Of address space above that at the start, and of memory in use that one input may add where no target says another.
+SPACE_BYTES, GROWTH_BYTES = 4 * 2**30, 5 * 2**28
+_MOST_FINDINGS = 8
+_BYTES = (0, 1, 0x7F, 0x80, 0xFE, 0xFF, 0x20, 0x2F, 0x2E, 0x0A)
+_WHOLE = (0, 1, -1, 2, 127, 128, 255, 256, 2**15 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, -(2**31), -(2**63))
+_REAL = (0.0, -0.0, 1.0, -1.0, float("nan"), float("inf"), float("-inf"), 1e308, 1e-308, 5e-324, 3.4e38, 1e18)
+_TEXTS = (
+    b"0",
+    b"-1",
+    b"1",
+    b"2147483648",
+    b"9223372036854775807",
+    b"99999999999999999999",
+    b"1e999",
+    b"nan",
+    b"inf",
+    b"",
+    b"0.0",
+    b"1e-320",
+)
+_NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
+_FORKS = multiprocessing.get_context("forkserver")
+_Words = tuple[Sequence[bytes], Sequence[bytes]]  # a dictionary, and other seeds
+
+
+def mutated(seed: bytes, rng: random.Random, dictionary: Sequence[bytes] = (), others: Sequence[bytes] = ()) -> bytes:
+    """A seed with 1 to 8 changes: bits, bytes, numbers, pieces cut, doubled or brought in.
+
+    Args:
+        seed: a good input.
+        rng: says which changes.
+        dictionary: words of the format, which are put in at any place.
+        others: more seeds, of which pieces are taken.
+    """
+    data = bytearray(seed)
+    for _ in range(1 << rng.randrange(4)):
+        rng.choice(_CHANGES)(data, rng, (dictionary, others))
+    return bytes(data)
+
+
+def _place(data: bytearray, rng: random.Random) -> int:
+    """Anywhere, the start more often: headers are there."""
+    return int(rng.random() ** rng.choice((1, 3)) * len(data))
+
+
+def _flip(data: bytearray, rng: random.Random, _: _Words) -> None:
+    if data:
+        data[_place(data, rng)] ^= 1 << rng.randrange(8)
+
+
+def _set(data: bytearray, rng: random.Random, _: _Words) -> None:
+    if data:
+        data[_place(data, rng)] = rng.choice(_BYTES) if rng.random() < 0.7 else rng.randrange(256)
+
+
+def _number(data: bytearray, rng: random.Random, _: _Words) -> None:
+    """An integer or float of 8 to 64 bits, in either order of bytes, mostly at a multiple of its size."""
+    order = rng.choice("<>")
+    if rng.random() < 0.7:
+        form = rng.choice("bhiq")
+        bits = 8 * struct.calcsize("=" + form)
+        value = rng.choice(_WHOLE) if rng.random() < 0.8 else rng.randrange(1 << bits)
+        packed = (value % (1 << bits)).to_bytes(bits // 8, "little" if order == "<" else "big")
+    else:
+        form = rng.choice("fd")
+        value = rng.choice(_REAL)
+        packed = struct.pack(order + form, value if form == "d" else max(-3.4e38, min(3.4e38, value)) if abs(value) < 1e309 else value)
+    at = _place(data, rng)
+    at -= at % len(packed) if rng.random() < 0.8 else 0
+    data[at : at + len(packed)] = packed
+
+
+def _digits(data: bytearray, rng: random.Random, _: _Words) -> None:
+    """Another number where a number is written in letters."""
+    found = list(_NUMBER.finditer(bytes(data[:4096])))
+    if found:
+        match = rng.choice(found)
+        data[match.start() : match.end()] = rng.choice(_TEXTS)
+
+
+def _cut(data: bytearray, rng: random.Random, _: _Words) -> None:
+    del data[_place(data, rng) :]
+
+
+def _remove(data: bytearray, rng: random.Random, _: _Words) -> None:
+    at = _place(data, rng)
+    del data[at : at + rng.choice((1, 2, 4, 8, 16, 64))]
+
+
+def _repeat(data: bytearray, rng: random.Random, _: _Words) -> None:
+    at, length = _place(data, rng), rng.choice((1, 2, 4, 12, 16, 64, 256))
+    data[at:at] = data[at : at + length] * rng.choice((1, 1, 2, 16))
+
+
+def _insert(data: bytearray, rng: random.Random, _: _Words) -> None:
+    at = _place(data, rng)
+    data[at:at] = rng.randbytes(rng.choice((1, 2, 4, 8))) if rng.random() < 0.5 else bytes(rng.choice((1, 4, 16)))
+
+
+def _word(data: bytearray, rng: random.Random, words: _Words) -> None:
+    """A word of the format, over what is there or between."""
+    if words[0]:
+        at, word = _place(data, rng), rng.choice(words[0])
+        data[at : at + (len(word) if rng.random() < 0.6 else 0)] = word
+
+
+def _splice(data: bytearray, rng: random.Random, words: _Words) -> None:
+    """The same place of another seed, or any piece of it."""
+    if words[1]:
+        other = rng.choice(words[1])
+        at, start, length = _place(data, rng), _place(bytearray(other), rng), rng.choice((4, 16, 64, len(other)))
+        start = at if rng.random() < 0.5 else start
+        data[at : at + length] = other[start : start + length]
+
+
+_CHANGES = (_flip, _set, _number, _number, _digits, _cut, _remove, _repeat, _insert, _word, _splice)
+
+
+def png_mended(data: bytes) -> bytes:
+    """A PNG whose chunks have the checksums that their bytes deserve."""
+    at, out = 8, [data[:8]]
+    while at + 12 <= len(data):
+        length = int.from_bytes(data[at : at + 4], "big")
+        if at + 12 + length > len(data):
+            break
+        body = data[at + 4 : at + 8 + length]
+        out += [data[at : at + 4], body, zlib.crc32(body).to_bytes(4, "big")]
+        at += 12 + length
+    return b"".join((*out, data[at:]))
+
+
+def packed(data: bytes) -> bytes:
+    """Gzip of the data, so that changes are behind the checksum."""
+    return gzip.compress(data, 1, mtime=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What is read, and how; functions are named by module, as another process calls them.
+
+    Attributes:
+        name: of the format.
+        seeds: good inputs, as small as they can be.
+        read: reads the path, and asserts what has to hold of what it read.
+        file: where in an empty folder the input is written; a user meets this name in errors.
+        given: what is read, in that folder: the file, or a folder above it.
+        prepare: fills the folder with all that stays the same.
+        mend: makes most inputs what a reader gets to understand: checksums, packing.
+        dictionary: words of the format.
+        growth_bytes: of memory that one input may add to what is in use.
+    """
+
+    name: str
+    seeds: tuple[bytes, ...]
+    read: Callable[[Path], object]
+    file: str = "case-x.dat"
+    given: str = ""
+    prepare: Callable[[Path], object] | None = None
+    mend: Callable[[bytes], bytes] | None = None
+    dictionary: tuple[bytes, ...] = ()
+    growth_bytes: int = GROWTH_BYTES
+
+    def mutant(self, seed: int, number: int) -> bytes:
+        """The input of this number; the first ones are the seeds themselves."""
+        if number < len(self.seeds):
+            return self.finished(self.seeds[number], always=True)
+        rng = random.Random(f"{seed} {number}")
+        return self.finished(mutated(rng.choice(self.seeds), rng, self.dictionary, self.seeds))
+
+    def finished(self, data: bytes, *, always: bool = False) -> bytes:
+        """The bytes that are written: mended, three times of four, as the bytes themselves decide."""
+        return self.mend(data) if self.mend and (always or zlib.crc32(data) & 3) else data
+
+    def placed(self, folder: Path) -> tuple[Path, Path]:
+        """The file that inputs are written to, and the path that is read, in a new folder with all beside them."""
+        file = folder / self.file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if self.prepare:
+            self.prepare(folder)
+        return file, folder / self.given if self.given else file
+
+
+@dataclass(frozen=True)
+class Finding:
+    """An input that did what no input may do."""
+
+    what: str
+    number: int
+    data: bytes
+
+    def __str__(self) -> str:
+        return (
+            f"input {self.number}: {self.what}\nits {len(self.data)} bytes (gzip, hex): {gzip.compress(self.data, 9, mtime=0).hex()[:6000]}"
+        )
+
+
+@dataclass
+class Outcome:
+    """What became of the inputs of a target.
+
+    Attributes:
+        seed: which repeats them.
+        tried, good: inputs read, and those that gave an image.
+        slowest_s: the longest that one took.
+    """
+
+    name: str
+    seed: int
+    tried: int = 0
+    good: int = 0
+    slowest_s: float = 0.0
+    findings: list[Finding] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Fail with all that was found."""
+        assert not self.findings, f"{self.name}, seed {self.seed}:\n" + "\n".join(map(str, self.findings))
+
+
+def fuzz(target: Target, inputs: int, *, seconds: float = 3600.0, seed: int | None = None) -> Outcome:
+    """Read mutants of a target in a process of its own, which is started again where one ends it.
+
+    Args:
+        target: what is read.
+        inputs: how many; fewer where the time is over.
+        seconds: for all of them.
+        seed: of all changes; a new one, which is printed, if none is given.
+    """
+    outcome = Outcome(target.name, secrets.randbits(32) if seed is None else seed)
+    sys.stdout.write(f"{target.name}: seed {outcome.seed}\n")
+    end = time.monotonic() + seconds
+    with _scratch() as folder:
+        while outcome.tried < inputs and time.monotonic() < end and len(outcome.findings) < _MOST_FINDINGS:
+            _one_process(target, outcome, inputs, end, folder)
+    return outcome
+
+
+def _one_process(target: Target, outcome: Outcome, inputs: int, end: float, folder: Path) -> None:
+    """Read on from where the last process ended."""
+    ours, theirs = _FORKS.Pipe()
+    child = _FORKS.Process(target=_child, args=(target, outcome.seed, outcome.tried, inputs, end, folder, theirs))
+    child.start()
+    theirs.close()
+    for tried, good, slowest, finding in _received(ours):
+        outcome.tried, outcome.good, outcome.slowest_s = tried, outcome.good + good, max(outcome.slowest_s, slowest)
+        outcome.findings += [finding] if finding else []
+        # No seed, no mutants.
+        outcome.tried = tried or inputs
+    child.join()
+    if child.exitcode == 0:
+        return
+    number = int((folder / "number").read_text() or outcome.tried) if (folder / "number").exists() else outcome.tried
+    how = "took longer than 10 s" if child.exitcode == -signal.SIGALRM else f"ended the interpreter (exit code {child.exitcode})"
+    trace = (folder / "trace").read_text(errors="replace")[-1500:] if (folder / "trace").exists() else ""
+    outcome.findings.append(Finding(f"{how}\n{trace}", number, target.mutant(outcome.seed, number)))
+    outcome.tried = number + 1
+
+
+def _received(pipe: Connection) -> Iterator[tuple[int, int, float, Finding | None]]:
+    """What a child says until it ends."""
+    while True:
+        try:
+            yield pipe.recv()
+        except EOFError:
+            return
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    """A folder in memory where there is one."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-", dir=memory if os.access(memory, os.W_OK) else None))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _child(target: Target, seed: int, first: int, past: int, end: float, folder: Path, pipe: Connection) -> None:
+    """Read the inputs from the first on; every finding and every thousandth input is told at once."""
+    with quiet(folder):
+        place = folder / f"inputs-{first}"
+        place.mkdir()
+        file, given = target.placed(place)
+        if refused := seed_refused(target, file, given):
+            pipe.send((0, 0, 0.0, Finding(refused, first, b"")))
+            return
+        limit_memory()
+        known, good, slowest, told = set[str](), 0, 0.0, time.monotonic()
+        for number in range(first, past):
+            data = target.mutant(seed, number)
+            (folder / "number").write_text(str(number))
+            begun = time.monotonic()
+            found, what = tried(target, data, file, given)
+            now = time.monotonic()
+            slowest, good = max(slowest, now - begun), good + found
+            new = Finding(what, number, data) if what and what[:160] not in known else None
+            known.add(what[:160])
+            if new or number + 1 == past or now > end or now - told > 1:
+                pipe.send((number + 1, good, slowest, new))
+                good, told = 0, now
+            if now > end or len(known) > _MOST_FINDINGS:
+                return
+
+
+def seed_refused(target: Target, file: Path, given: Path) -> str:
+    """Why a seed cannot be read, if so: nothing behind that would be reached by its mutants. Libraries are loaded by this, too."""
+    for number, seed in enumerate(target.seeds):
+        file.write_bytes(target.finished(seed, always=True))
+        try:
+            target.read(given)
+        except MicrotomeError as error:
+            return f"seed {number} is refused: {error}"
+    return ""
+
+
+@contextmanager
+def quiet(folder: Path) -> Iterator[None]:
+    """No words of libraries; a trace of a crash, or of what takes too long, in the file `trace`."""
+    logging.disable(logging.CRITICAL)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with (folder / "trace").open("w") as trace, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        faulthandler.enable(trace, all_threads=False)
+        faulthandler.register(signal.SIGALRM, trace, all_threads=False, chain=True)
+        try:
+            kept = os.dup(2)
+            os.dup2(nowhere, 2)
+            yield
+        except BaseException:
+            os.dup2(kept, 2)
+            raise
+
+
+def limit_memory() -> None:
+    """No more address space than now and 4 GiB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + SPACE_BYTES
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+
+
+def tried(target: Target, data: bytes, file: Path, given: Path) -> tuple[bool, str]:
+    """Read one input: whether it is a good one, and what is wrong with how it was refused."""
+    file.write_bytes(data)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_INPUT)
+    good, what = False, ""
+    try:
+        target.read(given)
+        good = True
+    except MicrotomeError as error:
+        what = _unclear(error, given)
+    except BaseException as error:  # noqa: BLE001 - whatever it is, it is a finding
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        trace = "".join(traceback.format_exception(error)[-14:])
+        what = f"raised {type(error).__name__} at {last.filename}:{last.lineno}\n{trace}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return good, what or (f"took {grown / 2**20:.0f} MiB of memory" if grown > target.growth_bytes else "")
+
+
+def _unclear(error: MicrotomeError, given: Path) -> str:
+    """What a user could not understand in an error, or memory that it only just did not get."""
+    text, cause = str(error), error.__cause__ or error.__context__
+    while cause is not None:
+        if isinstance(cause, MemoryError) or "bad_alloc" in str(cause):
+            trace = "".join(traceback.format_exception(cause)[-6:])
+            return f"wanted more than {SPACE_BYTES >> 30} GiB of memory\n{trace}"
+        cause = cause.__cause__ or cause.__context__
+    if given.name not in text:
+        return f"an error without the name {given.name}: {text}"
+    return f"an error of several lines: {text!r}" if "\n" in text or "\r" in text else ""
