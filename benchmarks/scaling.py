@@ -34,11 +34,12 @@ from benchmarks.cases import SETTINGS, blobs, bundle_of
 from benchmarks.rows import CACHE, FIELDS, PACKAGES, REPOSITORY, about, read_results, rounded, say, write_results
 from microtome.bundle import load_bundle, save_bundle
 from microtome.data.case import Case
+from microtome.errors import MicrotomeError
 from microtome.files import write_json, write_text
 from microtome.images.volume import Pixels
 from microtome.inference import cluster, stored
 from microtome.inference.bricks import LABELS, Bricks, Record
-from microtome.inference.cluster import Failure, Order, fill_block, fill_on_cluster
+from microtome.inference.cluster import Order, fill_block, fill_on_cluster
 from microtome.inference.layout import Layout, Shapes
 from microtome.inference.predict import Wanted
 from microtome.inference.predictor import Predictor
@@ -135,7 +136,7 @@ def pool(workers: int) -> Iterator[Pool]:
         yield Pool(workers, client, time.perf_counter() - begun)
 
 
-def idle_block(order: Order, box: Box) -> Failure | None:
+def idle_block(order: Order, box: Box) -> MicrotomeError | None:
     """A block whose network answers at once: what all the rest costs."""
     worker = cluster._worker_of(order)
     worker.task = replace(worker.task, engine=silent(worker.task.layout.shapes))

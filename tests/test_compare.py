@@ -508,7 +508,7 @@ def test_a_command_tells_its_error_and_its_memory(monkeypatch: pytest.MonkeyPatc
 
     def refused() -> None:
         try:
-            raise ConfigError("plan", expected="a patch", got="none", do="give one")
+            raise ConfigError("plan", expected="a patch", got="none", do="give one", code="C036")
         except ConfigError:
             sys.exit(2)
 
@@ -516,7 +516,7 @@ def test_a_command_tells_its_error_and_its_memory(monkeypatch: pytest.MonkeyPatc
         raise ZeroDivisionError("by\n0")
 
     for command, end, words in (
-        (refused, SystemExit, "plan: expected a patch, got none; give one"),
+        (refused, SystemExit, "plan: expected a patch, got none; give one [MT-C036]"),
         (broken, ZeroDivisionError, "ZeroDivisionError: by 0"),
     ):
         with pytest.raises(end):

@@ -384,6 +384,7 @@ def test_other_formats_are_densified_into_their_own(sparse: np.ndarray, tmp_path
         # NPY and HDF5 name no voxel size.
         warnings.simplefilter("ignore", DataWarning)
         sketch = open_sketch(tmp_path / f"image{suffix}", tmp_path / f"drawn{suffix}", tmp_path / f"dense{suffix}", options)
-        dense = run(sketch)
+        header = sketch.dataset.headers[sketch.dataset.cases[0].name]
+        dense = run(sketch, spacing_mm=header.spacing_mm)
     assert set(np.unique(dense)) <= {0, 1}
     assert np.array_equal(dense[sparse >= 0], painted[sparse >= 0])

@@ -156,7 +156,8 @@ def score(logits_KN: np.ndarray, truth_N: np.ndarray) -> Scores:
     confidence_N, right_N = np.empty(truth_N.size), np.empty(truth_N.size, bool)
     brier = nll = 0.0
     for part in _spans(truth_N.size):
-        logits, truth = logits_KN[:, part].astype(np.float64), truth_N[part]
+        # In one order of memory whatever the array came in: sums then agree to the last bit.
+        logits, truth = logits_KN[:, part].astype(np.float64, order="C"), truth_N[part]
         logits -= logits.max(axis=0)
         log_total = np.log(np.exp(logits).sum(axis=0))
         places = (truth, np.arange(truth.size))
