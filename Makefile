@@ -57,7 +57,7 @@ bench-gpu: $(STAMP)  ## the same on a GPU; says so where there is none
 reproduce: $(STAMP)  ## every experiment of experiments/ (an hour), and docs/reproductions.md from their results
 	@$(BIN)/python -m experiments.run
 
-docs: $(STAMP)  ## README's map of files, docs/cli.md, docs/settings.md, docs/networks, written from the code
+docs: $(STAMP)  ## README's map of files, docs/cli.md, docs/settings.md, docs/networks, docs/errors, written from the code
 	@$(BIN)/python -m tools.docs
 
 lock: $(STAMP)  ## requirements.lock and docs/licences.md, written from what .venv holds now

@@ -212,7 +212,9 @@ def test_bfloat16_is_refused_where_it_would_be_emulated(bundle: Bundle, monkeypa
 def test_a_model_without_samples_is_for_torch_in_float32_unless_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("microtome.inference.engines.processor_has_bf16", lambda: True)
     old = saved_model(tmp_path, samples=False, precision="bf16")
-    with pytest.raises(ConfigError, match=r"--engine openvino: expected a model with a golden input.*train --resume.*or --engine torch"):
+    with pytest.raises(
+        ConfigError, match=r"--engine openvino: expected a model with a golden input.*train --resume.*or use --engine torch"
+    ):
         Engines(old, engine="openvino", device="cpu")
     engines = Engines(old, device="cpu")
     assert [candidate.name for candidate in engines.candidates] == ["torch"]

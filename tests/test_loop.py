@@ -367,7 +367,9 @@ def test_a_loss_that_is_no_number_stops_the_run_before_the_weights(tmp_path: Pat
     assert other.progress.step == 2
     assert all(t.isfinite().all() for t in contents(other).values())
     # After --resume without a change it ends there again, and still knows of which step the checkpoint is.
-    with pytest.raises(RunError, match=r"step 3: .*the last checkpoint is of step 2: change plan\.yaml first, as an unchanged plan"):
+    with pytest.raises(
+        RunError, match=r"step 3: .*change plan\.yaml first, as an unchanged plan .* then --resume; the last checkpoint is of step 2"
+    ):
         train_steps(other, CASES_POISONED, plan, CPU, Recorder(tmp_path / "a.safetensors").hooks())
 
 
@@ -375,7 +377,7 @@ def test_a_gradient_that_is_no_number_stops_the_run_although_the_loss_is_one(tmp
     plan, state = small_plan(), fresh(small_plan())
     next(state.network.parameters()).register_hook(lambda gradient: gradient * float("inf"))
     before = contents(state)["network/heads.0.weight"]
-    expected = r"step 1: expected a finite loss and gradient.*gradient of length (nan|inf); there is no checkpoint yet: change plan\.yaml"
+    expected = r"step 1: expected a finite loss and gradient.*gradient of length (nan|inf); change plan\.yaml .*there is no checkpoint yet"
     with pytest.raises(RunError, match=expected):
         train_steps(state, CASES, plan, CPU, Recorder(tmp_path / "a.safetensors").hooks())
     assert torch.equal(contents(state)["network/heads.0.weight"], before)

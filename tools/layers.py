@@ -182,6 +182,7 @@ LAYERS = (
     "compare",
     "options",
     "cli_predict",
+    "cli_explain",
     "cli",
 )
 

@@ -282,7 +282,7 @@ def _check(path: Path, found: str, recorded: object) -> None:
     """Refuse content that is not what was written."""
     if found != recorded:
         raise DataError(
-            path, expected=f"content with hash {str(recorded)[:64]}", got=found, do="the file was damaged: copy it again", code="D054"
+            path, expected=f"content with hash {str(recorded)[:64]}", got=found, do="copy it again: the file was damaged", code="D054"
         )
 
 

@@ -35,7 +35,7 @@ def read_document(path: Path, header: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         got = f"{type(error).__name__}: {error}"[:200]
         raise DataError(
-            path, expected="a description in JSON with its schema", got=got, do="the file was damaged: copy it again", code="D054"
+            path, expected="a description in JSON with its schema", got=got, do="copy it again: the file was damaged", code="D054"
         ) from None
     needed = _needed(document.get("needs"))
     if needed > _own_version():

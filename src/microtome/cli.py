@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microtome.cli_predict import commands
+from microtome import cli_explain, cli_predict
 from microtome.errors import ConfigError, MicrotomeError
 from microtome.options import (
     MOST_SEED,
@@ -246,7 +246,7 @@ def densify(
     terminal.say(f"labels: {out}")
 
 
-app.registered_commands += commands.registered_commands
+app.registered_commands += cli_predict.commands.registered_commands
 
 
 @app.command()
@@ -356,6 +356,9 @@ def _show_network(name: str, size: str | None, classes: int, variant: str, *, sv
         print_json([asdict(row) for row in layer_rows(found)])
     else:
         print_layers(layer_table(found), svg)
+
+
+app.registered_commands += cli_explain.commands.registered_commands
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ class MicrotomeError(Exception):
     @property
     def line(self) -> str:
         """What is shown: the words, and the code to look up (`microtome explain MT-D012`)."""
-        return f"{self} [{PREFIX}{self.code}]"
+        return f"{self} [{PREFIX}{self.code}]" if self.code else str(self)
 
     def on(self, machine: str) -> Self:
         """The same error, found on another machine, which it names."""

@@ -126,5 +126,17 @@ FAULTS = MappingProxyType(
             "Add the part's name to the path, as in `cells.h5/raw`. For a folder write `images: raw` and `labels: label` into its "
             "microtome.yaml.",
         ),
+        "D220": Fault(
+            "A header that can be understood in two ways",
+            "A line of an NRRD or MetaImage header holds bytes that are no text, is blank or far too long, or names a field a second time. "
+            "Readers differ in what they take from such a header, so that the voxels could be another image elsewhere.",
+            "Export the image again from the program it comes from. If the header was written by hand, leave one line for each field.",
+        ),
+        "D221": Fault(
+            "The numbers in a MetaImage header do not fit",
+            "NDims is missing or is not 1 to 4, or another field has more or fewer numbers than it says, or something that is no number.",
+            "Export the image again; of a series in time save each time point as a file. `NDims = 3` comes first, and then `DimSize`, "
+            "`ElementSpacing` and `Offset` have three numbers each.",
+        ),
     }
 )

@@ -53,6 +53,22 @@ FAULTS = MappingProxyType(
             "dataset.json, metrics.json, log.jsonl or another record that `train` or `compare` writes is not there or is no longer JSON.",
             "Copy the run folder again, with all its files. If that does not help, train again into another --out.",
         ),
+        "D200": Fault(
+            "The model's description contradicts itself",
+            "A value in the description of a bundle is of another kind than it must be, or does not fit the others: its classes, network, "
+            "golden input and plan are not of one model. It was edited, or written by another program.",
+            "Copy it again from where it was trained, or use the version of microtome that wrote it, which model.json names.",
+        ),
+        "D240": Fault(
+            "A JSON file that cannot be understood",
+            "The file is no JSON, is nested too deeply or far too large, or holds a list or a number where names with values belong.",
+            "Do what the line ends with. If the file was copied, copy it again; if it was edited by hand, put it back as it was.",
+        ),
+        "D241": Fault(
+            "A JSON file that cannot be opened",
+            "The file is not there, is a folder or a pipe, or this account may not read it.",
+            "Look with `ls -l FILE` whether it is there and readable, and copy the folder that it belongs to again if it is not.",
+        ),
         "C038": Fault(
             "No graph can be made of this model",
             "Graphs are kept beside a saved model, and one ONNX file holds at most 2 GB of weights.",

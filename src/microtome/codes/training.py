@@ -64,5 +64,25 @@ FAULTS = MappingProxyType(
             "A stored array in the run folder is not whole: a disk failed, or a file was changed or copied incompletely.",
             "Remove the folder that the line names and go on with --resume: it is prepared again.",
         ),
+        "R101": Fault(
+            "Old prepared images cannot be removed",
+            "The run folder holds prepared images of another plan or of a process that was killed, and they cannot be removed: the disk fails, "
+            "or they belong to another account.",
+            "Remove the folder that the line names yourself, then go on with --resume: what is needed is prepared again.",
+        ),
+        "R121": Fault(
+            "Another process uses the run folder",
+            "A training holds the lock of this folder. Two of them would overwrite each other's checkpoints. The lock of a process that ended, "
+            "killed or not, is recognised on its own machine; on a network drive another machine may hold it.",
+            "Wait until it ends, or give another --out. Only where its machine shows no such process any more, remove the lock that the line "
+            "names.",
+        ),
+        "R122": Fault(
+            "Not even one patch fits into memory",
+            "The memory ran out in a training step, which was taken again in ever smaller micro-batches, down to a single patch with "
+            "activations computed anew, and that did not fit either.",
+            "Close other programs, or make `patch_vox` smaller in plan.yaml, then go on with --resume. A plan for less memory comes from "
+            "`microtome plan DATA --memory GB`.",
+        ),
     }
 )

@@ -211,7 +211,7 @@ def _number(document: _Document, name: str, value: Any) -> int:
             document.path,
             expected="one value for each of `labels`",
             got=f"the region {name!r}: {value}",
-            do="regions are not supported yet; give `classes:` without overlaps in microtome.yaml",
+            do="give `classes:` without overlaps in microtome.yaml; regions are not supported yet",
             code="D041",
         )
     try:

@@ -231,7 +231,7 @@ def _check_complete(path: Path, tiff: Any, series: Any) -> None:
     promised = int((tiff.imagej_metadata or {}).get("images", 1)) if tiff.is_imagej else 1
     if series.kind != "imagej" and promised > len(tiff.pages):
         got = f"{len(tiff.pages)} of the {promised} that its ImageJ metadata name"
-        raise DataError(path, expected="all planes", got=got, do="it was cut off; copy or export it again", code="D002")
+        raise DataError(path, expected="all planes", got=got, do="copy or export it again: it was cut off", code="D002")
 
 
 def check_whole(path: Path, series: Any) -> None:

@@ -131,7 +131,7 @@ class Engines:
                 )
             if self.samples is None:
                 expected = "a model with a golden input, to check the engine by"
-                do = "`microtome train --resume` on its run brings it up to date, or --engine torch"
+                do = "bring it up to date with `microtome train --resume` on its run, or use --engine torch"
                 raise ConfigError(word, expected=expected, got="a model of an older microtome, or of an unfinished run", do=do, code="C025")
         if ENGINES[engine].precision == "bf16" and not self._has_bf16():
             raise ConfigError(word, expected="a processor that multiplies bfloat16", got=self._machine(), do=do, code="C025")

@@ -52,7 +52,7 @@ def write_graph(bundle: Bundle) -> Path:
         raise _missing("onnx")
     folder = graph_folder(bundle)
     if bundle.samples is None:
-        where, do = bundle.folder or "bundle", "`microtome train --resume` on its run brings it up to date"
+        where, do = bundle.folder or "bundle", "bring it up to date with `microtome train --resume` on its run"
         raise DataError(where, expected="a golden input in the bundle, to check its graph by", got="none", do=do, code="D056")
     network = restore(bundle)
     with atomic_path(folder / FILES["onnx"][0]) as part:
@@ -178,4 +178,6 @@ def _means(size: Tensor, pool: int) -> Tensor:
 
 
 def _missing(package: str) -> ConfigError:
-    return ConfigError("graph", expected=f"the package {package}", got="none installed", do='pip install "microtome[fast]"', code="C002")
+    return ConfigError(
+        "graph", expected=f"the package {package}", got="none installed", do='run: pip install "microtome[fast]"', code="C002"
+    )

@@ -91,7 +91,7 @@ def missing(engine: str, package: str) -> ConfigError:
         f"--engine {engine}",
         expected=f"the package {package}",
         got="none installed",
-        do='pip install "microtome[fast]", or --engine torch',
+        do='run: pip install "microtome[fast]", or use --engine torch',
         code="C002",
     )
 

@@ -76,7 +76,7 @@ def predict_files(
             out.rmdir()
     if failed and len(failed) < len(cases):
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-        first, do = failed[0], f"the other {len(written)} are in {out}"
+        first, do = failed[0], f"mend it or leave it out; the other {len(written)} are in {out}"
         raise DataError(first.where, expected=first.expected, got=first.got + more, do=do, code=first.code)
     if failed:
         raise failed[0]

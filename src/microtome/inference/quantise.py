@@ -42,7 +42,7 @@ def write_int8(bundle: Bundle) -> Path:
     for package in ("nncf", "openvino"):
         if not find_spec(package):
             raise ConfigError(
-                "int8 graph", expected=f"the package {package}", got="none installed", do='pip install "microtome[int8]"', code="C002"
+                "int8 graph", expected=f"the package {package}", got="none installed", do='run: pip install "microtome[int8]"', code="C002"
             )
     if bundle.samples is None or not bundle.samples.calibration:
         where = bundle.folder or "bundle"
@@ -87,7 +87,7 @@ def _write_first_that_agrees(source: Path, samples: Samples, path: Path) -> None
             return
     expected, got = f"{BOUNDS['int8'].labels:.1%} of the labels of the samples as in floating point", f"{max(shares):.2%} at most"
     raise DataError(
-        "--engine openvino-int8", expected=expected, got=got, do="this network loses too much in 8 bits: use another engine", code="D057"
+        "--engine openvino-int8", expected=expected, got=got, do="use another engine: this network loses too much in 8 bits", code="D057"
     )
 
 

@@ -102,7 +102,7 @@ def _check_going_on(predictor: Predictor, place: Path, found: Record, limit_byte
         ConfigError: says which engine, or how much memory.
     """
     if predictor.asked not in ("auto", found.engine):
-        got, do = f"--engine {predictor.asked}", f"--engine {found.engine}, or auto"
+        got, do = f"--engine {predictor.asked}", f"use --engine {found.engine}, or auto"
         raise ConfigError(name_of(place), expected="the engine that this prediction was begun with", got=got, do=do, code="C027")
     needed = found.layout.peak_bytes + resident_bytes()
     if limit_bytes is not None and needed > limit_bytes:

@@ -266,7 +266,7 @@ def build(name: str, *, dims: int, in_channels: int, classes: int, config: Netwo
     if dims not in entry.dims:
         others = [other.name for other in NETWORKS.values() if dims in other.dims]
         expected = " or ".join(f"{n}D" for n in entry.dims)
-        do = f"use one of {', '.join(others)}" if others else "images are 2D or 3D"
+        do = f"use one of {', '.join(others)}" if others else "give 2D or 3D"
         raise ConfigError(name, expected=f"{expected} images", got=f"{dims}D", do=do, code="C043")
     if variant and variant not in entry.variants:
         expected = f"one of the variants {', '.join(entry.variants)}" if entry.variants else "no variant"

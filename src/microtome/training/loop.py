@@ -262,7 +262,7 @@ def not_finite(loss: float, slope: float, step: int, saved: int) -> RunError:
         f"step {step}",
         expected="a finite loss and gradient",
         got=f"a loss of {loss} with a gradient of length {slope}",
-        do=f"{kept}: change plan.yaml first, as an unchanged plan ends here again "
-        "(lower optimiser.learning_rate, or set precision: fp32), then --resume",
+        do="change plan.yaml first, as an unchanged plan ends here again (lower optimiser.learning_rate, or set precision: fp32), "
+        f"then --resume; {kept}",
         code="R003",
     )
