@@ -313,11 +313,11 @@ def test_label_files_are_not_written_to_a_url(tmp_path: Path, monkeypatch: pytes
 
 def test_a_large_plain_image_tells_how_far_it_is_and_how_it_is_cut(run: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.random.default_rng(0).integers(0, 255, SHAPE).astype(np.uint8))
-    done, said = list[tuple[int, int]](), list[str]()
-    words: dict[str, Any] = {"on_voxels": lambda now, of: done.append((now, of)), "say": said.append}
+    done, said = list[tuple[str, int, int]](), list[str]()
+    words: dict[str, Any] = {"on_voxels": lambda name, now, of: done.append((name, now, of)), "say": said.append}
     predict_files(predictor_of(run), [tmp_path / "a.npy"], tmp_path / "out", options=Options(memory_gb=8), **words)
     assert len(done) > 1
-    assert done[-1] == (np.prod(SHAPE), np.prod(SHAPE))
+    assert done[-1] == ("a", np.prod(SHAPE), np.prod(SHAPE))
     assert done == sorted(done)
     assert len(said) == 1
     assert "slabs of" in said[0]
