@@ -32,6 +32,12 @@ FAULTS = MappingProxyType(
             "Allow more with --memory, or close other programs. For training make `micro_batch`, `batch` or `patch_vox` in plan.yaml smaller, "
             "or set `checkpointing: true`.",
         ),
+        "C050": Fault(
+            "More processes than patches in a batch",
+            "torchrun, or the job script, started more processes than one training step has patches. Each needs one at least, as the batch "
+            "is what the plan says, however many share it.",
+            "Start fewer processes, or make `batch` in plan.yaml larger: a multiple of the number of processes keeps all of them busy.",
+        ),
         "R001": Fault(
             "The folder cannot be written to",
             "The disk is full, the folder belongs to another account, or the drive is read-only or gone. What was there before is unchanged.",

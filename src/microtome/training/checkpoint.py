@@ -165,6 +165,12 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def digest(state: TrainState) -> str:
+    """What tells one state from another, without its progress."""
+    tensors, document = _contents(state)
+    return _hash(tensors, {"optimiser": document["optimiser"]})
+
+
 def _hash(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> str:
     """A hash of a description and of names, types, shapes and bytes of tensors."""
     digest = hashlib.blake2b(json.dumps(document, sort_keys=True).encode(), digest_size=16)

@@ -53,20 +53,29 @@ class Batches:
         device: where the batches are wanted.
         border: voxels on each side of a patch that the network does not answer for.
         on_device: whether samples are warped and changed there; None: on a GPU.
+        positions: the places in the batch that are wanted here; None: all.
 
     Attributes:
         ahead: steps whose samples are made before they are asked for.
     """
 
     def __init__(
-        self, cases: Sequence[StoredCase], plan: Plan, device: torch.device, border: int = 0, *, on_device: bool | None = None
+        self,
+        cases: Sequence[StoredCase],
+        plan: Plan,
+        device: torch.device,
+        border: int = 0,
+        *,
+        on_device: bool | None = None,
+        positions: range | None = None,
     ) -> None:
         self.drawn_from, self.plan, self.device, self.border = Pool.of(cases), plan, device, border
         self.ahead = 0 if device.type == "cpu" else AHEAD
         self.on_device = device.type == "cuda" if on_device is None else on_device
+        self.positions = range(plan.batch) if positions is None else positions
         self.lane = Lane(device)
         self.waiting: dict[int, list[Future[tuple[Patch, torch.cuda.Event | None]]]] = {}
-        self.pool = _started_pool(max(2, min(os.cpu_count() or 2, plan.batch * (self.ahead + 1))))
+        self.pool = _started_pool(max(2, min(os.cpu_count() or 2, len(self.positions) * (self.ahead + 1))))
 
     def get(self, step: int) -> Batch:
         """The batch of a step, on the device.
@@ -76,13 +85,18 @@ class Batches:
         """
         for number in range(step, step + self.ahead + 1):
             if number not in self.waiting:
-                self.waiting[number] = [self.pool.submit(self._make, number, position) for position in range(self.plan.batch)]
+                self.waiting[number] = [self.pool.submit(self._make, number, position) for position in self.positions]
         patches = [self._received(future) for future in self.waiting.pop(step)]
         layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
         image = torch.stack([patch.image for patch in patches]).to(self.device, memory_format=layout)
         label = torch.stack([patch.label for patch in patches]).to(self.device)
         weights = [patch.weight for patch in patches if patch.weight is not None]
         return Batch(image, label, torch.stack(weights).to(self.device) if weights else None)
+
+    def move(self, positions: range) -> None:
+        """Other places in the batch are wanted from now on."""
+        if positions != self.positions:
+            self.positions, self.waiting = positions, {}
 
     def _make(self, step: int, position: int) -> tuple[Patch, torch.cuda.Event | None]:
         """One sample of one step, and when it is finished; runs in a thread."""

@@ -1,7 +1,8 @@
-"""The loss of a batch and its gradient: all at once, or in micro-batches one after the other, smaller ones where memory is short."""
+"""The loss of a batch and its gradient: all at once, in micro-batches one after the other, in parts beside other processes."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Self
 
 import torch
@@ -15,12 +16,16 @@ from microtome.machine import is_short_of_memory, release_memory
 from microtome.models.network import Network
 from microtome.training.compiled import TrainingCall, training_call
 from microtome.training.feeding import Batch
-from microtome.training.losses import segmentation_loss
+from microtome.training.losses import Total, own_sums, segmentation_loss
+from microtome.training.ranks import ALONE, Piece, Ranks, ShortElsewhereError, deal, most_at_once
 from microtome.training.recompute import recomputing
 
 
-def add_gradients(network: TrainingCall, batch: Batch, plan: Plan) -> Tensor:
+def add_gradients(network: TrainingCall, batch: Batch, plan: Plan, ranks: Ranks = ALONE) -> Tensor:
     """Add the gradient of the batch's loss to that of each parameter; returns the loss, still on the device.
+
+    Of several processes each adds the gradients of its own patches, and the loss is its share: sums over the processes are what
+    one with the whole batch would have found.
 
     With `plan.micro_batch` the network sees so many patches at a time, and the loss is the mean of the losses of the
     micro-batches, each weighed by its number of patches. What sums over voxels before it divides does so within a micro-batch:
@@ -31,18 +36,31 @@ def add_gradients(network: TrainingCall, batch: Batch, plan: Plan) -> Tensor:
 
     Args:
         network: in training mode, on the batch's device.
-        batch: labels and weights as large as the network's output.
-        plan: gives loss, precision and micro_batch.
+        batch: the patches of this process; labels and weights as large as the network's output.
+        plan: gives loss, precision and micro_batch, and with several processes the size of the whole batch.
+        ranks: the processes.
+
+    Raises:
+        ShortElsewhereError: memory was too short in another process.
     """
-    total = batch.image.new_zeros(())
-    for part in _parts(batch, plan.micro_batch or len(batch.image)):
+    patches = len(batch.image) if ranks.count == 1 else plan.batch
+    added = batch.image.new_zeros(())
+    for piece, part in _parts(batch, deal(patches, plan.micro_batch, ranks.count)[ranks.rank]):
         with arithmetic(batch.image.device, plan.precision):
             outputs = network(part.image)
         outputs = outputs if isinstance(outputs, list) else [outputs]
-        loss = segmentation_loss(outputs, part.label, plan.loss, part.weight) * (len(part.image) / len(batch.image))
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += loss.detach()
-    return total
+        loss_of = partial(_loss, outputs, part, plan)
+        loss = loss_of(ranks.total_of(piece, loss_of))
+        (loss * (piece.of / patches)).backward()  # type: ignore[no-untyped-call]
+        added += loss.detach() * (piece.patches / patches)
+    return added
+
+
+def _loss(outputs: Sequence[Tensor], part: Batch, plan: Plan, total: Total) -> Tensor:
+    """The loss of a micro-batch, of which these may be a part."""
+    if total is own_sums:
+        return segmentation_loss(outputs, part.label, plan.loss, part.weight)
+    return segmentation_loss(outputs, part.label, plan.loss, part.weight, total=total)
 
 
 class Gradients:
@@ -57,6 +75,7 @@ class Gradients:
         device: where the network lies.
         job_seconds: that training may still take; None: not known.
         on_smaller: is told of each plan that takes less memory, and why in a line.
+        ranks: the processes that share the batch: all of them halve what they do, or none.
 
     Attributes:
         plan: by which steps are taken now.
@@ -70,8 +89,10 @@ class Gradients:
         job_seconds: float | None = None,
         *,
         on_smaller: Callable[[Plan, str], None] = lambda plan, line: None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.network, self.plan, self.device, self.job_seconds, self.on_smaller = network, plan, device, job_seconds, on_smaller
+        self.ranks = ranks
         self.undo = ExitStack()
         self.call: TrainingCall = network
 
@@ -83,15 +104,24 @@ class Gradients:
     def __exit__(self, *_: object) -> None:
         self.undo.close()
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch, again: Callable[[], Batch] | None = None) -> Tensor:
         """The loss of a batch, whose gradient every parameter holds afterwards, and nothing before.
+
+        Args:
+            batch: the patches of this process.
+            again: gives them anew where the plan has changed, by which other patches may be this process's; None: the same.
 
         Raises:
             RunError: memory is too short for a single patch.
         """
         before = [(buffer, buffer.clone()) for buffer in self.network.buffers()]
-        loss: list[Tensor] = []
-        while self._failed(lambda: loss.append(add_gradients(self.call, batch, self.plan))):
+        packed: list[Tensor] = []
+
+        def step() -> None:
+            packed.append(self.ranks.packed(add_gradients(self.call, batch, self.plan, self.ranks), self.network))
+
+        while self._failed(step):
+            packed.clear()
             self.network.zero_grad(set_to_none=True)
             for buffer, values in before:
                 buffer.copy_(values)
@@ -99,33 +129,48 @@ class Gradients:
             torch.manual_seed(torch.initial_seed())
             while self._failed(self._prepare):
                 pass
-        return loss[0]
+            batch = batch if again is None else again()
+        return self.ranks.add_up(packed[-1], self.network)
 
     def _prepare(self) -> None:
         """The network as the plan of now calls it."""
         self.undo.close()
         if self.plan.checkpointing:
             self.undo.enter_context(recomputing(self.network, self.plan.patch_vox))
-        self.call = training_call(self.network, self.plan, self.device, self.job_seconds)
+        self.call = training_call(self.network, self._own_plan(), self.device, self.job_seconds)
+
+    def _own_plan(self) -> Plan:
+        """The plan with the patches that this process takes in all, and at a time."""
+        if self.ranks.count == 1:
+            return self.plan
+        pieces = deal(self.plan.batch, self.plan.micro_batch, self.ranks.count)[self.ranks.rank]
+        sizes = {"batch": sum(piece.patches for piece in pieces), "micro_batch": pieces[0].patches}
+        return self.plan.model_copy(update=sizes)
 
     def _failed(self, work: Callable[[], None]) -> bool:
-        """Whether memory was too short for some work; the plan is then a smaller one.
+        """Whether memory was too short for some work, in this process or in another; the plan is then a smaller one.
 
         Raises:
             RunError: there is no smaller one.
         """
+        said = "memory of another process"
         try:
             work()
+        except ShortElsewhereError:
+            # The one that it was asked in the middle of the work.
+            pass
         except (RuntimeError, MemoryError) as error:
             if not is_short_of_memory(error):
                 raise
+            self.ranks.any(True)
             said = " ".join(str(error).split())[:160] or "no more memory"
         else:
-            return False
+            if not self.ranks.any(False):
+                return False
         # Only here: the error holds the frames of the step, and these its activations.
         self.network.zero_grad(set_to_none=True)
         release_memory()
-        smaller = smaller_steps(self.plan)
+        smaller = smaller_steps(self.plan, self.ranks.count)
         if smaller is None:
             raise RunError(
                 "memory",
@@ -139,11 +184,17 @@ class Gradients:
         return True
 
 
-def smaller_steps(plan: Plan) -> Plan | None:
-    """The plan with half the patches at once, or, where that is one, with activations computed twice; None: there is no smaller one."""
+def smaller_steps(plan: Plan, ranks: int = 1) -> Plan | None:
+    """The plan with half the patches at once, or, where that is one, with activations computed twice; None: there is no smaller one.
+
+    Several processes share a micro-batch before each has one of its own: it is halved until the fullest of them has less at once.
+    """
     size = min(plan.micro_batch or plan.batch, plan.batch)
-    if size > 1:
+    most = most_at_once(plan.batch, size, ranks)
+    if most > 1:
         half = -(-size // 2)
+        while most_at_once(plan.batch, half, ranks) == most:
+            half = -(-half // 2)
         return _with(plan, "micro_batch", half, f"{half} of {plan.batch} patches at a time, as memory ran out with {size}")
     if not plan.checkpointing:
         return _with(plan, "checkpointing", True, "memory ran out with one patch at a time")
@@ -162,8 +213,9 @@ def _changed(was: Plan, now: Plan) -> str:
     return f"micro_batch was {was.micro_batch or was.batch} and is {now.micro_batch} of {now.batch} patches"
 
 
-def _parts(batch: Batch, size: int) -> Iterator[Batch]:
-    """The batch in pieces of `size` patches; the last may be smaller."""
-    images, labels = torch.split(batch.image, size), torch.split(batch.label, size)
-    weights = [None] * len(images) if batch.weight is None else torch.split(batch.weight, size)
-    yield from map(Batch, images, labels, weights)
+def _parts(batch: Batch, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, Batch]]:
+    """The patches of each piece."""
+    sizes = [piece.patches for piece in pieces]
+    images, labels = torch.split(batch.image, sizes), torch.split(batch.label, sizes)
+    weights = [None] * len(images) if batch.weight is None else torch.split(batch.weight, sizes)
+    yield from zip(pieces, map(Batch, images, labels, weights), strict=True)

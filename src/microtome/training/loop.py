@@ -16,6 +16,7 @@ from microtome.training.clock import Clock, stop_requests, stopped_at
 from microtome.training.compiled import fast_kernels
 from microtome.training.feeding import Batch, Batches
 from microtome.training.gradients import Gradients
+from microtome.training.ranks import ALONE, Ranks, positions, seed_of_step
 from microtome.training.store import StoredCase
 
 Event = Mapping[str, Any]
@@ -46,7 +47,14 @@ class Hooks:
 
 
 def train_steps(
-    state: TrainState, cases: Sequence[StoredCase], plan: Plan, device: torch.device, hooks: Hooks, *, read_every: int | None = None
+    state: TrainState,
+    cases: Sequence[StoredCase],
+    plan: Plan,
+    device: torch.device,
+    hooks: Hooks,
+    *,
+    ranks: Ranks = ALONE,
+    read_every: int | None = None,
 ) -> Clock:
     """Train from where `state` is to the end of its schedule; returns where the time went.
 
@@ -60,6 +68,7 @@ def train_steps(
         plan: of the run; its number of steps is that of `state`.
         device: where the network of `state` is.
         hooks: what to call.
+        ranks: the processes that train together; each calls this with the same state and plan.
         read_every: None: 1 on a CPU, where reading costs nothing, else STEPS_BETWEEN_READINGS.
 
     Raises:
@@ -70,19 +79,26 @@ def train_steps(
     losses = Losses(plan.batch, clock, hooks, read_every or (1 if device.type == "cpu" else STEPS_BETWEEN_READINGS))
     parameters = list(state.network.parameters())
     border = state.network.context_vox
-    adding = Gradients(state.network, plan, device, hooks.seconds_left(), on_smaller=partial(memory_was_short, hooks, progress))
+    left = ranks.first(hooks.seconds_left())
+    adding = Gradients(state.network, plan, device, left, on_smaller=partial(memory_was_short, hooks, progress), ranks=ranks)
     state.network.train()
-    with fast_kernels(device), Batches(cases, plan, device, border) as batches, adding as add_gradients, stop_requests() as stopped:
+    feeding = Batches(cases, plan, device, border, positions=positions(plan, ranks))
+
+    def again() -> Batch:
+        feeding.move(positions(adding.plan, ranks))
+        return answered(feeding.get(progress.step), border)
+
+    with fast_kernels(device), feeding as batches, adding as add_gradients, stop_requests() as stopped:
         while progress.step < progress.steps:
             rate = learning_rate(progress.step, progress.steps, plan)
             for group in state.optimiser.param_groups:
                 group["lr"] = rate
             # Dropout too is a function of the step alone.
-            torch.manual_seed(plan.seed * 1_000_003 + progress.step)
+            torch.manual_seed(seed_of_step(plan.seed, progress.step, ranks.rank))
             batch = answered(batches.get(progress.step), border)
 
             with clock.network():
-                loss = add_gradients(batch)
+                loss = add_gradients(batch, again)
                 length = torch.nn.utils.clip_grad_norm_(parameters, plan.optimiser.clip_norm or math.inf)
                 losses.add(loss, length, progress.step, rate)
                 if losses.are_due():
@@ -94,25 +110,26 @@ def train_steps(
             progress.step += 1
             losses.log()
 
-            left = hooks.seconds_left()
+            asked, left, unsaved = ranks.any(stopped()), ranks.first(hooks.seconds_left()), ranks.first(clock.since_save())
             if left is not None and left <= 0:
                 progress.steps = progress.step
             # The last step is validated even if somebody stops the run there: nothing would do it after --resume.
-            validating = progress.step == progress.steps or (progress.step >= progress.next_validation and not stopped())
-            fitting = not validating and left is not None and is_early_fit(progress.step) and not stopped()
-            saving = not (validating or fitting) and (stopped() or clock.since_save() > SECONDS_BETWEEN_CHECKPOINTS)
+            validating = progress.step == progress.steps or (progress.step >= progress.next_validation and not asked)
+            fitting = not validating and left is not None and is_early_fit(progress.step) and not asked
+            saving = not (validating or fitting) and (asked or unsaved > SECONDS_BETWEEN_CHECKPOINTS)
             if validating or fitting or saving:
                 losses.read(saved)
                 losses.log()
             is_best = validating and validate_now(state, hooks)
             if validating or fitting:
                 reschedule(progress, plan, clock, hooks, clock.since_step() if validating else 0.0)
+                ranks.follow(progress)
             if validating or saving:
                 hooks.save(state, is_best)
                 clock.saved()
                 saved = progress.step
             # A request that came since this was asked waits for the end of the next step: what is unsaved would be lost.
-            if (validating or saving) and stopped():
+            if (validating or saving) and ranks.any(stopped()):
                 raise stopped_at(progress.step, progress.steps)
     return clock
 

@@ -5,7 +5,7 @@ p is the probability of a class, p_t that of the true one, g the label as 0 or 1
 annotated voxels of the whole batch; what is not annotated may hold any finite logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Self
 
@@ -17,6 +17,8 @@ from microtome.config import LossConfig
 from microtome.errors import ConfigError
 
 Activation = Literal["softmax", "sigmoid"]
+# What makes sums over patches those over a batch of which they are a part.
+Total = Callable[[Tensor], Tensor]
 
 # Added above and below the line of a ratio of sums, in voxels.
 SMOOTH = 1e-5
@@ -155,8 +157,18 @@ def level_weights(count: int, config: LossConfig = DEFAULT) -> tuple[float, ...]
     return tuple(weight / sum(weights) for weight in weights)
 
 
+def own_sums(sums: Tensor) -> Tensor:
+    """The sums over patches that are the whole batch."""
+    return sums
+
+
 def segmentation_loss(
-    outputs: Sequence[Tensor], target_BS: Tensor, config: LossConfig = DEFAULT, weight_BS: Tensor | None = None
+    outputs: Sequence[Tensor],
+    target_BS: Tensor,
+    config: LossConfig = DEFAULT,
+    weight_BS: Tensor | None = None,
+    *,
+    total: Total = own_sums,
 ) -> Tensor:
     """The config's terms, weighed and added up, over supervised levels weighed by `level_weights`.
 
@@ -167,22 +179,24 @@ def segmentation_loss(
         target_BS: labels on the finest grid; coarser levels see every n-th voxel of it.
         config: terms and their weights; `class_weights` go to the cross-entropy.
         weight_BS: on the same grid as the labels, for the cross-entropy and the focal loss, the two that add up voxels.
+        total: where the patches are a part of a batch, makes their sums over voxels those of all of it. It is asked for each sum
+            in turn, the same ones in the same order each time.
 
     Raises:
         ConfigError: the config has weights for another number of levels.
     """
-    total = outputs[0].new_zeros((), dtype=torch.float32)
+    added = outputs[0].new_zeros((), dtype=torch.float32)
     for weight, logits_BKS in zip(level_weights(len(outputs), config), outputs, strict=True):
         if weight:
             shape = logits_BKS.shape[2:]
             level_weight_BS = None if weight_BS is None else _every_nth(weight_BS, shape)
-            total = total + weight * _terms(logits_BKS, _every_nth(target_BS, shape), config, level_weight_BS)
-    return total
+            level = _terms(_Seen.of(logits_BKS, _every_nth(target_BS, shape), config.activation, total), config, level_weight_BS)
+            added = added + weight * level
+    return added
 
 
-def _terms(logits_BKS: Tensor, target_BS: Tensor, config: LossConfig, weight_BS: Tensor | None) -> Tensor:
+def _terms(seen: "_Seen", config: LossConfig, weight_BS: Tensor | None) -> Tensor:
     """The weighted sum of the terms of one level."""
-    seen = _Seen.of(logits_BKS, target_BS, config.activation)
     background = config.dice_background
     terms: list[Tensor] = []
     if config.cross_entropy:
@@ -206,14 +220,16 @@ class _Seen:
         log_p: (B, K, *S) log-probabilities, at least float32.
         g: (B, K, *S) 1 at the true class of annotated voxels, 0 elsewhere.
         annotated: (B, *S) 1 or 0.
+        total: makes sums over these patches those of the batch.
     """
 
     log_p: Tensor
     g: Tensor
     annotated: Tensor
+    total: Total = own_sums
 
     @classmethod
-    def of(cls, logits_BKS: Tensor, target_BS: Tensor, activation: Activation) -> Self:
+    def of(cls, logits_BKS: Tensor, target_BS: Tensor, activation: Activation, total: Total = own_sums) -> Self:
         """Of a level's logits and the labels on its grid."""
         logits_BKS = logits_BKS if logits_BKS.dtype == torch.float64 else logits_BKS.float()
         # A softmax of log-sigmoids is the sigmoids over their sum, without their underflow.
@@ -221,7 +237,8 @@ class _Seen:
         # A label without an output would count as annotated and teach nothing; this check does not make the processor wait for a GPU.
         torch._assert_async(target_BS.amax() < logits_BKS.shape[1], f"a label is not among the {logits_BKS.shape[1]} classes")
         classes = torch.arange(logits_BKS.shape[1], device=target_BS.device).view(1, -1, *[1] * (target_BS.dim() - 1))
-        return cls(log_p_BKS, (target_BS.unsqueeze(1) == classes).to(log_p_BKS.dtype), (target_BS >= 0).to(log_p_BKS.dtype))
+        g_BKS = (target_BS.unsqueeze(1) == classes).to(log_p_BKS.dtype)
+        return cls(log_p_BKS, g_BKS, (target_BS >= 0).to(log_p_BKS.dtype), total)
 
     def probabilities(self) -> Tensor:
         """(B, K, *S) 0 where nothing is annotated."""
@@ -233,7 +250,16 @@ class _Seen:
 
     def sizes(self) -> Tensor:
         """(K,) `sum g` of each class, 1 for one that is absent: it is left out, but must not divide 0 by 0 before."""
-        return _class_sums(self.g).clamp(min=1)
+        return self.class_sums(self.g).clamp(min=1)
+
+    def class_sums(self, values_BKS: Tensor) -> Tensor:
+        """(K,) a sum a class."""
+        return self.total(values_BKS.sum([0, *range(2, values_BKS.dim())]))
+
+    def mean(self, values_BS: Tensor, weights_BS: Tensor) -> Tensor:
+        """The weighted mean; 0 where nothing has a weight."""
+        above, below = self.total((values_BS * weights_BS).sum()), self.total(weights_BS.sum())
+        return above / below.clamp(min=torch.finfo(torch.float32).tiny)
 
     def weights(self, weights_K: Tensor | None, weight_BS: Tensor | None) -> Tensor:
         """The weight of each voxel (B, *S), 0 where nothing is annotated."""
@@ -247,12 +273,12 @@ class _Seen:
     def mean_of_present(self, ratio_K: Tensor, *, background: bool) -> Tensor:
         """The mean of `1 - ratio` over the classes that the batch holds; 0 if it holds none."""
         first = 0 if background else 1
-        present_K = _class_sums(self.g)[first:] > 0
+        present_K = self.class_sums(self.g)[first:] > 0
         return (1 - ratio_K[first:]).masked_fill(~present_K, 0).sum() / present_K.sum().clamp(min=1)
 
 
 def _cross_entropy(seen: _Seen, weights_K: Tensor | None, weight_BS: Tensor | None) -> Tensor:
-    return _mean(-seen.log_p_true(), seen.weights(weights_K, weight_BS))
+    return seen.mean(-seen.log_p_true(), seen.weights(weights_K, weight_BS))
 
 
 def _focal(seen: _Seen, gamma: float, weights_K: Tensor | None, weight_BS: Tensor | None, *, background: bool) -> Tensor:
@@ -261,38 +287,28 @@ def _focal(seen: _Seen, gamma: float, weights_K: Tensor | None, weight_BS: Tenso
         weights_BS = weights_BS * (1 - seen.g[:, 0])
     # Kept off 0, where a power below 1 has an infinite slope.
     error_BS = (-torch.expm1(log_p_true_BS)).clamp(min=1e-7)
-    return _mean(error_BS**gamma * -log_p_true_BS, weights_BS)
+    return seen.mean(error_BS**gamma * -log_p_true_BS, weights_BS)
 
 
 def _soft_dice(seen: _Seen, smooth: float, *, background: bool) -> Tensor:
     p_BKS = seen.probabilities()
-    ratio_K = (2 * _class_sums(p_BKS * seen.g) + smooth) / (_class_sums(p_BKS) + seen.sizes() + smooth)
+    ratio_K = (2 * seen.class_sums(p_BKS * seen.g) + smooth) / (seen.class_sums(p_BKS) + seen.sizes() + smooth)
     return seen.mean_of_present(ratio_K, background=background)
 
 
 def _vnet_dice(seen: _Seen, *, background: bool) -> Tensor:
     p_BKS = seen.probabilities()
-    ratio_K = 2 * _class_sums(p_BKS * seen.g) / (_class_sums(p_BKS**2) + seen.sizes())
+    ratio_K = 2 * seen.class_sums(p_BKS * seen.g) / (seen.class_sums(p_BKS**2) + seen.sizes())
     return seen.mean_of_present(ratio_K, background=background)
 
 
 def _tversky(seen: _Seen, alpha: float, beta: float, smooth: float, *, background: bool) -> Tensor:
     p_BKS = seen.probabilities()
-    overlap_K = _class_sums(p_BKS * seen.g)
-    false_positive_K, false_negative_K = _class_sums(p_BKS) - overlap_K, seen.sizes() - overlap_K
+    overlap_K = seen.class_sums(p_BKS * seen.g)
+    false_positive_K, false_negative_K = seen.class_sums(p_BKS) - overlap_K, seen.sizes() - overlap_K
     above_K = 2 * overlap_K + smooth
     ratio_K = above_K / (above_K + 2 * alpha * false_positive_K + 2 * beta * false_negative_K)
     return seen.mean_of_present(ratio_K, background=background)
-
-
-def _class_sums(values_BKS: Tensor) -> Tensor:
-    """(K,) a sum a class."""
-    return values_BKS.sum([0, *range(2, values_BKS.dim())])
-
-
-def _mean(values_BS: Tensor, weights_BS: Tensor) -> Tensor:
-    """The weighted mean; 0 where nothing has a weight."""
-    return (values_BS * weights_BS).sum() / weights_BS.sum().clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def _every_nth(values_BS: Tensor, shape: torch.Size) -> Tensor:

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,13 +26,14 @@ from microtome.machine import recycle_memory
 from microtome.models.network import Network
 from microtome.models.registry import build
 from microtome.plan import step_bytes
-from microtome.training.checkpoint import TrainState, load_latest, new_state, previous_checkpoint, save_checkpoint
+from microtome.training.checkpoint import TrainState, digest, load_latest, new_state, previous_checkpoint, save_checkpoint
 from microtome.training.clock import Clock
 from microtome.training.completion import complete_model
 from microtome.training.folder import RunFolder, check_folder, environment
 from microtome.training.lock import run_lock
 from microtome.training.loop import Event, Hooks, train_steps, validate_now
 from microtome.training.provenance import origin
+from microtome.training.ranks import ALONE, Ranks, most_at_once
 from microtome.training.rehearsal import free_memory
 from microtome.training.store import store_cases
 from microtome.training.validation import Validation
@@ -56,6 +57,7 @@ def train(
     resume: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
     started: float | None = None,
+    ranks: Ranks = ALONE,
 ) -> Path:
     """Train, validate, keep the best, write the report; returns the run folder.
 
@@ -67,6 +69,7 @@ def train(
         resume: go on from the last checkpoint in `out`.
         on_event: sees each line of `log.jsonl` as it is written.
         started: `time.perf_counter()` from which the minutes count; None: now.
+        ranks: the processes that train together (`processes.joined`), each of which calls this; the first one writes `out`.
 
     Raises:
         ConfigError: `out` holds another run, or nothing to resume.
@@ -75,15 +78,16 @@ def train(
     """
     recycle_memory()
     began = time.perf_counter() if started is None else started
-    check_folder(Path(out), resume=resume)
-    with run_lock(Path(out)) as killed:
-        session = _Session(dataset, plan, Path(out), device, on_event)
+    if ranks.is_first:
+        check_folder(Path(out), resume=resume)
+    with run_lock(Path(out)) if ranks.is_first else nullcontext() as killed:
+        session = _Session(dataset, plan, Path(out), ranks.device(device), on_event, ranks=ranks)
         session.started = began
         session.open(resume)
         if killed is not None:
             session.warn(f"{killed.words} was ended in the middle; the run goes on from what it saved")
         if session.state.progress.step >= session.state.progress.steps:
-            on_event({"event": "complete", "step": session.state.progress.step})
+            session.on_event({"event": "complete", "step": session.state.progress.step})
         session.train()
         session.finish()
     return session.folder
@@ -119,10 +123,10 @@ def _check_patch(network: Network, plan: Plan) -> None:
             )
 
 
-def _check_memory(plan: Plan, device: torch.device) -> None:
+def _check_memory(plan: Plan, device: torch.device, ranks: Ranks) -> None:
     """Refuse a plan that would fill the memory and be ended by the system, without a word, in its first step."""
-    free = free_memory(device)
-    needed = step_bytes(plan)
+    free = free_memory(device) // (ranks.beside if device.type == "cpu" else 1)
+    needed = step_bytes(plan.model_copy(update={"micro_batch": most_at_once(plan.batch, plan.micro_batch, ranks.count)}))
     if needed > free:
         got = f"about {needed / 2**30:.1f} GB for {plan.batch} patches of {format_shape(plan.patch_vox)}"
         do = "make micro_batch, batch or patch_vox smaller, or set checkpointing: true"
@@ -132,20 +136,25 @@ def _check_memory(plan: Plan, device: torch.device) -> None:
 class _Session:
     """One process's work on a run folder."""
 
-    def __init__(self, dataset: Dataset, plan: Plan, folder: Path, device: str, on_event: Callable[[Event], None]) -> None:
-        self.dataset, self.plan, self.folder, self.on_event = dataset, plan, folder, on_event
+    def __init__(
+        self, dataset: Dataset, plan: Plan, folder: Path, device: str, on_event: Callable[[Event], None], *, ranks: Ranks = ALONE
+    ) -> None:
+        self.dataset, self.plan, self.folder, self.ranks = dataset, plan, folder, ranks
+        self.on_event = on_event if ranks.is_first else lambda event: None
         self.files = RunFolder(folder)
         self.device = pick_device(device)
         self.started = time.perf_counter()
         _check_plan(dataset, plan)
         self.split = split_dataset(dataset, plan.fold, plan.seed, plan.holdout)
         self.leaks = leaks(self.split)
-        self.validation = Validation(dataset=dataset, cases=self.split.validation, plan=plan, device=self.device, folder=folder)
+        self.validation = Validation(
+            dataset=dataset, cases=self.split.validation, plan=plan, device=self.device, folder=folder, ranks=ranks
+        )
         self.clock, self.seconds_before = Clock(), 0.0
         torch.manual_seed(plan.seed)
         network = build(plan.network.name, dims=plan.dims, in_channels=plan.channels, classes=len(plan.classes), config=plan.network)
         _check_patch(network, plan)
-        _check_memory(plan, self.device)
+        _check_memory(plan, self.device, ranks)
         self.state = new_state(to_device(network, self.device, plan.dims), plan)
         self.hooks = Hooks(log=self.log, validate=self.validation.score, save=self.save, seconds_left=self.seconds_left, replan=self.replan)
 
@@ -154,6 +163,20 @@ class _Session:
         return self.seconds_before + time.perf_counter() - self.started
 
     def open(self, resume: bool) -> None:
+        """Make the folder, or take it up where it was left; one process does, the others then take what it has."""
+        if self.ranks.is_first:
+            self._open(resume)
+        self.ranks.wait()
+        if not self.ranks.is_first and self._has_checkpoint():
+            load_latest(self.files.checkpoint, self.state)
+        self.ranks.follow(self.state.progress)
+        self.ranks.refuse_others(lambda: digest(self.state), self.folder)
+
+    def _has_checkpoint(self) -> bool:
+        """Whether there is one, or one before it."""
+        return self.files.checkpoint.exists() or previous_checkpoint(self.files.checkpoint).exists()
+
+    def _open(self, resume: bool) -> None:
         """Make the folder, or take it up where it was left."""
         self.files.sweep()
         if resume:
@@ -168,7 +191,7 @@ class _Session:
         """Bring the state and the log to the last checkpoint; a run killed before its first starts at step 0."""
         self.files.check_split(self.split)
         progress = self.state.progress
-        if self.files.checkpoint.exists() or previous_checkpoint(self.files.checkpoint).exists():
+        if self._has_checkpoint():
             if problem := load_latest(self.files.checkpoint, self.state):
                 self.warn(problem)
             progress = self.state.progress
@@ -214,7 +237,12 @@ class _Session:
         def on_case(done: int, of: int) -> None:
             self.on_event({"event": "prepared", "step": 0, "done": done, "of": of})
 
+        # One process prepares them, the others find them prepared.
+        if not self.ranks.is_first:
+            self.ranks.wait()
         cases = store_cases(self.dataset, self.split.train, self.plan, self.folder / "cache", on_case)
+        if self.ranks.is_first:
+            self.ranks.wait()
         if not cases:
             raise DataError(
                 self.dataset.root,
@@ -224,12 +252,12 @@ class _Session:
                 code="D033",
             )
         self._check_minutes(before, len(cases))
-        self.clock = train_steps(self.state, cases, self.plan, self.device, self.hooks)
+        self.clock = train_steps(self.state, cases, self.plan, self.device, self.hooks, ranks=self.ranks)
 
     def _check_minutes(self, before: float | None, cases: int) -> None:
         """Refuse to begin a training that would be over at once because preparing the cases took its time."""
         minutes, left = self.plan.minutes, self.seconds_left()
-        if minutes is None or before is None or left is None or self.state.progress.step:
+        if not self.ranks.is_first or minutes is None or before is None or left is None or self.state.progress.step:
             return
         least = LEAST_TRAINING * minutes * 60
         if left < least <= before:
@@ -247,6 +275,8 @@ class _Session:
         if progress.best is None:
             # The minutes were over before the first validation, and the process was gone.
             self.save(self.state, validate_now(self.state, self.hooks))
+        if not self.ranks.is_first:
+            return
         if self.split.validation:
             # Not whatever engine is fastest here: a score is of the trained network in the arithmetic that it was trained in.
             bundle = load_bundle(self.folder)
@@ -273,13 +303,24 @@ class _Session:
             previous_checkpoint(self.files.checkpoint).unlink()
 
     def log(self, event: Event) -> None:
-        """Add an event to the log, with the seconds of the run, and show it."""
+        """Add an event to the log, with the seconds of the run, and show it; one process does."""
+        if not self.ranks.is_first:
+            return
         event = {**event, "seconds": round(self.seconds(), 2)}
         self.files.append(event)
         self.on_event(event)
 
     def save(self, state: TrainState, is_best: bool) -> None:
-        """The log first, then the model, if it is the best: a checkpoint never tells of steps or of a best that are not there."""
+        """The log first, then the model, if it is the best: a checkpoint never tells of steps or of a best that are not there.
+
+        One process writes; the others go on when it has, so that none ends before all is saved.
+        """
+        if self.ranks.is_first:
+            self._save(state, is_best)
+        self.ranks.wait()
+
+    def _save(self, state: TrainState, is_best: bool) -> None:
+        """Write log, model and checkpoint."""
         self.files.keep_log()
         if is_best:
             self._save_model()
@@ -309,7 +350,8 @@ class _Session:
     def replan(self, plan: Plan) -> None:
         """Go on by another plan, from now on and after --resume."""
         self.plan = plan
-        self.files.write_plan(plan)
+        if self.ranks.is_first:
+            self.files.write_plan(plan)
 
     def seconds_left(self) -> float | None:
         """Seconds until training must end, so that the last prediction and the report fit into the minutes."""

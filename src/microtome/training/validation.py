@@ -31,6 +31,7 @@ from microtome.preprocess import grid_shape, normalise, resample, resample_label
 from microtome.tiling import Tile, cover, read_mirrored
 from microtome.training.checkpoint import TrainState
 from microtome.training.loop import Event
+from microtome.training.ranks import ALONE, Ranks
 
 # Cases that are predicted at each validation during training, and the share of the minutes that one may take.
 MOST_VALIDATED = 24
@@ -51,6 +52,7 @@ class Validation:
         plan: of the run.
         device: that the network is on.
         folder: of the run.
+        ranks: the processes that score together.
     """
 
     dataset: Dataset
@@ -58,6 +60,7 @@ class Validation:
     plan: Plan
     device: torch.device
     folder: Path
+    ranks: Ranks = ALONE
 
     @property
     def shuffled(self) -> list[Case]:
@@ -69,29 +72,42 @@ class Validation:
         """Mean Dice of the foreground over the first cases, predicted whole by the averaged weights, as `predict` would.
 
         The first time, ends after a share of the minutes and notes in the progress how many cases that were; later
-        validations look at as many, however long it takes, or scores could not be compared.
+        validations look at as many, however long it takes, or scores could not be compared. Of several processes each takes
+        every n-th case.
         """
         if not self.cases:
             return {"score": 0.0, "dice": None, "classes": {}}
-        progress, table, beside = state.progress, [], 0.0
-        limit = math.inf if self.plan.minutes is None else SHARE_OF_MINUTES * 60 * self.plan.minutes
+        progress = state.progress
+        cases = self.shuffled[: progress.validated or MOST_VALIDATED]
         engine = TorchEngine(network=state.average, device=self.device, precision=self.plan.precision)
-        began = time.perf_counter()
-        for case in self.shuffled[: progress.validated or MOST_VALIDATED]:
-            image, truth = self.dataset.read_pair(case)
-            labels = predict_labels(image.array, voxel_size(image, self.plan), plan=self.plan, network=state.average, engine=engine)
-            annotated = truth >= 0
-            table.append([dice((truth == k) & annotated, (labels == k) & annotated) for k in range(len(self.plan.classes))])
+        table = torch.zeros(len(cases), len(self.plan.classes), dtype=torch.float64)
+        limit = math.inf if self.plan.minutes is None else SHARE_OF_MINUTES * 60 * self.plan.minutes
+        began, beside = time.perf_counter(), 0.0
+        for first in range(0, len(cases), self.ranks.count):
+            number = first + self.ranks.rank
+            if number < len(cases):
+                seen = self._predicted(cases[number], state, engine)
+                table[number] = torch.tensor(self._dice(*seen[1:]), dtype=torch.float64)
             spent = time.perf_counter() - began
-            if len(table) == 1 and self.plan.minutes is not None:
-                stopped = time.perf_counter()
-                beside = self._seconds_beside(case, image, truth, labels, engine)
-                began += time.perf_counter() - stopped
-            if not progress.validated and spent + beside > limit:
+            if number == 0 and self.plan.minutes is not None:
+                beside = self._seconds_beside(cases[0], *seen, engine)
+                began = time.perf_counter() - spent
+            if not progress.validated and limit < math.inf and self.ranks.first(spent + beside) > limit:
                 break
-        progress.validated = len(table)
-        progress.case_seconds = spent / len(table) + beside
-        return self._means(table)
+        progress.case_seconds = self.ranks.first(spent / (first // self.ranks.count + 1) + beside)
+        progress.validated = min(len(cases), first + self.ranks.count)
+        return self._means(self.ranks.total_table(table)[: progress.validated].tolist())
+
+    def _predicted(self, case: Case, state: TrainState, engine: TorchEngine) -> tuple[Image, np.ndarray, np.ndarray]:
+        """The image of a case, its label (*S) and what is predicted of it (*S)."""
+        image, truth = self.dataset.read_pair(case)
+        labels = predict_labels(image.array, voxel_size(image, self.plan), plan=self.plan, network=state.average, engine=engine)
+        return image, truth, labels
+
+    def _dice(self, truth: np.ndarray, labels: np.ndarray) -> list[float]:
+        """The Dice of each class, of what is annotated."""
+        annotated = truth >= 0
+        return [dice((truth == k) & annotated, (labels == k) & annotated) for k in range(len(self.plan.classes))]
 
     def score_all(
         self, predictor: Predictor, most_seconds: float, on_event: Callable[[Event], None] = lambda event: None
