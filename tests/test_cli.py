@@ -64,7 +64,7 @@ except SystemExit as left:
     assert not left.code, left.code
 assert not {"torch", "numpy", "scipy"} & set(sys.modules)
 """
-    for words in ([], ["demo"], ["inspect"], ["plan"], ["train"], ["predict"], ["evaluate"], ["report"], ["networks"]):
+    for words in ([], ["demo"], ["doctor"], ["inspect"], ["plan"], ["train"], ["predict"], ["evaluate"], ["report"], ["networks"]):
         done = subprocess.run([sys.executable, "-c", code, *words, "--help"], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         assert "--help" in done.stdout

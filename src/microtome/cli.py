@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microtome import cli_explain, cli_predict
+from microtome import cli_doctor, cli_explain, cli_predict
 from microtome.errors import ConfigError, MicrotomeError
 from microtome.options import (
     MOST_SEED,
@@ -62,6 +62,9 @@ def demo(
     from microtome.terminal import Terminal
 
     run_demo(out, minutes, Terminal())
+
+
+app.registered_commands += cli_doctor.commands.registered_commands
 
 
 @app.command()
