@@ -25,11 +25,13 @@ from microtome.fingerprint import take_fingerprint
 from microtome.geometry import affine_from_spacing
 from microtome.images.volume import Volume
 from microtome.preprocess import BLOCK_VALUES, mean_and_sd
-from microtome.training import direct
+from microtome.training import direct, roads
 from microtome.training.arrays import Scale
-from microtome.training.direct import DirectImage, gather, goes_direct
+from microtome.training.direct import DirectImage, gather
 from microtome.training.preparing import quantiles
+from microtome.training.roads import road_of
 from microtome.training.sampling import Pool, draw_sample, load_sample
+from microtome.training.statistics import Blocks
 from microtome.training.store import StoredCase, store_cases
 from tests.containers import hdf5, ome_zarr, zarr_array
 from tests.folders import text
@@ -79,8 +81,8 @@ def plan(**changes: Any) -> Plan:
 def both(dataset: Dataset, cases: Any, a_plan: Plan, root: Path) -> tuple[list[StoredCase], list[StoredCase]]:
     """The cases copied, and read from where they are."""
     return (
-        store_cases(dataset, cases, a_plan, root / "copied", direct=False),
-        store_cases(dataset, cases, a_plan, root / "direct", direct=True),
+        store_cases(dataset, cases, a_plan, root / "copied", road="whole"),
+        store_cases(dataset, cases, a_plan, root / "direct", road="direct"),
     )
 
 
@@ -177,7 +179,7 @@ def test_values_that_are_not_finite_become_the_mean_of_the_others(tmp_path: Path
 
 def test_resumed_run_reads_no_case_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = folder(tmp_path / "data", "zarr", image(), label())
-    first = store_cases(dataset, dataset.cases, plan(), tmp_path / "cache", direct=True)
+    first = store_cases(dataset, dataset.cases, plan(), tmp_path / "cache", road="direct")
     monkeypatch.setattr("microtome.training.store.gather", lambda *_: pytest.fail("gathered again"))
     again = store_cases(dataset, dataset.cases, plan(), tmp_path / "cache")
     assert_alike(first[0], again[0])
@@ -186,27 +188,19 @@ def test_resumed_run_reads_no_case_again(tmp_path: Path, monkeypatch: pytest.Mon
 def test_only_cases_beyond_a_share_of_the_memory_are_read_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = folder(tmp_path / "data", "zarr", image(), label())
     case, needed = dataset.cases[0], math.prod(SHAPE) * (2 + 2)
-    for free, wanted in ((4 * needed, False), (4 * needed - 1, True)):
-        monkeypatch.setattr(direct, "free_memory_bytes", lambda free=free: free)
-        assert goes_direct(dataset, case, plan()) is wanted
-    assert not goes_direct(dataset, case, plan(), False)
+    monkeypatch.setattr(roads, "working_bytes", lambda *_: 0)
+    for free, expected in ((4 * needed, "whole"), (4 * needed - 1, "direct")):
+        monkeypatch.setattr(roads, "free_memory_bytes", lambda free=free: free)
+        assert road_of(dataset, case, plan()) == expected
+    assert road_of(dataset, case, plan(), "whole") == "whole"
 
 
-@pytest.mark.parametrize(
-    ("kind", "changes", "reason"),
-    [
-        ("zarr", {"spacing_mm": (2.0, 2.0, 2.0)}, "its 12×40×44 voxels have to be brought to 6×20×22"),
-        ("zarr", {"loss": LossConfig(border_weight=10.0)}, "its border weights need all of the label at once"),
-    ],
-)
-def test_case_that_neither_fits_nor_can_be_read_in_place_is_refused_with_its_bytes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, changes: dict[str, Any], reason: str
-) -> None:
-    dataset = folder(tmp_path / "data", kind, image(), label())
-    assert not goes_direct(dataset, dataset.cases[0], plan(**changes), True)
-    monkeypatch.setattr(direct, "free_memory_bytes", lambda: 50_000)
-    with pytest.raises(DataError, match=f"84480 bytes.*{reason}") as caught:
-        store_cases(dataset, dataset.cases, plan(**changes), tmp_path / "cache")
+def test_case_that_neither_fits_nor_can_be_read_by_parts_is_refused_with_its_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset, a_plan = folder(tmp_path / "data", "zarr", image(), label()), plan(loss=LossConfig(border_weight=10.0))
+    assert road_of(dataset, dataset.cases[0], a_plan, "direct") == "whole"
+    monkeypatch.setattr(roads, "free_memory_bytes", lambda: 50_000)
+    with pytest.raises(DataError, match=r"84480 bytes.*its border weights need all of the label at once") as caught:
+        store_cases(dataset, dataset.cases, a_plan, tmp_path / "cache")
     assert "\n" not in str(caught.value)
 
 
@@ -279,7 +273,7 @@ def test_gathered_statistics_are_those_of_the_whole(array: np.ndarray, most: int
 @given(st.lists(st.integers(1, BLOCK_VALUES + 9), min_size=1, max_size=6), st.integers(0, 2**32 - 1))
 def test_sums_do_not_depend_on_how_values_are_cut(sizes: list[int], seed: int) -> None:
     values = np.random.default_rng(seed).normal(3, 5, sum(sizes)).astype(np.float32)
-    blocks = direct._Blocks(lambda block: float(block.sum(dtype=np.float64)))
+    blocks = Blocks(lambda block: float(block.sum(dtype=np.float64)))
     for part in np.split(values, np.cumsum(sizes)[:-1]):
         blocks.add(part)
     assert blocks.total() / values.size == mean_and_sd(values)[0]
@@ -344,7 +338,7 @@ def test_large_cases_are_never_loaded_as_a_whole(tmp_path: Path, monkeypatch: py
     # A part of a stack is as large.
     half = replace(dataset.cases[0], name="a[6:12]", sections=(6, 12))
     assert take_fingerprint(dataset, [half]).shape_vox == (6, 40, 44)
-    store_cases(dataset, dataset.cases, plan(), tmp_path / "cache", direct=True)[0].crop((slice(0, 2), slice(0, 9), slice(0, 9)))
+    store_cases(dataset, dataset.cases, plan(), tmp_path / "cache", road="direct")[0].crop((slice(0, 2), slice(0, 9), slice(0, 9)))
 
 
 @pytest.mark.usefixtures("large")

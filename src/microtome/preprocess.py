@@ -343,19 +343,23 @@ def resample_labels(labels: np.ndarray, new_shape_vox: Shape) -> np.ndarray:
     result = np.empty(new_shape_vox, np.int16)
     resampler = Resampler(labels.shape, new_shape_vox, 1)
     for band in resampler.rows:
-        source, target = labels[band.low : band.high], result[band.first : band.last]
-        values = np.unique(source)
-        target[...] = values[0]
-        if len(values) == 1:
-            continue
-        best = np.full(target.shape, -1.0, np.float32)
-        for value in values:
-            share = resampler(band, (source == value).astype(np.float32)[None])[0]
-            # Equal shares differ by rounding, which depends on the machine.
-            better = share > best + ROUNDING
-            np.copyto(target, value, where=better)
-            np.copyto(best, share, where=better)
+        label_band(resampler, band, labels[band.low : band.high], result[band.first : band.last])
     return result
+
+
+def label_band(resampler: Resampler, band: Band, source: np.ndarray, target: np.ndarray) -> None:
+    """Write the rows of a band of `resample_labels`, (rows, *plane), of its samples (high - low, *source_plane)."""
+    values = np.unique(source)
+    target[...] = values[0]
+    if len(values) == 1:
+        return
+    best = np.full(target.shape, -1.0, np.float32)
+    for value in values:
+        share = resampler(band, (source == value).astype(np.float32)[None])[0]
+        # Equal shares differ by rounding, which depends on the machine.
+        better = share > best + ROUNDING
+        np.copyto(target, value, where=better)
+        np.copyto(best, share, where=better)
 
 
 def crop_box(array_shape: Sequence[int], low: Sequence[float], high: Sequence[float]) -> tuple[slice, ...]:

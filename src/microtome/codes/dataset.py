@@ -117,9 +117,9 @@ FAULTS = MappingProxyType(
         ),
         "D049": Fault(
             "A case larger than the memory",
-            "The case does not fit in the memory that is free, and patches cannot be read from its file directly for the reason that the "
-            "line gives.",
-            "Remove that reason: store the volume as OME-Zarr or HDF5 on the grid that the plan works on, or cut it into parts.",
+            "The case does not fit in the memory that is free, and it can neither be read nor be prepared part by part, for the reason "
+            "that the line gives: its file is packed as a whole, its label is in several files, or border weights are asked for.",
+            "Remove that reason: store image and label as OME-Zarr or HDF5, train without border weights, or cut the volume into parts.",
         ),
         "C016": Fault(
             "`validation` in microtome.yaml cannot be",

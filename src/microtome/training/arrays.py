@@ -4,10 +4,11 @@ Both give `array[part]` as NumPy does for whole numbers and slices of step 1, an
 """
 
 import math
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -18,6 +19,7 @@ import tensorstore as ts
 from microtome.errors import RunError
 from microtome.files import atomic_folder, atomic_path
 from microtome.geometry import Shape
+from microtome.tiling import blocks_of
 
 # The two kinds of array, as the end of their names.
 MAPPED, SHARDED = ".npy", ".zarr"
@@ -167,6 +169,103 @@ def write_array(path: Path, array: np.ndarray, dims: int) -> None:
         _write_chunks({"driver": "file", "path": f"{folder}/"}, array, dims)
 
 
+@dataclass(frozen=True)
+class GrowingFile:
+    """A .npy file that is written box by box, and read so meanwhile; nothing of it stays mapped, so that it counts as no memory of ours.
+
+    Attributes:
+        path: the file; it has its final name, and what makes it whole is somebody else's mark.
+        shape: of the array.
+        dtype: of its values.
+        sides: what boxes are best multiples of.
+    """
+
+    path: Path
+    shape: Shape
+    dtype: np.dtype[Any]
+    sides: Shape
+
+    @classmethod
+    def create(cls, path: Path, shape: Shape, dtype: np.dtype[Any]) -> Self:
+        """A new file, of zeros."""
+        with _writing(path):
+            np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=shape)
+        return cls(path, shape, dtype, (1,) * len(shape))
+
+    def write(self, box: tuple[slice, ...], values: np.ndarray) -> None:
+        """Put values into a box of slices that have a start and an end; they are on the disk when it returns.
+
+        Written and not mapped: of a full disk a mapping tells by a signal that ends the process.
+        """
+        whole = next((n for n in reversed(range(len(self.shape))) if values.shape[n] != self.shape[n]), 0)
+        with _writing(self.path), self.path.open("r+b") as file:
+            np.lib.format.read_magic(file)
+            np.lib.format.read_array_header_1_0(file)
+            first = file.tell()
+            for place in np.ndindex(values.shape[:whole]):
+                index = (*(side.start + n for side, n in zip(box, place, strict=False)), *(side.start for side in box[whole:]))
+                file.seek(first + int(np.ravel_multi_index(index, self.shape)) * self.dtype.itemsize)
+                file.write(np.ascontiguousarray(values[place], self.dtype).data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def __getitem__(self, part: Any) -> np.ndarray:
+        return np.array(_map(self.path)[part])
+
+
+@dataclass(frozen=True)
+class GrowingStore:
+    """A zarr array (version 3) that is written box by box, and read so meanwhile; attributes as those of `GrowingFile`."""
+
+    path: Path
+    shape: Shape
+    dtype: np.dtype[Any]
+    sides: Shape
+
+    @classmethod
+    def create(cls, path: Path, shape: Shape, dtype: np.dtype[Any], dims: int) -> Self:
+        """A new array, of zeros."""
+        with _writing(path):
+            _created({"driver": "file", "path": f"{path}/"}, shape, dtype, dims)
+        return cls(path, shape, dtype, _cut(shape, dims)[1])
+
+    def write(self, box: tuple[slice, ...], values: np.ndarray) -> None:
+        """Put values into a box; they are on the disk when it returns. A box that cuts shards has them read and written again."""
+        with _writing(self.path):
+            spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{self.path}/"}}
+            ts.open(spec, context=_context()).result()[box].write(values.astype(self.dtype, copy=False)).result()
+
+    def __getitem__(self, part: Any) -> np.ndarray:
+        found: np.ndarray = _open(self.path, _context())[_counted(part, self.shape)].read().result()
+        return found
+
+
+GrowingArray = GrowingFile | GrowingStore
+
+
+def grow_array(path: Path, shape: Shape, dtype: np.dtype[Any], dims: int, *, again: bool) -> GrowingArray:
+    """An array of the kind that its path ends with, to be written box by box; with `again` one that lies there, else a new one.
+
+    Raises:
+        RunError: the disk is full, or the folder cannot be written; later of every write too.
+    """
+    if path.suffix == MAPPED:
+        return GrowingFile(path, shape, dtype, (1,) * len(shape)) if again else GrowingFile.create(path, shape, dtype)
+    return GrowingStore(path, shape, dtype, _cut(shape, dims)[1]) if again else GrowingStore.create(path, shape, dtype, dims)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while an array is written into a line that names it."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        # The library has one type for all that goes wrong below it.
+        got = " ".join(str(getattr(error, "strerror", None) or error).split())[-300:]
+        do = "free space or choose another --out"
+        raise RunError(path, expected="a folder that can be written", got=got, do=do, code="R001") from error
+
+
 def packed_bytes(array: np.ndarray, dims: int) -> int:
     """About how many bytes an array takes as SHARDED, told from its middle: edges hold less, so that it is rather too many."""
     sample = array
@@ -218,9 +317,17 @@ def _cut(shape: Shape, dims: int) -> tuple[Shape, Shape]:
 
 def _write_chunks(kvstore: dict[str, str], array: np.ndarray, dims: int) -> ts.TensorStore:
     """Write an array shard by shard, so that no more than one is held in memory beside it."""
-    chunks, shards = _cut(array.shape, dims)
+    store = _created(kvstore, array.shape, array.dtype, dims)
+    for box in blocks_of(array.shape, _cut(array.shape, dims)[1]):
+        store[box].write(array[box]).result()
+    return store
+
+
+def _created(kvstore: dict[str, str], shape: Shape, dtype: np.dtype[Any], dims: int) -> ts.TensorStore:
+    """An array of compressed chunks that holds zeros."""
+    chunks, shards = _cut(shape, dims)
     order = {"name": "bytes", "configuration": {"endian": "little"}}
-    packing = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "typesize": array.dtype.itemsize}
+    packing = {"cname": "lz4", "clevel": 5, "shuffle": "bitshuffle", "typesize": dtype.itemsize}
     inner = {
         "chunk_shape": chunks,
         "codecs": [order, {"name": "blosc", "configuration": packing}],
@@ -228,16 +335,11 @@ def _write_chunks(kvstore: dict[str, str], array: np.ndarray, dims: int) -> ts.T
         "index_codecs": [order, {"name": "crc32c"}],
     }
     metadata = {
-        "shape": array.shape,
-        "data_type": array.dtype.name,
+        "shape": shape,
+        "data_type": dtype.name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shards}},
         "chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}},
         "codecs": [{"name": "sharding_indexed", "configuration": inner}],
     }
     spec = {"driver": "zarr3", "kvstore": kvstore, "metadata": metadata}
-    store = ts.open(spec, create=True, context=_context()).result()
-    starts = (range(0, size, side) for size, side in zip(array.shape, shards, strict=True))
-    for corner in product(*starts):
-        box = tuple(slice(a, min(a + side, size)) for a, side, size in zip(corner, shards, array.shape, strict=True))
-        store[box].write(array[box]).result()
-    return store
+    return ts.open(spec, create=True, delete_existing=True, context=_context()).result()

@@ -11,6 +11,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,15 +23,15 @@ from microtome.files import atomic_path, make_folder
 from microtome.geometry import Shape
 from microtome.machine import free_memory_bytes
 from microtome.training.arrays import MAPPED, SHARDED, Arrays, Scale, StoredArray, packed_bytes, smallest, write_array
-from microtome.training.direct import DirectImage, DirectLabel, Facts, gather, goes_direct, open_views
+from microtome.training.direct import DirectImage, DirectLabel, Facts, gather, open_views
 from microtome.training.preparing import class_counts, draw_voxels, prepare, quantiles, stored_bytes, working_bytes
+from microtome.training.roads import MEMORY_SHARE, Road, road_of
+from microtome.training.slabwise import SLAB_BYTES, is_begun, middle, prepare_by_slabs, remove_progress
 
 # Part of the key of stored files: what an earlier version of this program wrote is not taken for this one's.
 FORMAT = 2
 # More would wait for the disk and for each other.
 MOST_THREADS = 16
-# Of the memory that is free when preparing begins; the rest is for what the estimate does not know, and for other programs.
-MEMORY_SHARE = 0.6
 # About what is taken while facts of a case are gathered that is read from where it is: parts as float32, histograms.
 GATHERING_BYTES = 2**30
 # Other cases may compress worse than the first.
@@ -109,13 +110,14 @@ def store_cases(
     folder: Path,
     on_case: Callable[[int, int], None] = lambda done, of: None,
     *,
-    direct: bool | None = None,
+    road: Road | None = None,
 ) -> list[StoredCase]:
     """Preprocess cases into `folder` (or take what lies there from an interrupted run); those that hold annotations.
 
     As many at once as there are cores, and as fit into memory, each in a thread of its own. Compressed where the disk is too
     small for them as they are. Each file appears only when complete, and is the same whatever else was prepared beside it.
-    Of a case that is too large for a copy, and whose patches can be read from where it is, only facts are written.
+    Of a case that is too large for a copy, and whose patches can be read from where it is, only facts are written. One that is too
+    large to be prepared at once, and lies on another grid, is prepared slab by slab, and goes on at the slab where it was killed.
 
     Args:
         dataset: holds the cases.
@@ -123,10 +125,10 @@ def store_cases(
         plan: says grid, grey values, weights and seed.
         folder: of this run alone; what lies there of an interrupted write or of another plan is removed.
         on_case: is told how many of the cases to prepare are done, and how many there are.
-        direct: whether cases are read from where they are; None: those that take more than a quarter of the free memory.
+        road: that every case takes as far as it can; None: as the memory decides (`roads.road_of`).
 
     Raises:
-        DataError: a case does not fit in memory, and can neither be read from where it is; says why.
+        DataError: a case does not fit in memory, and cannot be read part by part either; says why.
         RunError: they do not fit on the disk, even compressed; or the disk became full, and what was prepared is good.
 
     Warns:
@@ -135,18 +137,16 @@ def store_cases(
     make_folder(folder)
     stems = [folder / f"{number:05d}-{_key(dataset, case, plan)}" for number, case in enumerate(cases)]
     missing = [number for number, stem in enumerate(stems) if not _is_stored(stem)]
-    _sweep(folder, {stem.name for number, stem in enumerate(stems) if number not in missing})
-    in_place = {number for number in missing if goes_direct(dataset, cases[number], plan, direct)}
-    kind = _choose_kind(dataset, [cases[number] for number in missing if number not in in_place], plan, folder)
+    roads = {number: road_of(dataset, cases[number], plan, road) for number in missing}
+    begun = {number for number in missing if roads[number] == "slabs" and is_begun(stems[number])}
+    _sweep(folder, {stem.name for number, stem in enumerate(stems) if number not in missing or number in begun})
+    tasks = {number: _Task(cases[number], stems[number], roads[number]) for number in missing}
+    kind = _choose_kind(dataset, [task for task in tasks.values() if task.road != "direct"], plan, folder)
 
     def store(number: int) -> None:
-        rng = np.random.default_rng([plan.seed, number])
-        if number in in_place:
-            _note(stems[number], gather(dataset, cases[number], plan, rng))
-        else:
-            _store(dataset, cases[number], plan, stems[number].with_suffix(kind), rng)
+        _work(dataset, tasks[number], plan, kind, np.random.default_rng([plan.seed, number]))
 
-    sizes = {number: GATHERING_BYTES if number in in_place else working_bytes(dataset, cases[number], plan) for number in missing}
+    sizes = {number: _memory_bytes(dataset, task, plan) for number, task in tasks.items()}
     left = set(missing)
 
     def done(number: int) -> None:
@@ -156,7 +156,7 @@ def store_cases(
     try:
         run_within(int(MEMORY_SHARE * free_memory_bytes()), sizes, store, done)
     except RunError as error:
-        raise _stopped(dataset, [cases[number] for number in sorted(left - in_place)], plan, error) from error
+        raise _stopped(dataset, [cases[number] for number in sorted(left) if roads[number] != "direct"], plan, error) from error
     arrays = Arrays()
     stored = [_open(dataset, case, stem, arrays) for case, stem in zip(cases, stems, strict=True)]
     return [case for case in stored if case.class_voxels]
@@ -192,7 +192,22 @@ def run_within(memory_bytes: int, sizes: Mapping[int, int], work: Callable[[int]
             collect()
 
 
-def _choose_kind(dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Path) -> str:
+class _Task(NamedTuple):
+    """A case to be prepared: what the names of its files begin with, and the way that it takes."""
+
+    case: Case
+    stem: Path
+    road: Road
+
+
+def _memory_bytes(dataset: Dataset, task: _Task, plan: Plan) -> int:
+    """About what a case takes while it is prepared."""
+    if task.road == "whole":
+        return working_bytes(dataset, task.case, plan)
+    return GATHERING_BYTES if task.road == "direct" else SLAB_BYTES
+
+
+def _choose_kind(dataset: Dataset, tasks: Sequence[_Task], plan: Plan, folder: Path) -> str:
     """How cases are to be stored: as they are where the disk has room for all of them, else compressed.
 
     Raises:
@@ -201,21 +216,30 @@ def _choose_kind(dataset: Dataset, cases: Sequence[Case], plan: Plan, folder: Pa
     Warns:
         DataWarning: they are compressed.
     """
-    needed, free = sum(stored_bytes(dataset, case, plan) for case in cases), shutil.disk_usage(folder).free
-    if needed <= free:
+    needed, free = sum(stored_bytes(dataset, task.case, plan) for task in tasks), shutil.disk_usage(folder).free
+    # What an interrupted call left of them takes no more room.
+    lying = sum(_lying_bytes(task.stem) for task in tasks)
+    if needed <= free + lying:
         return MAPPED
-    first = prepare(dataset, cases[0], plan)
-    arrays = [array for array in (first.image, smallest(first.label, (np.int8,)), first.weight) if array is not None]
+    first = min(tasks, key=lambda task: task.road != "whole")
+    found = prepare(dataset, first.case, plan) if first.road == "whole" else middle(dataset, first.case, plan)
+    arrays = [array for array in (found.image, smallest(found.label, (np.int8,)), found.weight) if array is not None]
     share = sum(packed_bytes(array, plan.dims) for array in arrays) / sum(array.nbytes for array in arrays)
     packed = math.ceil(PACKED_MARGIN * share * needed)
-    sizes = f"{len(cases)} prepared cases take {_gb(needed)}, compressed about {_gb(packed)}"
-    if packed > free:
-        expected = f"{packed} free bytes ({sizes})"
+    sizes = f"{len(tasks)} prepared cases take {_gb(needed)}, compressed about {_gb(packed)}"
+    if packed > free + lying:
+        expected = f"{packed - lying} free bytes ({sizes})"
         do = "free space and --resume, or give another --out"
-        raise RunError(folder, expected=expected, got=f"{free} ({_gb(free)}), {packed - free} too few", do=do, code="R002")
+        raise RunError(folder, expected=expected, got=f"{free} ({_gb(free)}), {packed - lying - free} too few", do=do, code="R002")
     message = f"{folder}: {sizes}, and {_gb(free)} are free: they are stored compressed, from where patches are read several times slower"
     warnings.warn(DataWarning(message), stacklevel=3)
     return SHARDED
+
+
+def _lying_bytes(stem: Path) -> int:
+    """Bytes on the disk that files of a case take."""
+    files = [path for found in stem.parent.glob(f"{stem.name}.*") for path in (found, *found.rglob("*"))]
+    return sum(path.stat().st_blocks * 512 for path in files)
 
 
 def _stopped(dataset: Dataset, cases: Sequence[Case], plan: Plan, error: RunError) -> RunError:
@@ -268,6 +292,20 @@ def _store(dataset: Dataset, case: Case, plan: Plan, stem: Path, rng: np.random.
     counts = class_counts(label)
     voxels = {k: draw_voxels(rng, label, k) for k in counts}
     _write_facts(stem, {"shape": np.array(image.shape)}, Facts(voxels, counts, quantiles(image, scale), scale, np.empty(0)))
+
+
+def _work(dataset: Dataset, task: _Task, plan: Plan, kind: str, rng: np.random.Generator) -> None:
+    """Prepare one case its way; its arrays are of a kind, or of the one that they were begun as."""
+    case, stem, road = task
+    if road == "direct":
+        _note(stem, gather(dataset, case, plan, rng))
+    elif road == "whole":
+        _store(dataset, case, plan, stem.with_suffix(kind), rng)
+    else:
+        begun = [found for found in (MAPPED, SHARDED) if is_begun(stem) and stem.with_suffix(f".image{found}").exists()]
+        facts, shape = prepare_by_slabs(dataset, case, plan, stem.with_suffix((*begun, kind)[0]), rng)
+        _write_facts(stem, {"shape": np.array(shape)}, facts)
+        remove_progress(stem)
 
 
 def _note(stem: Path, facts: Facts) -> None:
