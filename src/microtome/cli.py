@@ -33,6 +33,7 @@ from microtome.options import (
     one_of,
     open_data,
     refuse_beside,
+    unforeseen,
 )
 
 if TYPE_CHECKING:
@@ -378,6 +379,11 @@ def main() -> None:
             raise
         sys.stderr.write(f"microtome: {error.line}\n")
         sys.exit(error.exit_code)
+    except Exception as error:  # whatever else went wrong is a line too, and with --debug a traceback
+        if debug:
+            raise
+        sys.stderr.write(f"microtome: {unforeseen(error)}\n")
+        sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as error:
         # Typer makes an exit of Ctrl-C, in silence.
         if getattr(error, "code", 130) != 130:

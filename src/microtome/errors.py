@@ -22,7 +22,7 @@ class MicrotomeError(Exception):
 
     def __init__(self, where: str | Path, *, expected: str, got: str, do: str, code: str = "") -> None:
         self.where, self.expected, self.got, self.do, self.code = str(where), expected, got, do, code
-        super().__init__(_one_line(f"{where}: expected {expected}, got {got}; {do}"))
+        super().__init__(in_one_line(f"{where}: expected {expected}, got {got}; {do}"))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # As an exception is pickled otherwise, `__init__` would be called again without its keywords.
@@ -36,7 +36,7 @@ class MicrotomeError(Exception):
     def on(self, machine: str) -> Self:
         """The same error, found on another machine, which it names."""
         words = {"expected": self.expected, "got": f"{self.got} (on {machine})", "do": self.do}
-        line = _one_line(f"{self.where}: expected {words['expected']}, got {words['got']}; {words['do']}")
+        line = in_one_line(f"{self.where}: expected {words['expected']}, got {words['got']}; {words['do']}")
         return _as_it_was(type(self), (line,), {**self.__dict__, **words})
 
 
@@ -56,7 +56,7 @@ class RunError(MicrotomeError):
     """Good data and good words, but the run could not go on (disk full, loss not finite, ...)."""
 
 
-def _one_line(text: str) -> str:
+def in_one_line(text: str) -> str:
     """What every terminal can show in one line: names of files may hold line ends, and bytes that are no letters."""
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 

@@ -263,6 +263,8 @@ def print_scores(result: Mapping[str, Any], written: Sequence[Path] = ()) -> Non
 
 def _case_scores(rows: Sequence[Mapping[str, Any]]) -> str:
     """The scores of one case in a line: Dice by class, or PQ and what became of its objects."""
+    if not rows:
+        return "no class beside the background"
     if "dice" in rows[0]:
         return "Dice " + ", ".join(f"{row['class']} {_number(row['dice'])}" for row in rows)
     [row] = rows
