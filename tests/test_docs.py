@@ -18,7 +18,7 @@ from tools.gallery import network_pages
 from tools.layers import LAYERS, REPOSITORY
 
 README = REPOSITORY / "README.md"
-DOCUMENTS = [README, *sorted((REPOSITORY / "docs").rglob("*.md"))]
+DOCUMENTS = [README, REPOSITORY / "SECURITY.md", *sorted((REPOSITORY / "docs").rglob("*.md"))]
 
 
 def fenced(language: str, text: str) -> list[str]:

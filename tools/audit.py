@@ -37,7 +37,7 @@ def read_answer(service: str, output: str, errors: str) -> Answer:
     """What pip-audit's JSON says; without JSON, the last line of its errors is the failure."""
     try:
         rows: list[dict[str, Any]] = json.loads(output)["dependencies"]
-    except (ValueError, LookupError):
+    except (ValueError, LookupError, TypeError):
         last = (errors.strip().splitlines() or ["no answer"])[-1]
         return Answer(service, failure="cannot be reached" if UNREACHABLE.search(last) else last[:200])
     found = [_vulnerability(row, one) for row in rows for one in row.get("vulns", ())]

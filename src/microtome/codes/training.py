@@ -34,7 +34,7 @@ FAULTS = MappingProxyType(
         ),
         "C050": Fault(
             "More processes than patches in a batch",
-            "Torchrun, or the job script, started more processes than one training step has patches. Each needs one at least, as the batch "
+            "`torchrun`, or the job script, started more processes than one training step has patches. Each needs one at least, as the batch "
             "is what the plan says, however many share it.",
             "Start fewer processes, or make `batch` in plan.yaml larger: a multiple of the number of processes keeps all of them busy.",
         ),
