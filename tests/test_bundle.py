@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from microtome import bundle as module
-from microtome.bundle import Bundle, Samples, load_bundle, save_bundle
+from microtome.bundle import CHANGED, OF_ANOTHER, Bundle, Samples, fault_of_copy, load_bundle, save_bundle
 from microtome.config import NetworkConfig, Plan
 from microtome.data.legend import Legend
-from microtome.errors import DataError, MicrotomeError, RunError
+from microtome.errors import DataError, DataWarning, MicrotomeError, RunError
 from microtome.geometry import Sizes
 from microtome.inference.restore import arrays_of, restore
 from microtome.models.registry import build
@@ -316,6 +316,70 @@ def test_a_changed_byte_anywhere_gives_the_same_bundle_or_one_line(run: Path, se
     assert found is None or same(found.weights, bundle_of().weights)
 
 
+def test_every_67th_byte_of_the_weights_file_changed_is_noticed(run: Path) -> None:
+    file = run / "model" / "model.safetensors"
+    whole = file.read_bytes()
+    # What fills the header up to a multiple of 8 says nothing.
+    (length,) = struct.unpack("<Q", whole[:8])
+    end = len(whole[: 8 + length].rstrip(b" "))
+    unnoticed = []
+    for index in (each for each in range(0, len(whole), 67) if not end <= each < 8 + length):
+        file.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+        found, line = loaded(run)
+        if found is not None or "expected" not in line:
+            unnoticed.append(index)
+    assert unnoticed == []
+
+
+def test_every_7th_byte_of_the_copy_for_people_changed_is_noticed_and_changes_nothing(run: Path) -> None:
+    file = run / "model" / "model.json"
+    whole = file.read_bytes()
+    bundle = load_bundle(run)
+    unnoticed = []
+    for index in range(0, len(whole), 7):
+        file.write_bytes(whole[:index] + bytes([whole[index] ^ 1]) + whole[index + 1 :])
+        if fault_of_copy(bundle) != CHANGED:
+            unnoticed.append(index)
+    assert unnoticed == []
+    with pytest.warns(DataWarning, match=r"model.json: changed since it was written, to no effect: what counts is model.safetensors"):
+        assert load_bundle(run).plan == bundle_of().plan
+
+
+def test_a_class_renamed_in_the_copy_for_people_is_said_when_the_model_is_loaded(run: Path) -> None:
+    file = run / "model" / "model.json"
+    document = json.loads(file.read_text(encoding="utf-8"))
+    document["legend"]["names"][0] = "something"
+    # As an editor writes it, with letters of its own.
+    file.write_text(json.dumps(document, ensure_ascii=False, indent=4), encoding="utf-8")
+    with pytest.warns(DataWarning, match="to no effect"):
+        assert load_bundle(run).legend.names == ("nothing", "Zelle é")
+
+
+def test_a_copy_for_people_that_is_only_laid_out_anew_or_gone_is_no_fault(run: Path) -> None:
+    file = run / "model" / "model.json"
+    file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")), ensure_ascii=False), encoding="utf-8")
+    assert fault_of_copy(load_bundle(run)) == ""
+    file.unlink()
+    assert fault_of_copy(load_bundle(run)) == ""
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "{}", "[" * 20_000, '{"schema": 1}', '{"hash": "0"}', "\0"])
+def test_a_copy_for_people_that_is_none_is_changed(run: Path, text: str) -> None:
+    bundle = load_bundle(run)
+    (run / "model" / "model.json").write_text(text, encoding="utf-8")
+    assert fault_of_copy(bundle) == CHANGED
+
+
+def test_the_copy_of_schema_1_is_held_to_its_hash_too(tmp_path: Path) -> None:
+    for file in SCHEMA_1.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert fault_of_copy(load_bundle(tmp_path)) == ""
+    copy = tmp_path / "model.json"
+    copy.write_bytes(copy.read_bytes().replace(b"nothing", b"nothinG"))
+    with pytest.warns(DataWarning, match="to no effect"):
+        assert fault_of_copy(load_bundle(tmp_path)) == CHANGED
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, 2000, -1])
 def test_a_file_that_was_cut_off_is_refused(run: Path, keep: int) -> None:
     file = run / "model" / "model.safetensors"
@@ -395,6 +459,8 @@ def test_a_kill_between_the_two_files_leaves_a_bundle_that_loads(run: Path, monk
     # The new weights with the old copy for people: the weights file alone counts.
     found = load_bundle(run)
     assert same(found.weights, bundle_of(seed=1).weights)
+    # It is no change that somebody made: nobody is warned, and who asks is told.
+    assert fault_of_copy(found) == OF_ANOTHER
 
 
 def test_a_full_disk_leaves_the_old_bundle_and_is_a_run_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from microtome.bundle import FILE, load_bundle, save_bundle
+from microtome.bundle import FILE, fault_of_copy, load_bundle, save_bundle
+from microtome.bundle_form import parse_form
+from microtome.geometry import affine_from_spacing
+from microtome.images.image import Image
 from microtome.inference.graphs import find_graph
 from microtome.inference.predictor import Predictor
 from microtome.inference.restore import restore
@@ -66,9 +69,13 @@ def test_saved_again_it_has_the_newest_form_and_the_same_weights(folder: Path, t
 def test_every_form_predicts(folder: Path, tmp_path: Path) -> None:
     place = shutil.copytree(folder, tmp_path / "model")
     bundle = load_bundle(place)
-    image = np.random.default_rng(1).normal(size=(1, *(5, 20, 24)[-bundle.plan.dims :])).astype(np.float32)
-    predictor = Predictor(bundle, engine="torch", device="cpu")
-    assert set(np.unique(predictor(image))) <= {0, 1}
+    shape, spacing_mm = (5, 20, 24)[-bundle.plan.dims :], bundle.plan.spacing_mm
+    array = np.random.default_rng(1).normal(size=(1, *shape)).astype(np.float32)
+    axes, affine = ("CYX", "CZYX")[bundle.plan.dims - 2], affine_from_spacing(spacing_mm)
+    image = Image(array=array, spacing_mm=spacing_mm, affine=affine, axes=axes, path=tmp_path / "made", format="made")
+    labels = Predictor(bundle, engine="torch", device="cpu")(image)
+    assert labels.shape == shape
+    assert set(np.unique(labels)) <= {0, 1}
     assert find_graph(bundle, "onnx") is None
 
 
@@ -94,3 +101,22 @@ def test_the_form_tells_a_change_of_the_description_and_of_the_tensors(tmp_path:
 def test_its_copy_for_people_is_what_the_header_says(folder: Path) -> None:
     document = json.loads(header_of(folder / FILE)["__metadata__"]["microtome"])
     assert json.loads((folder / "model.json").read_text(encoding="utf-8")) == document
+    assert fault_of_copy(load_bundle(folder)) == ""
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_plans_of_the_first_bundles_are_read_in_the_words_of_now(dims: int) -> None:
+    plan = load_bundle(FOLDER / f"schema1-first-{dims}d").plan
+    augment = plan.augment
+    # Those bundles say `dice_weight: 1.0` and `intensity_p: 0.2`.
+    chances = (augment.contrast_p, augment.brightness_p, augment.gamma_p, augment.noise_p, augment.blur_p, augment.low_resolution_p)
+    assert set(chances) == {0.2}
+    assert augment.rotation_p == 0.5
+    assert (plan.loss.dice, plan.loss.cross_entropy) == (1.0, 1.0)
+
+
+def test_other_chances_and_weights_of_such_plans_are_kept() -> None:
+    document = json.loads(header_of(FOLDER / "schema1-first-2d" / FILE)["__metadata__"]["microtome"])
+    document["plan"]["augment"]["intensity_p"], document["plan"]["dice_weight"] = 0.75, 0.5
+    plan = parse_form(Path("model"), document).plan
+    assert (plan.augment.noise_p, plan.augment.elastic_p, plan.loss.dice) == (0.75, 0.3, 0.5)

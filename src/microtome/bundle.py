@@ -1,7 +1,8 @@
 """A trained model on disk: `model.safetensors` (weights and all that describes them) and `model.json` (the same for people).
 
 No pickle anywhere, and no torch: what predicts with another engine does not load it. The safetensors file alone is complete,
-so that it can be replaced in one rename; `model.json` is a readable copy of its header, which the program never reads.
+so that it can be replaced in one rename; `model.json` is a readable copy of its header, of which nothing is taken: that somebody
+edited it, to no effect, is said when the model is loaded.
 
     header    schema, the microtome that it needs, plan, legend, provenance, sizes, a hash of each group of tensors; and a hash of
               all that, the bundle's identity
@@ -13,6 +14,7 @@ so that it can be replaced in one rename; `model.json` is a readable copy of its
 import hashlib
 import json
 import struct
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -26,11 +28,13 @@ from safetensors.numpy import save
 from microtome.bundle_form import NEEDS, SCHEMA, parse_form, read_document, temperature_of
 from microtome.config import Plan
 from microtome.data.legend import Legend
-from microtome.errors import DataError
+from microtome.errors import DataError, DataWarning
 from microtome.files import atomic_path, write_json
 from microtome.geometry import Sizes
 
 FILE = "model.safetensors"
+COPY = "model.json"
+CHANGED, OF_ANOTHER = "changed since it was written", "of another model than the weights"
 # Real ones have 20 to 200 kB.
 MOST_HEADER_BYTES = 16_000_000
 
@@ -105,7 +109,7 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
     with atomic_path(folder / FILE) as part:
         # Not `save_file`: it renames a private file of its own over `part`, and hides a full disk from `atomic_path`.
         part.write_bytes(save(arrays, metadata={"microtome": json.dumps(document)}))
-    write_json(folder / "model.json", document)
+    write_json(folder / COPY, document)
     return replace(bundle, folder=folder, hash=document["hash"])
 
 
@@ -113,12 +117,46 @@ def load_bundle(folder: Path) -> Bundle:
     """The bundle in `folder`: a run folder, its `model/`, or the .safetensors file itself.
 
     Its description is read and checked now, its weights and calibration samples when they are touched, from the file that
-    was there now. What touches them may raise the same DataError.
+    was there now. What touches them may raise the same DataError. Where the copy for people was changed a DataWarning says so.
 
     Raises:
         DataError: no bundle there, not readable, changed since it was written, or written by a newer version.
     """
     path = _find(Path(folder))
+    bundle = _loaded(path)
+    if fault_of_copy(bundle) == CHANGED:
+        # A copy of another model is no fault of anybody: a kill between the two files leaves it.
+        copy = path.with_name(COPY)
+        warnings.warn(DataWarning(f"{copy}: {CHANGED}, to no effect: what counts is {path.name}"), stacklevel=2)
+    return bundle
+
+
+def fault_of_copy(bundle: Bundle) -> str:
+    """What is wrong with `model.json` beside a bundle that was loaded: CHANGED or OF_ANOTHER.
+
+    Returns:
+        "" where it says what the weights' file says, by the hash of both, and where there is none.
+    """
+    path = (bundle.folder or Path()) / COPY
+    if not path.is_file():
+        return ""
+    try:
+        document = json.loads(path.read_bytes())
+        recorded = document.pop("hash", None)
+        if "weights_hash" in document:
+            # Of the first bundles of all, whose description nothing held.
+            return "" if document["weights_hash"] == bundle.hash else OF_ANOTHER
+        arrays = bundle.weights if document["schema"] == 1 else {}
+        found = _hash(arrays, document)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return CHANGED
+    if recorded != found:
+        return CHANGED
+    return "" if recorded == bundle.hash else OF_ANOTHER
+
+
+def _loaded(path: Path) -> Bundle:
+    """The bundle in a weights file."""
     tensors = _Tensors(path)
     header = tensors.read(lambda file: (file.metadata() or {}).get("microtome"))
     if header is None:

@@ -19,6 +19,8 @@ SCHEMA = 2
 # The oldest microtome that reads what is written here. Raise it with the schema, and when the plan gains a field that older
 # versions would refuse; then `python -m tests.golden_bundles`.
 NEEDS = "microtome >= 0.1"
+# Each happened with the probability that plans of before 0.1 call `intensity_p`.
+FIRST_CHANCES = ("contrast_p", "brightness_p", "gamma_p", "noise_p", "blur_p", "low_resolution_p")
 
 
 def read_document(path: Path, header: str) -> dict[str, Any]:
@@ -119,12 +121,26 @@ def parse_form(path: Path, document: Mapping[str, Any]) -> Form:
     """
     do = "use the microtome that wrote it, or copy it again"
     try:
-        form = parse_config(Form, dict(document), path)
+        form = parse_config(Form, {**document, "plan": _in_words_of_now(document.get("plan"))}, path)
     except ConfigError as error:
         raise DataError(path, expected=error.expected, got=error.got[:300], do=do, code="D200") from None
     if fault := form.fault():
         raise DataError(path, expected="a description that fits together", got=fault[:300], do=do, code="D200")
     return form
+
+
+def _in_words_of_now(plan: object) -> object:
+    """A plan as this version reads it: the first ones had one chance for all changes of grey values, and one weight in their loss."""
+    if not isinstance(plan, dict):
+        return plan
+    plan, augment = dict(plan), plan.get("augment")
+    if "dice_weight" in plan:
+        plan["loss"] = {"dice": plan.pop("dice_weight")}
+    if isinstance(augment, dict) and "intensity_p" in augment:
+        chance = augment["intensity_p"]
+        rest = {name: value for name, value in augment.items() if name != "intensity_p"}
+        plan["augment"] = {**rest, **dict.fromkeys(FIRST_CHANCES, chance)}
+    return plan
 
 
 def temperature_of(path: Path, recorded: object) -> float:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microtome import cli_doctor, cli_explain, cli_predict
+from microtome import cli_doctor, cli_explain, cli_models, cli_predict
 from microtome.errors import ConfigError, MicrotomeError
 from microtome.options import (
     MOST_SEED,
@@ -153,14 +153,19 @@ def train(
     fold: Annotated[str | None, typer.Option(help="K/N: part K of N validates (1/5 if not given); all: nothing validates.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random; 0 if not given.", min=0, max=MOST_SEED)] = None,
     device: Device = "auto",
+    weights: Annotated[
+        Path | None, typer.Option(help="Begin with these: a run folder, .safetensors, or a PyTorch checkpoint; what does not fit is said.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --out, with its plan.")] = False,
 ) -> None:
     """Train, validate, keep the best, write the report."""
     import time
 
     started = time.perf_counter()
+    from microtome.interop.checkpoints import in_our_names, read_weights
     from microtome.terminal import Terminal
     from microtome.training.folder import check_folder, read_plan
+    from microtome.training.initial import Start
     from microtome.training.rehearsal import make_plan
     from microtome.training.run import train as train_run
 
@@ -169,12 +174,13 @@ def train(
     if steps is not None:
         refuse_beside("--steps", {"--minutes": minutes})
     if resume:
-        refuse_beside("--resume", others | {"--plan": plan, "--fold": fold, "--seed": seed})
+        refuse_beside("--resume", others | {"--plan": plan, "--fold": fold, "--seed": seed, "--weights": weights})
     elif plan is not None:
         refuse_beside("--plan", others)
     checked_fold(fold)
     check_names(network, recipe)
     check_folder(out, resume=resume)
+    initial = None if weights is None else in_our_names(read_weights(weights))
     dataset = open_data(data)
     terminal.say_dataset(dataset)
     if fold not in (None, "all") and (dataset.config.validation or dataset.config.validation_sections):
@@ -195,7 +201,7 @@ def train(
         chosen = make_plan(dataset, minutes=minutes, steps=steps, memory_gb=memory, device=device, **words)
     terminal.say_plan(chosen)
     with terminal.training(chosen) as on_event:
-        folder = train_run(dataset, chosen, out, device=device, resume=resume, on_event=on_event, started=started)
+        folder = train_run(dataset, chosen, out, device=device, resume=resume, on_event=on_event, start=Start(started, initial))
     terminal.say_result(folder)
 
 
@@ -282,6 +288,9 @@ def report(run: Run) -> None:
     from microtome.terminal import Terminal
 
     Terminal().say(f"report: {build_report(run)}")
+
+
+app.registered_commands += cli_models.commands.registered_commands
 
 
 @app.command()

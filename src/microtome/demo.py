@@ -13,6 +13,7 @@ from microtome.files import write_json, write_text
 from microtome.inference.predict_files import predict_files
 from microtome.inference.predictor import load
 from microtome.terminal import Terminal
+from microtome.training.initial import Start
 from microtome.training.rehearsal import make_plan
 from microtome.training.run import train
 
@@ -69,7 +70,7 @@ def _train(folder: Path, run: Path, minutes: float, terminal: Terminal) -> None:
     plan = make_plan(dataset, minutes=minutes)
     terminal.say_plan(plan)
     with terminal.training(plan) as on_event:
-        train(dataset, plan, run, on_event=on_event, started=started)
+        train(dataset, plan, run, on_event=on_event, start=Start(started))
 
 
 def _scores(data: DemoData, out: Path) -> list[str]:

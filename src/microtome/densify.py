@@ -29,6 +29,7 @@ from microtome.files import write_json
 from microtome.images.files import probe_image, stem_of, suffix_of, write_labels
 from microtome.images.image import Header, Image
 from microtome.inference.predictor import load
+from microtome.training.initial import Start
 from microtome.training.loop import Event
 from microtome.training.rehearsal import make_plan
 from microtome.training.run import train
@@ -173,7 +174,7 @@ def densify(sketch: Sketch, plan: Plan, *, on_event: Callable[[Event], None] = l
     """
     device, dataset = sketch.options.device, sketch.dataset
     try:
-        folder = train(dataset, plan, sketch.run, device=device, on_event=_warning(on_event, plan), started=started)
+        folder = train(dataset, plan, sketch.run, device=device, on_event=_warning(on_event, plan), start=Start(started))
     except RunError as error:
         # A training says how to resume it, which is no option here.
         do = f"densify again with another --run, or remove {sketch.run} first; where time or space was short, with more of it"

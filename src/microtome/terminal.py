@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from microtome.config import Config, NetworkConfig, Plan
+from microtome.errors import in_one_line
 
 if TYPE_CHECKING:
     # What is shown is made elsewhere: a prediction does not wait for what only reports need.
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from microtome.data.quality import Table as CaseTable
     from microtome.models.describe import LayerTable
     from microtome.models.registry import Entry
+    from microtome.training.initial import Weights
 
 MARKS = (("error", "red"), ("warning", "yellow"), ("note", "blue"))
 MOST_ROWS = 30
@@ -289,6 +291,30 @@ def print_layers(table: "LayerTable", svg: Path | None) -> None:
     console.print(table.totals, markup=False, soft_wrap=True)
     if svg is not None:
         console.print(f"drawing: {svg}", markup=False, soft_wrap=True)
+
+
+def print_card(folder: str, rows: Iterable[tuple[str, str]]) -> None:
+    """What a trained model is, as `model_card.card_rows` has it: a line a fact, to be copied."""
+    console = _page()
+    console.print(f"model: {folder}", markup=False, soft_wrap=True)
+    for name, words in rows:
+        # A stranger's model may say anything, letters that move the cursor too.
+        console.print(f"  {name:<13} {in_one_line(words)}", markup=False, soft_wrap=True)
+
+
+def print_tensors(weights: "Weights", tensors: Sequence[Mapping[str, Any]], out: Path | None) -> None:
+    """What a file of weights holds, and where it was written; names are a stranger's."""
+    console = _page()
+    rows = [(in_one_line(each["name"]), "×".join(map(str, each["shape"])), each["type"]) for each in tensors]
+    _print_table(console, ("tensor", "shape", "type"), rows)
+    place = f" in `{in_one_line(weights.place)}`" if weights.place else ""
+    console.print(f"{len(tensors)} tensors{place} of {in_one_line(weights.source)}, hash {weights.hash}", markup=False, soft_wrap=True)
+    if weights.shared:
+        console.print(f"{weights.shared} further names of the same tensors are left out", markup=False)
+    if weights.left_out:
+        console.print(f"beside them, not read: {in_one_line(', '.join(weights.left_out))}", markup=False, soft_wrap=True)
+    if out is not None:
+        console.print(f"written: {out}", markup=False, soft_wrap=True)
 
 
 def print_comparison(table: tuple[Sequence[str], Iterable[Iterable[str]]], page: Path) -> None:

@@ -59,6 +59,24 @@ FAULTS = MappingProxyType(
             "golden input and plan are not of one model. It was edited, or written by another program.",
             "Copy it again from where it was trained, or use the version of microtome that wrote it, which model.json names.",
         ),
+        "D230": Fault(
+            "None of these weights fits the network",
+            "No tensor in the file has the name and shape of one of the network's, nor are their shapes the same in the same order: it is "
+            "another architecture, or has other widths.",
+            "`microtome import FILE` shows names and shapes, `microtome networks NAME` those of a network. Give --network and a plan with "
+            "the same widths and kernels.",
+        ),
+        "D231": Fault(
+            "Weights that are not finite",
+            "A tensor that the training was to begin with holds NaN or infinity: the training that wrote it had diverged.",
+            "Take an earlier checkpoint of it.",
+        ),
+        "D232": Fault(
+            "No weights can be read from this file",
+            "It is neither weights in safetensors nor a checkpoint of PyTorch that holds tensors and nothing else. Checkpoints are read in a "
+            "process with limits, where objects of classes are refused: they would run a stranger's code.",
+            "In the program that made it save only the weights: `torch.save(model.state_dict(), 'weights.pt')`, or safetensors' `save_file`.",
+        ),
         "D240": Fault(
             "A JSON file that cannot be understood",
             "The file is no JSON, is nested too deeply or far too large, or holds a list or a number where names with values belong.",

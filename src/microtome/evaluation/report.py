@@ -19,6 +19,7 @@ from microtome.evaluation.curves import Colour, History, charts, foreground_colo
 from microtome.evaluation.gallery import ERROR_COLOURS, Exhibit, Gallery, Predictions, format_share, make_gallery, read_predictions
 from microtome.evaluation.pages import environment
 from microtome.files import write_text
+from microtome.model_card import origin_rows
 
 WORST, BEST = 6, 2
 # Below as many cases the bootstrap's interval is too narrow to be shown without a word (see `bootstrap`).
@@ -99,6 +100,7 @@ def build_report(run: Path, *, dataset: Dataset | None = None) -> Path:
             scored=_scored(record),
             sureness=describe(record.metrics, validated=bool(record.data["validation"])),
             plan_rows=plan_rows(record.plan),
+            origin=origin_rows(record.folder),
             findings=_findings(record.data["findings"]),
             parts=[(name, *_listed(record.data[name], MOST_NAMED)) for name in ("train", "validation")],
             history=record.history,
@@ -390,11 +392,6 @@ def _json(path: Path) -> Any:
     except (ValueError, OSError) as error:
         raise DataError(path, expected="JSON", got=str(error), do="copy the run folder again, or run `train` again", code="D059") from None
     if not isinstance(content, dict):
-        raise DataError(
-            path,
-            expected="names with values",
-            got=type(content).__name__,
-            do="copy the run folder again, or run `train` again",
-            code="D059",
-        )
+        got, do = type(content).__name__, "copy the run folder again, or run `train` again"
+        raise DataError(path, expected="names with values", got=got, do=do, code="D059")
     return content

@@ -20,7 +20,7 @@ from microtome.data.planes import plane_name
 from microtome.data.split import Split
 from microtome.errors import ConfigError, RunError
 from microtome.files import flush, is_leftover, sweep, write_json, write_text
-from microtome.training import lock
+from microtome.training import initial, lock
 from microtome.training.warp import compiled
 
 
@@ -170,8 +170,8 @@ def check_folder(folder: Path, *, resume: bool) -> None:
 
 
 def _is_rest(path: Path) -> bool:
-    """Whether a killed process left this before its run had begun: half a file, or its lock."""
-    return is_leftover(path) or path.name == lock.NAME
+    """Whether a killed process left this before its run had begun: half a file, its lock, or the weights that it was to begin with."""
+    return is_leftover(path) or path.name in (lock.NAME, initial.FILE)
 
 
 def read_plan(path: Path) -> Plan:

@@ -30,6 +30,7 @@ from microtome.training.checkpoint import TrainState, digest, load_latest, new_s
 from microtome.training.clock import Clock
 from microtome.training.completion import complete_model
 from microtome.training.folder import RunFolder, check_folder, environment
+from microtome.training.initial import FILE, Start, Weights, begin_with, keep_initial, kept_initial
 from microtome.training.lock import run_lock
 from microtome.training.loop import Event, Hooks, train_steps, validate_now
 from microtome.training.provenance import origin
@@ -56,7 +57,7 @@ def train(
     device: str = "auto",
     resume: bool = False,
     on_event: Callable[[Event], None] = lambda event: None,
-    started: float | None = None,
+    start: Start = Start(),  # noqa: B008 - frozen
     ranks: Ranks = ALONE,
 ) -> Path:
     """Train, validate, keep the best, write the report; returns the run folder.
@@ -68,20 +69,22 @@ def train(
         device: "auto", "cpu", "cuda".
         resume: go on from the last checkpoint in `out`.
         on_event: sees each line of `log.jsonl` as it is written.
-        started: `time.perf_counter()` from which the minutes count; None: now.
+        start: from when the minutes count, and weights to begin with; a run that is resumed has a copy of those.
         ranks: the processes that train together (`processes.joined`), each of which calls this; the first one writes `out`.
 
     Raises:
         ConfigError: `out` holds another run, or nothing to resume.
+        DataError: weights to begin with fit nowhere.
         RunError: the loss is not finite, the disk is full, the minutes are too few to train in, another process uses `out`,
             somebody stopped the run (StoppedError); what was saved is good.
     """
     recycle_memory()
-    began = time.perf_counter() if started is None else started
+    began = time.perf_counter() if start.clock is None else start.clock
     if ranks.is_first:
         check_folder(Path(out), resume=resume)
     with run_lock(Path(out)) if ranks.is_first else nullcontext() as killed:
-        session = _Session(dataset, plan, Path(out), ranks.device(device), on_event, ranks=ranks)
+        initial = kept_initial(Path(out) / FILE) if resume else start.weights
+        session = _Session(dataset, plan, Path(out), ranks.device(device), on_event, initial=initial, ranks=ranks)
         session.started = began
         session.open(resume)
         if killed is not None:
@@ -137,7 +140,15 @@ class _Session:
     """One process's work on a run folder."""
 
     def __init__(
-        self, dataset: Dataset, plan: Plan, folder: Path, device: str, on_event: Callable[[Event], None], *, ranks: Ranks = ALONE
+        self,
+        dataset: Dataset,
+        plan: Plan,
+        folder: Path,
+        device: str,
+        on_event: Callable[[Event], None],
+        *,
+        initial: Weights | None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.dataset, self.plan, self.folder, self.ranks = dataset, plan, folder, ranks
         self.on_event = on_event if ranks.is_first else lambda event: None
@@ -155,6 +166,7 @@ class _Session:
         network = build(plan.network.name, dims=plan.dims, in_channels=plan.channels, classes=len(plan.classes), config=plan.network)
         _check_patch(network, plan)
         _check_memory(plan, self.device, ranks)
+        self.initial = begin_with(network, initial)
         self.state = new_state(to_device(network, self.device, plan.dims), plan)
         self.hooks = Hooks(log=self.log, validate=self.validation.score, save=self.save, seconds_left=self.seconds_left, replan=self.replan)
 
@@ -181,6 +193,10 @@ class _Session:
         self.files.sweep()
         if resume:
             self._resume()
+        else:
+            keep_initial(self.folder / FILE, self.state.network, self.initial)
+            if self.initial is not None:
+                self.on_event({"event": "finding", "step": 0, "severity": "note", "message": f"begins with {self.initial.record['words']}"})
         for finding in self.leaks:
             self.on_event({"event": "finding", "step": 0, "severity": finding.severity, "message": finding.message})
         if not self.files.is_described():
@@ -345,7 +361,8 @@ class _Session:
     @cached_property
     def _origin(self) -> dict[str, Any]:
         """What stays the same of a model's provenance; label files are read for it, once."""
-        return origin(self.dataset, self.split, self.plan)
+        begun = {} if self.initial is None else {"initial_weights": dict(self.initial.record)}
+        return origin(self.dataset, self.split, self.plan) | begun
 
     def replan(self, plan: Plan) -> None:
         """Go on by another plan, from now on and after --resume."""
