@@ -16,9 +16,13 @@ The same tensors stand there again under `all_modules` and `decoder.encoder`; th
 import re
 from collections.abc import Callable, Iterable
 
-_PART = {"conv": 0, "norm": 1}
 _NAME = r"\.(?P<kind>weight|bias|running_mean|running_var|num_batches_tracked)"
 _Rule = tuple[re.Pattern[str], Callable[[re.Match[str], int], str]]
+
+
+def _part(kind: str | None) -> int:
+    """Where a convolution and its norm stand in ours."""
+    return ("conv", "norm").index(kind or "")
 
 
 def _rule(pattern: str, name: Callable[[re.Match[str], int], str]) -> _Rule:
@@ -26,17 +30,17 @@ def _rule(pattern: str, name: Callable[[re.Match[str], int], str]) -> _Rule:
 
 
 _RULES: tuple[_Rule, ...] = (
-    _rule(r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.(conv|norm)", lambda m, _: f"encoder.{m[1]}.{m[2]}.{_PART[m[3]]}"),
-    _rule(r"encoder\.stem\.convs\.0\.(conv|norm)", lambda m, _: f"stem.{_PART[m[1]]}"),
+    _rule(r"encoder\.stages\.(\d+)\.0\.convs\.(\d+)\.(conv|norm)", lambda m, _: f"encoder.{m[1]}.{m[2]}.{_part(m[3])}"),
+    _rule(r"encoder\.stem\.convs\.0\.(conv|norm)", lambda m, _: f"stem.{_part(m[1])}"),
     _rule(
         r"encoder\.stages\.(\d+)\.blocks\.(\d+)\.conv([12])\.(conv|norm)",
-        lambda m, _: f"encoder.{m[1]}.{m[2]}.{('first', 'second')[int(m[3]) - 1]}.{_PART[m[4]]}",
+        lambda m, _: f"encoder.{m[1]}.{m[2]}.{('first', 'second')[int(m[3]) - 1]}.{_part(m[4])}",
     ),
     _rule(
         r"encoder\.stages\.(\d+)\.blocks\.(\d+)\.skip\.(\d+)\.(conv|norm)",
-        lambda m, _: f"encoder.{m[1]}.{m[2]}.shortcut.{int(m[3]) + _PART[m[4]]}",
+        lambda m, _: f"encoder.{m[1]}.{m[2]}.shortcut.{int(m[3]) + _part(m[4])}",
     ),
-    _rule(r"decoder\.stages\.(\d+)\.convs\.(\d+)\.(conv|norm)", lambda m, last: f"decoder.{last - int(m[1])}.{m[2]}.{_PART[m[3]]}"),
+    _rule(r"decoder\.stages\.(\d+)\.convs\.(\d+)\.(conv|norm)", lambda m, last: f"decoder.{last - int(m[1])}.{m[2]}.{_part(m[3])}"),
     _rule(r"decoder\.transpconvs\.(\d+)", lambda m, last: f"up.{last - int(m[1])}"),
     _rule(r"decoder\.seg_layers\.(\d+)", lambda m, last: f"heads.{last - int(m[1])}"),
 )
