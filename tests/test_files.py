@@ -1,16 +1,18 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from microtome.errors import RunError
-from microtome.files import atomic_path, write_json, write_text
+from microtome.files import atomic_path, is_leftover, scratch_folder, write_json, write_text
 
 
 def full_disk(*_: object, **__: object) -> None:
@@ -156,3 +158,58 @@ def test_what_is_not_json_leaves_the_old_file(target: Path, value: object, error
     with pytest.raises(error):
         write_json(target, {"a": value})
     assert state(target) == before
+
+
+def test_a_file_that_the_disk_has_no_room_for_is_not_begun_and_what_is_missing_is_told_in_bytes(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = state(target)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=10**6, used=10**6 - 700, free=700))
+    with pytest.raises(RunError) as caught, atomic_path(target, 1000):
+        pytest.fail("it was begun")
+    assert str(caught.value).startswith(f"{target}: expected 1000 free bytes, got 700, 300 too few; free space (")
+    assert (caught.value.code, caught.value.exit_code) == ("R102", 1)
+    assert state(target) == before
+    with atomic_path(target, 700) as part:
+        part.write_text("new")
+    assert target.read_text() == "new"
+
+
+def test_a_disk_that_becomes_full_tells_what_the_file_needs_what_it_got_and_what_is_free(
+    target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write() -> None:
+        with atomic_path(target, 1000) as part:
+            part.write_bytes(b"half")
+            monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=9999, used=9999, free=0))
+            full_disk()
+
+    with pytest.raises(RunError) as caught:
+        write()
+    words = "expected room for 1000 bytes, got No space left on device after 4 bytes, with 0 bytes free; free space"
+    assert words in str(caught.value)
+    assert caught.value.code == "R102"
+
+
+def test_a_file_system_that_does_not_say_what_is_free_is_written_to(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(total=0, used=0, free=0))
+    write_text(target, "new")
+    assert state(target) == {target.name: "new"}
+
+
+def test_a_quota_is_a_full_disk_and_a_broken_one_is_not(target: Path) -> None:
+    for number, code in ((errno.EDQUOT, "R102"), (errno.EIO, "R001"), (errno.EROFS, "R001")):
+        with pytest.raises(RunError) as caught, atomic_path(target):
+            raise OSError(number, os.strerror(number))
+        assert caught.value.code == code
+
+
+def test_a_scratch_folder_goes_with_its_content_and_is_a_leftover_where_a_kill_came(tmp_path: Path) -> None:
+    with scratch_folder(tmp_path / "cache") as folder:
+        (folder / "a.txt").write_text("a")
+        assert folder.parent == tmp_path / "cache"
+        assert is_leftover(folder)
+    assert list((tmp_path / "cache").iterdir()) == []
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(RunError, match="expected a folder that can be made"), scratch_folder(tmp_path / "file"):
+        pytest.fail("it was made")

@@ -234,6 +234,49 @@ def test_a_run_killed_at_its_end_is_brought_to_it(step: int, event: str, cells: 
     assert first == second
 
 
+def test_a_kill_between_a_checkpoint_and_its_model_costs_no_best(
+    cells: Dataset, cells_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(session: Any) -> None:
+        if session.state.progress.step == 6:
+            raise Killed
+        save_model(session)
+
+    save_model = run_module._Session._save_model
+    monkeypatch.setattr(run_module._Session, "_save_model", killed)
+    with pytest.raises(Killed):
+        train(cells, plan_for(cells), tmp_path / "run")
+    assert load_bundle(tmp_path / "run").provenance["step"] == 3
+    monkeypatch.undo()
+    # No step is left, at which it would be written again.
+    monkeypatch.setattr(run_module, "train_steps", lambda *_: pytest.fail("a step was made again"))
+    folder = train(cells, plan_for(cells), tmp_path / "run", resume=True)
+    assert load_bundle(folder).provenance["step"] == 6
+    assert_same_weights(folder, cells_run)
+
+
+def test_a_best_that_the_checkpoint_has_lost_counts_until_there_is_a_better_one(cells: Dataset, cells_run: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        train(cells, plan_for(cells), tmp_path / "run", on_event=kill_at(1, "predicted"))
+    assert load_bundle(tmp_path / "run").provenance["step"] == 6
+    # The checkpoint before it, of step 3, is gone on from.
+    (tmp_path / "run" / "checkpoints" / "last.safetensors").write_bytes(b"damaged")
+    said: list[str] = []
+
+    def stop(event: Mapping[str, Any]) -> None:
+        said.append(str(event.get("message", "")))
+        if event["event"] == "step":
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(cells, plan_for(cells), tmp_path / "run", resume=True, on_event=stop)
+    assert any("the model of step 6 is not the best that the checkpoint knows" in line for line in said)
+    assert load_bundle(tmp_path / "run").provenance["step"] == 6
+    folder = train(cells, plan_for(cells), tmp_path / "run", resume=True)
+    assert_same_weights(folder, cells_run)
+    assert [event["step"] for event in lines(folder) if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_run_whose_process_is_killed_is_resumed(cells: Dataset, cells_run: Path, tmp_path: Path) -> None:
     plan_file = tmp_path / "plan.yaml"
     plan_file.write_text(dump_yaml(plan_for(cells)), encoding="utf-8")
@@ -387,12 +430,12 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(cells: Dataset
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_module, "save_checkpoint", full)
-    with pytest.raises(RunError, match=r"last\.safetensors: expected a folder that can be written, got No space left on device"):
+    with pytest.raises(RunError, match=r"last\.safetensors: expected room for \d{5} bytes, got No space left on device after \d{5} bytes"):
         train(cells, plan_for(cells), tmp_path / "run")
     state = fresh(plan_for(cells))
     load_checkpoint(tmp_path / "run" / "checkpoints" / "last.safetensors", state)
     assert state.progress.step == 3
-    assert load(tmp_path / "run", device="cpu").bundle.provenance["step"] in (3, 6)
+    assert load(tmp_path / "run", device="cpu").bundle.provenance["step"] == 3
     assert not list((tmp_path / "run").rglob(".part-*"))
 
 

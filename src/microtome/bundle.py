@@ -106,9 +106,10 @@ def save_bundle(folder: Path, bundle: Bundle) -> Bundle:
         "tensors": {group: _hash({name: arrays[name] for name in arrays if _group(name) == group}) for group in GROUPS},
     }
     document["hash"] = _hash({}, document)
-    with atomic_path(folder / FILE) as part:
-        # Not `save_file`: it renames a private file of its own over `part`, and hides a full disk from `atomic_path`.
-        part.write_bytes(save(arrays, metadata={"microtome": json.dumps(document)}))
+    # Not `save_file`: it renames a private file of its own over `part`, and hides a full disk from `atomic_path`.
+    content = save(arrays, metadata={"microtome": json.dumps(document)})
+    with atomic_path(folder / FILE, len(content)) as part:
+        part.write_bytes(content)
     write_json(folder / COPY, document)
     return replace(bundle, folder=folder, hash=document["hash"])
 

@@ -1,5 +1,6 @@
 """Writing files so that a kill at any instant leaves the old file or the new one, never half of either."""
 
+import errno
 import json
 import os
 import re
@@ -14,20 +15,27 @@ from microtome.errors import RunError
 
 # The name of a temporary file or folder: the process that writes it, and what no other has drawn.
 _PART = re.compile(r"\.part-([0-9a-f]{1,8})-[0-9a-f]{8}-")
+# What a system says where nothing more can be written: the disk is full, or what one account may have of it.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, size: int = 0) -> Iterator[Path]:
     """A temporary path beside `path`, with the same suffixes; on success flushed and renamed to `path`.
 
     Whatever the body raises, the temporary file is removed and `path` stays as it was.
 
+    Args:
+        path: what is to be written.
+        size: bytes that it will have, if that is known: where so many are not free nothing is begun.
+
     Raises:
-        RunError: the disk is full or the folder cannot be written; names the file.
+        RunError: the disk is full (how many bytes are missing) or the folder cannot be written; names the file.
     """
     part = _part(path)
     try:
         _make(path.parent)
+        _check_room(path, size)
         # Created as any other file of this user, so that the kernel applies the umask: it can be read only by
         # setting it, for all threads.
         part.touch(exist_ok=False)
@@ -36,13 +44,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         part.replace(path)
         _flush(path.parent)
     except OSError as error:
-        raise RunError(
-            path,
-            expected="a folder that can be written",
-            got=f"{error.strerror or error}",
-            do="free space or choose another --out",
-            code="R001",
-        ) from error
+        raise not_written(path, error, "a folder that can be written", size=size, written=_size(part)) from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -69,10 +71,23 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         _flush(path.parent)
     except (OSError, ValueError) as error:
         # Libraries that write many files tell of a full disk in a ValueError of their own.
-        got = " ".join(str(getattr(error, "strerror", None) or error).split())[-300:]
-        raise RunError(
-            path, expected="a folder that can be written", got=got, do="free space or choose another --out", code="R001"
-        ) from error
+        raise not_written(path, error, "a folder that can be written") from error
+    finally:
+        with suppress(OSError):
+            shutil.rmtree(part)
+
+
+@contextmanager
+def scratch_folder(parent: Path) -> Iterator[Path]:
+    """A temporary folder in `parent`, which is made if it is not there; gone afterwards, and a leftover where a kill came.
+
+    Raises:
+        RunError: the disk is full or the folder cannot be written.
+    """
+    part = _part(parent / "scratch")
+    make_folder(part)
+    try:
+        yield part
     finally:
         with suppress(OSError):
             shutil.rmtree(part)
@@ -80,8 +95,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path` in one step."""
-    with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")
+    content = text.encode()
+    with atomic_path(path, len(content)) as part:
+        part.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -98,8 +114,7 @@ def make_folder(path: Path) -> None:
     try:
         _make(path)
     except OSError as error:
-        got, do = f"{error.strerror or error}", "free space or choose another --out"
-        raise RunError(path, expected="a folder that can be made", got=got, do=do, code="R001") from error
+        raise not_written(path, error, "a folder that can be made") from error
 
 
 def flush(path: Path) -> None:
@@ -112,8 +127,33 @@ def flush(path: Path) -> None:
         _flush(path)
         _flush(path.parent)
     except OSError as error:
-        got, do = f"{error.strerror or error}", "check the disk, then --resume"
-        raise RunError(path, expected="a file that can be written", got=got, do=do, code="R001") from error
+        raise not_written(path, error, "a file that can be written", "check the disk, then --resume") from error
+
+
+def not_written(
+    path: Path,
+    error: OSError | ValueError,
+    expected: str,
+    do: str = "free space or choose another --out",
+    *,
+    size: int = 0,
+    written: int = 0,
+) -> RunError:
+    """The error for a file or folder that could not be written; of a full disk it tells how many bytes were missing.
+
+    Args:
+        path: that was to be written.
+        error: what the system, or a library, said.
+        expected: in words for people, where it is not that the disk is full.
+        do: what a person can do, where it is not that.
+        size: bytes that the file was to have; 0 where that is not known.
+        written: how many of them were.
+    """
+    said = " ".join(str(getattr(error, "strerror", None) or error).split())[-300:]
+    if getattr(error, "errno", None) not in _FULL and not any(os.strerror(number) in said for number in _FULL):
+        return RunError(path, expected=expected, got=said, do=do, code="R001")
+    room = f"room for {size} bytes" if size else "room for what is still to be written"
+    return _full(path, room, f"{said} after {written} bytes, with {_free(path)} bytes free")
 
 
 def remove_folder(path: Path) -> None:
@@ -151,6 +191,38 @@ def _part(path: Path) -> Path:
     # The suffix stays last because writers choose their format by it (.nii.gz, .png, ...); 56 characters are at most
     # 224 bytes, so that the longest name that a file system takes has room for the rest.
     return path.parent / f".part-{os.getpid():x}-{secrets.token_hex(4)}-{path.name[-56:]}"
+
+
+def _check_room(path: Path, size: int) -> None:
+    """Refuse to begin a file of a known size that its disk has no room for.
+
+    Raises:
+        RunError: how many bytes it needs, how many are free, and how many are missing.
+    """
+    if size and size > (free := _free(path)):
+        raise _full(path, f"{size} free bytes", f"{free}, {size - free} too few")
+
+
+def _full(path: Path, expected: str, got: str) -> RunError:
+    """The error for a disk that is full."""
+    return RunError(
+        path, expected=expected, got=got, do="free space (a training goes on with --resume), or choose another --out", code="R102"
+    )
+
+
+def _free(path: Path) -> int:
+    """Bytes that this account may still write beside a path; what is beyond all disks where the file system does not say."""
+    folder = next(each for each in path.absolute().parents if each.is_dir())
+    usage = shutil.disk_usage(folder)
+    return usage.free if usage.free or usage.total else 1 << 63
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file; 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _is_running(process: int) -> bool:

@@ -66,8 +66,15 @@ FAULTS = MappingProxyType(
         ),
         "R001": Fault(
             "The folder cannot be written to",
-            "The disk is full, the folder belongs to another account, or the drive is read-only or gone. What was there before is unchanged.",
-            "Look at `df -h FOLDER` and `ls -ld FOLDER`. Free space or choose another --out; a training then goes on with --resume.",
+            "The folder belongs to another account, or the drive is read-only, damaged or gone. What was there before is unchanged.",
+            "Look at `df -h FOLDER` and `ls -ld FOLDER`, or choose another --out; a training then goes on with --resume.",
+        ),
+        "R102": Fault(
+            "The disk is full",
+            "A file has no room, or what this account may have of the disk is used up. The line says how many bytes the file needs and how "
+            "many are free. What was there before is unchanged.",
+            "Free as many bytes as are missing (`df -h FOLDER`, `du -sh FOLDER/*`), then go on with --resume, or choose an --out on a larger "
+            "disk. A training keeps two checkpoints and one model, and needs room for one more of them while it writes it.",
         ),
         "R002": Fault(
             "Not enough room on the disk for the prepared images",

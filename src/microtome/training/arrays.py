@@ -162,7 +162,7 @@ def write_array(path: Path, array: np.ndarray, dims: int) -> None:
         RunError: the disk is full, or the folder cannot be written.
     """
     if path.suffix == MAPPED:
-        with atomic_path(path) as part, part.open("wb") as file:
+        with atomic_path(path, array.nbytes) as part, part.open("wb") as file:
             np.save(file, array, allow_pickle=False)
         return
     with atomic_folder(path) as folder:

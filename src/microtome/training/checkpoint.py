@@ -103,9 +103,11 @@ def save_checkpoint(path: Path, state: TrainState) -> None:
         RunError: the disk is full; the file that was there is still whole.
     """
     tensors, document = _contents(state)
+    document |= {"hash": _hash(tensors, document)}
+    size = len(_header(tensors, document)) + sum(tensor.nbytes for tensor in tensors.values())
     _keep_previous(path)
-    with atomic_path(path) as part, part.open("wb") as file:
-        for chunk in _serialised(tensors, document | {"hash": _hash(tensors, document)}):
+    with atomic_path(path, size) as part, part.open("wb") as file:
+        for chunk in _serialised(tensors, document):
             file.write(chunk)
 
 
@@ -140,24 +142,30 @@ def _contents(state: TrainState) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _serialised(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, tensor by tensor: none is copied.
 
-    Sorted by type, the largest first, and by name, so that each tensor lies at a multiple of its size.
-
     References:
         https://github.com/huggingface/safetensors: 8 bytes with the length of the header, the header in JSON, the tensors.
     """
+    yield _header(tensors, document)
+    for name in _order(tensors):
+        yield _bytes(tensors[name])
+
+
+def _order(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names by type, the largest first, and by name: so each tensor lies at a multiple of its size."""
     kinds = list(_TYPES)
-    names = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
+    return sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
+
+
+def _header(tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> bytes:
+    """What stands before the tensors: the length of the rest, and where each of them lies."""
     header: dict[str, Any] = {"__metadata__": {"microtome": json.dumps(document)}}
     end = 0
-    for name in names:
+    for name in _order(tensors):
         begin, end = end, end + tensors[name].nbytes
         header[name] = {"dtype": _TYPES[tensors[name].dtype], "shape": list(tensors[name].shape), "data_offsets": [begin, end]}
     words = json.dumps(header, separators=(",", ":")).encode()
     words += b" " * (-len(words) % 8)
-    yield len(words).to_bytes(8, "little")
-    yield words
-    for name in names:
-        yield _bytes(tensors[name])
+    return len(words).to_bytes(8, "little") + words
 
 
 def _bytes(tensor: Tensor) -> memoryview:

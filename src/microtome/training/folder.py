@@ -18,8 +18,8 @@ from microtome.data.case import Case, Finding
 from microtome.data.dataset import Dataset
 from microtome.data.planes import plane_name
 from microtome.data.split import Split
-from microtome.errors import ConfigError, RunError
-from microtome.files import flush, is_leftover, sweep, write_json, write_text
+from microtome.errors import ConfigError
+from microtome.files import flush, is_leftover, not_written, sweep, write_json, write_text
 from microtome.training import initial, lock
 from microtome.training.warp import compiled
 
@@ -54,8 +54,7 @@ class RunFolder:
             with self.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
         except OSError as error:
-            got = str(error.strerror or error)
-            raise RunError(self.log, expected="a log that can be written", got=got, do="free space, then --resume", code="R001") from error
+            raise not_written(self.log, error, "a log that can be written", "check the disk, then --resume") from error
 
     def keep_log(self) -> None:
         """Put the log on the disk: after a power cut it must reach as far as the checkpoint that is written next.

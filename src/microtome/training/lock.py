@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from microtome.errors import RunError
-from microtome.files import make_folder
+from microtome.files import make_folder, not_written
 
 NAME = ".lock"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
@@ -76,8 +76,7 @@ def run_lock(folder: Path) -> Iterator[Holder | None]:
     try:
         handle, locked = _taken(path)
     except OSError as error:
-        got, do = f"{error.strerror or error}", "check the rights, or choose another --out"
-        raise RunError(path, expected="a file that can be locked", got=got, do=do, code="R001") from error
+        raise not_written(path, error, "a file that can be locked", "check the rights, or choose another --out") from error
     before = _read(handle)
     if _is_ours(before):
         os.close(handle)
@@ -250,5 +249,4 @@ def _write(handle: int, path: Path) -> None:
     except OSError as error:
         with suppress(OSError):
             path.unlink()
-        do = "free space or choose another --out"
-        raise RunError(path, expected="a folder that can be written", got=f"{error.strerror or error}", do=do, code="R001") from error
+        raise not_written(path, error, "a folder that can be written") from error

@@ -225,20 +225,32 @@ class _Session:
         self.files.write_plan(self.plan)
 
     def _check_best(self) -> None:
-        """See that the model that the checkpoint knows is there; a damaged one would be found when all steps are done."""
+        """See that the best that the checkpoint knows is the model; a damaged one would be found when all steps are done."""
         progress = self.state.progress
-        if progress.best is None:
-            return
         try:
+            bundle = load_bundle(self.folder)
             # All of them are read, and held to their hash.
-            dict(load_bundle(self.folder).weights)
+            dict(bundle.weights)
         except DataError as error:
+            if progress.best is None:
+                return
             if progress.best_step == progress.step:
                 self._save_model()
                 self.warn(f"{error.where}: {error.got}; it is written again")
             else:
                 progress.best = None
                 self.warn(f"{error.where}: {error.got}; the best of the validations to come takes its place")
+            return
+        step, score = bundle.provenance.get("step"), bundle.provenance.get("score")
+        if not isinstance(step, int) or not isinstance(score, float) or (step, score) == (progress.best_step, progress.best):
+            return
+        if progress.best is not None and progress.best_step == progress.step and step < progress.step:
+            # A kill came between the checkpoint and its model.
+            self._save_model()
+            return
+        # The checkpoint that knew of it is lost: it was scored as any other.
+        progress.best, progress.best_step = score, step
+        self.warn(f"{bundle.folder}: the model of step {step} is not the best that the checkpoint knows; it counts as the best so far")
 
     def warn(self, message: str) -> None:
         """Show what somebody should know."""
@@ -327,7 +339,7 @@ class _Session:
         self.on_event(event)
 
     def save(self, state: TrainState, is_best: bool) -> None:
-        """The log first, then the model, if it is the best: a checkpoint never tells of steps or of a best that are not there.
+        """The log first: a checkpoint never tells of steps that it lacks. The model, if it is the best, last: `_check_best` can make it.
 
         One process writes; the others go on when it has, so that none ends before all is saved.
         """
@@ -336,12 +348,12 @@ class _Session:
         self.ranks.wait()
 
     def _save(self, state: TrainState, is_best: bool) -> None:
-        """Write log, model and checkpoint."""
+        """Write log, checkpoint and model."""
         self.files.keep_log()
-        if is_best:
-            self._save_model()
         state.progress.seconds = self.seconds()
         save_checkpoint(self.files.checkpoint, state)
+        if is_best:
+            self._save_model()
 
     def _save_model(self) -> None:
         """Write the averaged weights as the model."""

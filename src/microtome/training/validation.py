@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from microtome.data.names import some
 from microtome.evaluation.calibration import BINS, Evidence, calibrate
 from microtome.evaluation.metrics import dice
 from microtome.evaluation.scores import CaseScore, score_case, summarise
+from microtome.files import scratch_folder
 from microtome.images.files import label_suffix, write_labels
 from microtome.images.image import Image
 from microtome.inference.mirroring import Engine
@@ -191,10 +191,8 @@ class Validation:
     def _seconds_beside(self, case: Case, image: Image, truth: np.ndarray, labels: np.ndarray, engine: TorchEngine) -> float:
         """What the last prediction does with a case beside predicting it: how long it takes."""
         began = time.perf_counter()
-        cache = self.folder / "cache"
-        cache.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=cache) as folder:
-            self._write(Path(folder), case, image, labels)
+        with scratch_folder(self.folder / "cache") as folder:
+            self._write(folder, case, image, labels)
             self._scores(case, image, truth, labels)
         scored = time.perf_counter()
         self.evidence(case, image, truth, engine, engine.network.context_vox)
