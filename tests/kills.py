@@ -46,13 +46,13 @@ class Setup:
         return Order(words=typed, log=str(run.with_suffix(".txt")), **words)
 
 
-def setups(folder: Path, *, steps: int = 4) -> tuple[Setup, Setup]:
-    """A training of pictures and one of volumes, with a validation at every second step, and a checkpoint at each."""
+def setups(folder: Path, *, steps: int = 4, validations: int = 2) -> tuple[Setup, Setup]:
+    """A training of pictures and one of volumes, of so many steps and validations."""
     made = write_demo_data(folder / "data", DemoConfig(picture_vox=(40, 44), volume_vox=(16, 20, 24), pictures=2))
     found = []
     for name, data in (("2D", made.cells), ("3D", made.tubules)):
         classes = open_dataset(data).legend.names
-        words: dict[str, Any] = {"classes": classes, "steps": steps, "validations": max(1, steps // 2)}
+        words: dict[str, Any] = {"classes": classes, "steps": steps, "validations": validations}
         flat = TINY_3D.model_copy(update={"strides": ((1, 1), (2, 2)), "kernels": ((3, 3),) * 2})
         plan = small_plan(**words, network=flat) if name == "2D" else small_plan_3d(**words)
         path = folder / f"{name}.yaml"
