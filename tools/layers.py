@@ -20,6 +20,7 @@ LAYERS = (
     "codes.training",
     "codes.lookup",
     "files",
+    "lock",
     "json_files",
     "cgroups",
     "machine",

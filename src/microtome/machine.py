@@ -10,7 +10,7 @@ from pathlib import Path
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 _STATUS = Path("/proc/self/status")
 # What libraries say that have no error of their own for it: torch on a CPU and on Windows, C++ below torch and engines, CUDA's libraries,
-# OpenVINO, ONNX Runtime.
+# OpenVINO, ONNX Runtime; oneDNN, which does not say why, and in a process that may take no more memory means that.
 _SHORT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -20,6 +20,9 @@ _SHORT_OF_MEMORY = (
     "failed to allocate",
     "cannot allocate memory",
     "_alloc_failed",
+    "could not create a primitive",
+    "could not execute a primitive",
+    "could not create a memory",
 )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from microtome import lock
 from microtome.config import Plan, dump_yaml, load_yaml, parse_config
 from microtome.data.case import Case, Finding
 from microtome.data.dataset import Dataset
@@ -20,7 +21,7 @@ from microtome.data.planes import plane_name
 from microtome.data.split import Split
 from microtome.errors import ConfigError
 from microtome.files import flush, is_leftover, not_written, sweep, write_json, write_text
-from microtome.training import initial, lock
+from microtome.training import initial
 from microtome.training.warp import compiled
 
 

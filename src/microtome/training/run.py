@@ -22,6 +22,7 @@ from microtome.inference.devices import pick_device, to_device
 from microtome.inference.predictor import Predictor
 from microtome.inference.restore import arrays_of
 from microtome.inference.torch_engine import trained_engine
+from microtome.lock import run_lock
 from microtome.machine import recycle_memory
 from microtome.models.network import Network
 from microtome.models.registry import build
@@ -31,7 +32,6 @@ from microtome.training.clock import Clock
 from microtome.training.completion import complete_model
 from microtome.training.folder import RunFolder, check_folder, environment
 from microtome.training.initial import FILE, Start, Weights, begin_with, keep_initial, kept_initial
-from microtome.training.lock import run_lock
 from microtome.training.loop import Event, Hooks, train_steps, validate_now
 from microtome.training.provenance import origin
 from microtome.training.ranks import ALONE, Ranks, most_at_once

@@ -1,6 +1,6 @@
-"""One process at a time in a run folder: a lock that the kernel frees when its process ends, and a document that says whose it is.
+"""One process at a time in a folder: a lock that the kernel frees when its process ends, and a document that says whose it is.
 
-    RUN/.lock    {"host": ..., "boot": ..., "process": ..., "began": ..., "since": ..., "command": ...}, locked by `flock`
+    FOLDER/.lock    {"host": ..., "boot": ..., "process": ..., "began": ..., "since": ..., "command": ...}, locked by `flock`
 
 Two kernels cannot ask each other. What another host wrote is believed, whether or not that host still runs.
 """
@@ -117,12 +117,15 @@ def refuse_if_used(folder: Path) -> None:
         os.close(handle)
 
 
-def in_use(path: Path, holder: Holder) -> RunError:
-    """The error for a folder that somebody uses."""
+def in_use(path: Path, holder: Holder | None) -> RunError:
+    """The error for a folder that somebody uses; None: who has not said who it is."""
     do = "wait until it ends, or give another --out"
+    expected = "a folder that no other process uses"
+    if holder is None:
+        return RunError(path.parent, expected=expected, got="a process that has not said which", do=do, code="R121")
     if not _same_machine(holder):
         do = f"wait until it ends; if it has ended (`ps -p {holder.process}` on {holder.host} shows nothing), remove {path}"
-    return RunError(path.parent, expected="a run folder that no other process uses", got=holder.words, do=do, code="R121")
+    return RunError(path.parent, expected=expected, got=holder.words, do=do, code="R121")
 
 
 def _taken(path: Path) -> tuple[int, bool | None]:
@@ -143,7 +146,7 @@ def _taken(path: Path) -> tuple[int, bool | None]:
         # Nothing in it, or a process that has ended: whoever holds it is about to say so, or only looks.
         late = time.monotonic() > end
         if locked is False and (late or (holder is not None and not _has_ended(holder, locked))):
-            raise in_use(path, holder or Holder(host="", boot="", process=0, began=0, thread=0, since="now", command=""))
+            raise in_use(path, holder)
         time.sleep(0.01)
 
 
