@@ -346,7 +346,7 @@ class Trainings:
     def __call__(self, words: list[str]) -> Ended:
         self.calls.append(words)
         folder = Path(words[words.index("--out") + 1])
-        ended = self.ends.get(folder.name, Ended(failure="", peak_bytes=10, stopped=False))
+        ended = self.ends.get(folder.name, Ended(failure="", peak_bytes=10, stopped=0))
         write_run(folder, self.dataset, plan_of(self.dataset.legend, 2, fold="1/5"), self.predict, ended=not ended.failure)
         return ended
 
@@ -380,7 +380,7 @@ def test_each_training_gets_the_same_words_but_its_name(trainings: Trainings, tm
 @pytest.mark.filterwarnings(NO_SIZE)
 def test_resume_trains_what_is_not_finished_and_leaves_the_rest(trainings: Trainings, tmp_path: Path) -> None:
     data, out = tmp_path / "cells", tmp_path / "out"
-    trainings.ends["modern_unet"] = Ended(failure="step 5: the disk is full", peak_bytes=70, stopped=False)
+    trainings.ends["modern_unet"] = Ended(failure="step 5: the disk is full", peak_bytes=70, stopped=0)
     first = compare(data, out, TWO)
     assert [(row.network, row.failure) for row in first.rows] == [("unet_same", ""), ("modern_unet", "step 5: the disk is full")]
     del trainings.ends["modern_unet"], trainings.calls[:]
@@ -397,7 +397,7 @@ def test_resume_trains_what_is_not_finished_and_leaves_the_rest(trainings: Train
 @pytest.mark.filterwarnings(NO_SIZE)
 def test_a_stop_ends_all_and_keeps_what_is_finished(trainings: Trainings, tmp_path: Path) -> None:
     data, out = tmp_path / "cells", tmp_path / "out"
-    trainings.ends["modern_unet"] = Ended(failure="a request to stop", peak_bytes=10, stopped=True)
+    trainings.ends["modern_unet"] = Ended(failure="a request to stop", peak_bytes=10, stopped=signal.SIGINT)
     request = Request(networks=("unet_same", "modern_unet", "unet"), minutes=2.0)
     with pytest.raises(KeyboardInterrupt):
         compare(data, out, request)
@@ -466,7 +466,7 @@ def test_a_process_that_was_killed_is_said_to_have_been(monkeypatch: pytest.Monk
     assert run_alone([]).failure == "ended by SIGKILL (out of memory?)"
     monkeypatch.setattr(module, "TRAINING", "import sys; print('not json'); sys.exit(3)")
     ended = run_alone([])
-    assert (ended.failure, ended.stopped) == ("exit code 3", False)
+    assert (ended.failure, ended.stopped) == ("exit code 3", 0)
     assert ended.peak_bytes > 2**20
     monkeypatch.setattr(module, "TRAINING", "import sys; assert sys.argv[1:] == ['train', 'x']")
     assert run_alone(["train", "x"]).failure == ""
@@ -498,7 +498,7 @@ sys.exit(1)
     thread.start()
     ended = run_alone([])
     thread.join()
-    assert (ended.failure, ended.stopped) == ("exit code 1", True)
+    assert (ended.failure, ended.stopped) == ("exit code 1", signal.SIGINT)
     assert caught.read_text() == f"{signal.SIGINT.value} "
     assert signal.getsignal(signal.SIGINT) is before
 

@@ -249,11 +249,11 @@ def test_the_plan_of_a_run_holds_what_fits_and_a_resumed_run_goes_by_it(
     shown: list[int] = []
     plain = gradients.segmentation_loss
 
-    def short(outputs: list[Tensor], *rest: Any) -> Tensor:
+    def short(outputs: list[Tensor], *rest: Any, **words: Any) -> Tensor:
         shown.append(len(outputs[0]))
         if len(outputs[0]) > 2:
             raise SHORT["CPU"]()
-        return plain(outputs, *rest)
+        return plain(outputs, *rest, **words)
 
     monkeypatch.setattr(gradients, "segmentation_loss", short)
 

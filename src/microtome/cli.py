@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from microtome import cli_doctor, cli_explain, cli_models, cli_predict
-from microtome.errors import ConfigError, MicrotomeError
+from microtome.errors import ConfigError, MicrotomeError, RunError, StoppedError
+from microtome.machine import is_short_of_memory
 from microtome.options import (
     MOST_SEED,
     AnyRecipe,
@@ -35,6 +36,7 @@ from microtome.options import (
     refuse_beside,
     unforeseen,
 )
+from microtome.training.clock import leaving
 
 if TYPE_CHECKING:
     from microtome.config import Plan
@@ -389,7 +391,8 @@ def main() -> None:
     sys.argv = [word for word in sys.argv if word != "--debug"]
     warnings.formatwarning = one_line
     try:
-        app()
+        with leaving():
+            app()
     except MicrotomeError as error:
         if debug:
             raise
@@ -401,8 +404,21 @@ def main() -> None:
         sys.stderr.write(f"microtome: {unforeseen(error)}\n")
         sys.exit(1)
     except (KeyboardInterrupt, SystemExit) as error:
-        # Typer makes an exit of Ctrl-C, in silence.
-        if getattr(error, "code", 130) != 130:
+        # Typer makes an exit of Ctrl-C, in silence; `leaving` one of other requests, from 128 on, where no training answered them.
+        code = getattr(error, "code", 130)
+        if not isinstance(code, int) or code < 128:
             raise
         sys.stderr.write("microtome: stopped; a training goes on with --resume, a prediction into a store with the same command\n")
-        sys.exit(130)
+        sys.exit(130 if code == 130 else StoppedError.exit_code)
+    except Exception as error:
+        if debug or not is_short_of_memory(error):
+            raise
+        sys.stderr.write(f"microtome: {_memory_ended(error).line}\n")
+        sys.exit(1)
+
+
+def _memory_ended(error: Exception) -> RunError:
+    """The error for memory that was short where nothing smaller could take its place."""
+    got = " ".join(str(error).split())[:200] or "no more"
+    do = "close other programs, or give a smaller --memory; what was saved is good"
+    return RunError("memory", expected="as much as was asked for", got=got, do=do, code="R124")

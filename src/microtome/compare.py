@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from microtome.files import write_json, write_text
 from microtome.inference.devices import pick_device
 from microtome.models.registry import build, find
 from microtome.models.trace import trace
+from microtome.training.clock import ASKING, handled_by, leave
 from microtome.training.folder import environment
 from microtome.training.rehearsal import only_pictures
 
@@ -182,7 +184,7 @@ class _Comparing:
         """One training; what it needed and how it ended become an outcome.
 
         Raises:
-            KeyboardInterrupt: somebody asked to stop.
+            KeyboardInterrupt: somebody asked to stop; SystemExit where it was not by Ctrl-C.
         """
         folder = self.out / name
         words = ["--resume"] if (folder / "plan.yaml").is_file() else ["--network", name, *self.request.words]
@@ -191,7 +193,7 @@ class _Comparing:
         self.outcomes.append(self._outcome(name, ended.failure))
         if ended.stopped:
             self._write()
-            raise KeyboardInterrupt
+            leave(ended.stopped, None)
 
     def _outcome(self, name: str, failure: str = "") -> Outcome:
         """What is known of a network whose training ended."""
@@ -269,18 +271,18 @@ class Ended:
     Attributes:
         failure: in words; empty where there was none.
         peak_bytes: the most memory that its process held at once.
-        stopped: whether this process was asked to stop meanwhile.
+        stopped: the signal by which this process was asked to stop meanwhile; 0: it was not.
     """
 
     failure: str
     peak_bytes: int
-    stopped: bool
+    stopped: int
 
 
 def run_alone(words: Sequence[str]) -> Ended:
     """Run `microtome WORDS` in a process of its own, so that its memory is its own and its crash is not ours.
 
-    Ctrl-C and SIGTERM, while it runs, are handed to it, so that it ends its step and saves.
+    Requests to stop, while it runs, are handed to it, so that it ends its step and saves.
     """
     with _handing_on_signals() as (begun, stopped):
         command = [sys.executable, "-P", "-c", TRAINING, *words]
@@ -332,8 +334,8 @@ def peak_bytes() -> int:
 
 
 @contextmanager
-def _handing_on_signals() -> Iterator[tuple[Callable[[int], None], Callable[[], bool]]]:
-    """Hands SIGINT and SIGTERM on to a process: a function that takes its number, and one that tells whether any came.
+def _handing_on_signals() -> Iterator[tuple[Callable[[int], None], Callable[[], int]]]:
+    """Hands requests to stop on to a process: a function that takes its number, and one that tells the first that came, or 0.
 
     Only the main thread can listen to signals.
     """
@@ -344,7 +346,7 @@ def _handing_on_signals() -> Iterator[tuple[Callable[[int], None], Callable[[], 
         with suppress(ProcessLookupError):
             os.kill(process, number)
 
-    def on_signal(number: int, _: object) -> None:
+    def on_signal(number: int, _: FrameType | None) -> None:
         asked.append(number)
         for process in running:
             send(process, number)
@@ -355,11 +357,7 @@ def _handing_on_signals() -> Iterator[tuple[Callable[[int], None], Callable[[], 
             send(process, asked[0])
 
     if threading.current_thread() is not threading.main_thread():
-        yield begun, lambda: False
+        yield begun, lambda: 0
         return
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield begun, lambda: bool(asked)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handled_by(on_signal, ASKING):
+        yield begun, lambda: asked[0] if asked else 0

@@ -108,6 +108,17 @@ FAULTS = MappingProxyType(
             "Start `dask scheduler` and `dask worker`, and give the address that the scheduler shows. For `local:N` try a smaller N; "
             "a script needs `if __name__ == '__main__':`.",
         ),
+        "R123": Fault(
+            "Not even the smallest tile fits into memory",
+            "The memory of this machine or of its GPU ran out. The tile was halved as often as the network allows, and that did not fit either.",
+            "Close other programs that use this memory, give `--device cpu` where it was the GPU's, or predict on a machine with more.",
+        ),
+        "R124": Fault(
+            "The memory ran out",
+            "An image, a report or something else needed more memory than the system would give, in a place that has no smaller way to do it.",
+            "Close other programs, or allow a smaller part of the memory with --memory. What was saved is good: a training goes on with "
+            "--resume, a prediction into a store with the same command.",
+        ),
         "R012": Fault(
             "Too many separate pieces",
             "The prediction falls into more connected pieces than can be numbered, as noise does.",

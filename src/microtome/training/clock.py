@@ -101,7 +101,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     if outer:
         yield outer[0]
         return
-    with _handled_by(requests.on_signal, ASKING):
+    with handled_by(requests.on_signal, ASKING):
         yield requests
 
 
@@ -115,7 +115,8 @@ def leave(number: int, _: FrameType | None) -> None:
 
     Raises:
         KeyboardInterrupt: for Ctrl-C, as Python has it.
-        SystemExit: else, with the exit code that shells give a process which the signal ended.
+        SystemExit: else, with the exit code that shells give a process which the signal ended; the command line makes that of a
+            StoppedError of it, unless it was asked twice.
     """
     if number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -138,7 +139,7 @@ def leaving() -> Iterator[None]:
     ended = threading.Event()
     threading.Thread(target=_leave_when_insisted, args=(heard, ended), name="leaving", daemon=True).start()
     try:
-        with _handled_by(leave, ASKING[1:]):
+        with handled_by(leave, ASKING[1:]):
             yield
     finally:
         ended.set()
@@ -160,9 +161,9 @@ def _leave_when_insisted(heard: socket.socket, ended: threading.Event) -> None:
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, FrameType | None], None], numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
+def handled_by(handler: Callable[[int, FrameType | None], None], numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
     """Inside of it these signals go to a handler, but for those that belong to somebody else."""
-    ours = [number for number in numbers if _is_free(number)]
+    ours = [number for number in numbers if is_free(number)]
     before = {number: signal.signal(number, handler) for number in ours}
     try:
         yield
@@ -171,7 +172,7 @@ def _handled_by(handler: Callable[[int, FrameType | None], None], numbers: tuple
             signal.signal(number, old)
 
 
-def _is_free(number: signal.Signals) -> bool:
+def is_free(number: signal.Signals) -> bool:
     """Whether a signal may be taken."""
     found = signal.getsignal(number)
     if number == signal.SIGHUP:

@@ -28,7 +28,7 @@ from microtome.models.network import Network
 from microtome.models.registry import build
 from microtome.plan import step_bytes
 from microtome.training.checkpoint import TrainState, digest, load_latest, new_state, previous_checkpoint, save_checkpoint
-from microtome.training.clock import Clock
+from microtome.training.clock import Clock, stopped_at
 from microtome.training.completion import complete_model
 from microtome.training.folder import RunFolder, check_folder, environment
 from microtome.training.initial import FILE, Start, Weights, begin_with, keep_initial, kept_initial
@@ -91,8 +91,12 @@ def train(
             session.warn(f"{killed.words} was ended in the middle; the run goes on from what it saved")
         if session.state.progress.step >= session.state.progress.steps:
             session.on_event({"event": "complete", "step": session.state.progress.step})
-        session.train()
-        session.finish()
+        try:
+            session.train()
+            session.finish()
+        except SystemExit as error:
+            # Of a request to stop that came beside the steps: what was prepared and saved is kept.
+            raise stopped_at(session.state.progress.step, session.state.progress.steps) from error
     return session.folder
 
 

@@ -1,0 +1,204 @@
+"""Requests to stop, sent to real processes: what is saved, the exit codes that a job script acts on, and how soon."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from microtome import cli
+from microtome.config import dump_yaml
+from microtome.data.dataset import Dataset, open_dataset
+from microtome.data.synthetic import DemoConfig, write_demo_data
+from microtome.training.clock import ASKING, leaving
+from microtome.training.run import train
+from tests.small import one_thread, small_plan
+from tests.test_run import assert_same_weights, lines
+
+__all__ = ["one_thread"]
+pytestmark = pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="whoever started the tests has Ctrl-C ignored")
+
+# The command as it is; before the named event it says so and waits to be told to go on, so that a signal comes exactly there.
+COMMAND = """
+import sys, torch
+torch.set_num_threads(1)
+from microtome import cli
+from microtome.training import folder, store
+here = sys.argv.pop(1)
+def wait(name):
+    if name == here:
+        print(name, flush=True)
+        sys.stdin.readline()
+append, choose = folder.RunFolder.append, store._choose_kind
+def appended(self, event):
+    append(self, event)
+    wait(f"{event['event']} {event['step']}")
+def chosen(*words):
+    wait("preparing")
+    return choose(*words)
+folder.RunFolder.append, store._choose_kind = appended, chosen
+sys.argv[0] = "microtome"
+cli.main()
+"""
+STUCK = """
+import hashlib, sys
+from microtome.training.clock import leaving, stop_requests
+with leaving(), stop_requests():
+    print("stuck", flush=True)
+    # Minutes in a library that never looks at signals.
+    hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)
+"""
+
+
+@pytest.fixture(scope="module")
+def cells(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    config = DemoConfig(picture_vox=(48, 56), volume_vox=(18, 24, 32), pictures=5)
+    return open_dataset(write_demo_data(tmp_path_factory.mktemp("data"), config).cells)
+
+
+@pytest.fixture(scope="module")
+def plan_file(cells: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plan") / "plan.yaml"
+    path.write_text(dump_yaml(small_plan(classes=cells.legend.names)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unbroken(cells: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    torch.set_num_threads(1)
+    return train(cells, small_plan(classes=cells.legend.names), tmp_path_factory.mktemp("unbroken") / "run")
+
+
+@contextmanager
+def started(program: str, *words: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process that has said its first line."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program, *map(str, words)], env=environment, **pipes) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline()
+            yield process
+        finally:
+            process.kill()
+
+
+def stopped(process: subprocess.Popen[str], *numbers: int) -> tuple[int, str]:
+    """Exit code, and what was said, of a process to which signals are sent while it waits."""
+    for number in numbers:
+        process.send_signal(number)
+    _, said = process.communicate("\n", timeout=120)
+    return process.returncode, said
+
+
+def resumed(cells: Dataset, plan_file: Path, run: Path) -> Path:
+    from microtome.training.folder import read_plan
+
+    return train(cells, read_plan(plan_file), run, resume=True)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_request_ends_the_step_saves_exits_with_75_and_resume_gives_the_unbroken_run(
+    number: int, cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with started(COMMAND, "step 4", "train", cells.root, "--plan", plan_file, "--out", run, "--device", "cpu") as process:
+        code, said = stopped(process, number)
+    assert code == 75
+    assert said.splitlines()[-1].endswith("step 4: expected 6 steps, got a request to stop; continue with --resume [MT-R004]")
+    assert lines(run)[-1]["step"] == 4
+    assert not (run / ".lock").exists()
+    assert_same_weights(resumed(cells, plan_file, run), unbroken)
+
+
+def test_a_second_ctrl_c_leaves_at_once_and_resume_gives_the_unbroken_run(
+    cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with started(COMMAND, "step 5", "train", cells.root, "--plan", plan_file, "--out", run, "--device", "cpu") as process:
+        process.send_signal(signal.SIGINT)
+        code, said = stopped(process, signal.SIGINT)
+    # One that is handled before the other is sent is two; two at the same instant are one to the kernel.
+    assert code in (130, 75)
+    assert "Traceback" not in said
+    assert_same_weights(resumed(cells, plan_file, run), unbroken)
+
+
+def test_a_request_while_images_are_prepared_is_heard_then_and_the_run_goes_on(
+    cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with started(COMMAND, "preparing", "train", cells.root, "--plan", plan_file, "--out", run, "--device", "cpu") as process:
+        code, said = stopped(process, signal.SIGTERM)
+    assert (code, (run / "log.jsonl").exists()) == (75, False)
+    assert "step 0: expected 6 steps, got a request to stop; continue with --resume [MT-R004]" in said
+    assert_same_weights(resumed(cells, plan_file, run), unbroken)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_asked_twice_while_deep_in_a_library_is_gone_in_seconds(number: int) -> None:
+    with started(STUCK) as process:
+        process.send_signal(number)
+        # The kernel keeps one signal of a kind, so the second is sent until it arrives.
+        while process.poll() is None:
+            process.send_signal(number)
+            try:
+                process.wait(0.05)
+            except subprocess.TimeoutExpired:
+                continue
+        assert process.returncode == 128 + number
+        assert process.stderr is not None
+        assert "left at once; what was saved is good" in process.stderr.read()
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_request_beside_any_training_is_one_line_and_a_code(
+    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = [signal.getsignal(asking) for asking in ASKING]
+    monkeypatch.setattr(cli, "app", lambda: signal.raise_signal(number))
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == code
+    assert capsys.readouterr().err == (
+        "microtome: stopped; a training goes on with --resume, a prediction into a store with the same command\n"
+    )
+    assert [signal.getsignal(asking) for asking in ASKING] == before
+
+
+def test_a_program_that_ends_leaves_nothing_that_listens() -> None:
+    before = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(before)
+    with leaving():
+        pass
+    after = signal.set_wakeup_fd(before)
+    assert after == before
+
+
+def test_memory_that_ends_anywhere_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def ended() -> None:
+        raise MemoryError("Unable to allocate 9.31 TiB for an array")
+
+    monkeypatch.setattr(cli, "app", ended)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert said.startswith("microtome: memory: expected as much as was asked for, got Unable to allocate 9.31 TiB for an array; close")
+    assert said.endswith("[MT-R124]\n")
+
+
+def test_an_error_of_ours_that_says_nothing_of_memory_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended() -> None:
+        raise RuntimeError("a mistake in the program")
+
+    monkeypatch.setattr(cli, "app", ended)
+    with pytest.raises(RuntimeError, match="a mistake"):
+        cli.main()
