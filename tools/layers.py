@@ -167,7 +167,6 @@ LAYERS = (
     "training.feeding",
     "training.losses",
     "training.checkpoint",
-    "training.lock",
     "training.ranks",
     "training.watch",
     "training.processes",

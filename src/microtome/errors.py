@@ -77,6 +77,10 @@ class StoppedError(RunError):
     exit_code = 75
 
 
+class ShortOfMemoryError(RunError):
+    """Memory was not enough in another process; whoever sent it the work may try with less at a time."""
+
+
 class DataWarning(UserWarning):
     """Something about a file was assumed; the message names the file and the assumption."""
 

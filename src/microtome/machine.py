@@ -4,7 +4,10 @@ import ctypes
 import gc
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+from microtome.errors import ShortOfMemoryError
 
 # glibc's numbers of mallopt's parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
@@ -89,10 +92,31 @@ def resident_bytes(*, most: bool = False) -> int:
 
 def is_short_of_memory(error: BaseException) -> bool:
     """Whether an error says that memory, of this machine or of its GPU, was not enough for what was asked."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, MemoryError | ShortOfMemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    words = str(error).lower()
-    return isinstance(error, RuntimeError | OSError) and any(said in words for said in _SHORT_OF_MEMORY)
+    return isinstance(error, RuntimeError | OSError) and says_short_of_memory(str(error))
+
+
+def says_short_of_memory(words: str) -> bool:
+    """Whether these are words by which a library says that memory was not enough."""
+    return any(said in words.lower() for said in _SHORT_OF_MEMORY)
+
+
+def shortage_of(work: Callable[[], None]) -> str:
+    """Do some work; what was said where memory was not enough for it, empty where it was.
+
+    Afterwards nothing of the work is held any more, unless the caller does: its error, whose frames hold its arrays, is gone.
+    """
+    try:
+        work()
+    except Exception as error:
+        if not is_short_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:160] or "no more memory"
+    else:
+        return ""
+    release_memory()
+    return said
 
 
 def release_memory() -> None:

@@ -28,8 +28,8 @@ from microtome.inference.slabs import Box
 from microtome.inference.source import Moments
 from microtome.tiling import Span
 
-# The name of the label image in the store, and of the record of what it is.
-LABELS, RECORD = "prediction", "record"
+# The names of the label image in the store, of the record of what it is, and of what stops those who write it.
+LABELS, RECORD, HALT = "prediction", "record", "halt"
 # Sides of what is written at once, by the number of axes: a megabyte of labels.
 BRICKS: Mapping[int, Shape] = MappingProxyType({2: (1024, 1024), 3: (64, 128, 128)})
 SCHEMA = 1
@@ -195,6 +195,25 @@ class Bricks:
         self.documents.write(RECORD, replace(self.record, filled=True).to_json())
         self.documents.remove("marks/")
         self.documents.write(RECORD, replace(self.record, complete=True).to_json())
+
+    @property
+    def halted(self) -> bool:
+        """Whether one of several processes had too little memory, and all are to leave the store as it is."""
+        return self.documents.read(HALT) is not None
+
+    def halt(self, halted: bool) -> None:
+        """Let all processes end what they write, or let them write."""
+        self.documents.write(HALT, {}) if halted else self.documents.remove(HALT)
+
+    def begin_anew(self, layout: Layout) -> None:
+        """Forget what is written, and go by another layout of the same bricks: two of them would leave a seam.
+
+        The marks first: after a kill in between all is done again by the old layout. No other process may be writing here.
+        """
+        assert layout.brick == self.record.layout.brick, "chunks stay as they are"
+        self.documents.remove("marks/")
+        self.record = replace(self.record, layout=layout)
+        self.documents.write(RECORD, self.record.to_json())
 
     def opened(self) -> dict[str, ChunkedArray]:
         """Every array, whether or not all is done."""

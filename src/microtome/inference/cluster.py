@@ -17,7 +17,6 @@ import platform
 import signal
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,7 @@ from threading import get_ident
 from typing import Any
 from uuid import uuid4
 
-from microtome.errors import ConfigError, DataError, DataWarning, MicrotomeError, RunError, missing_extra
+from microtome.errors import ConfigError, DataError, DataWarning, MicrotomeError, RunError, ShortOfMemoryError, missing_extra
 from microtome.images.stores import name_of
 from microtome.images.volume import url_of
 from microtome.inference.bricks import Bricks, recorded
@@ -65,6 +64,8 @@ def fill_on_cluster(address: str, job: Job, bricks: Bricks, *, on_voxels: OnVoxe
     """
     if not bricks.missing():
         return
+    bricks.halt(False)
+    short: ShortOfMemoryError | None = None
     with _connected(address, say) as client:
         with _talking(address, bricks):
             _check_versions(client)
@@ -75,9 +76,12 @@ def fill_on_cluster(address: str, job: Job, bricks: Bricks, *, on_voxels: OnVoxe
         for future in _ended(client, futures, say):
             box = futures.pop(future)
             with _talking(address, bricks):
-                _raise_failure(future, box, bricks)
+                short = _raise_failure(future, box, bricks) or short
             done += voxels_of(box)
             on_voxels(done, of)
+    if short is not None:
+        bricks.halt(False)
+        raise short
     finished, total = bricks.done()
     if finished < total:
         got, do = f"{finished} of {total} bricks there", "let all workers reach one and the same store, and run the same command again"
@@ -122,9 +126,7 @@ def fill_block(order: Order, box: Box) -> MicrotomeError | None:
     """Compute and write what is missing of a box: what a worker is sent. What it found wrong comes back, and no other worker tries."""
     try:
         _check_version(f"worker {platform.node()}", order.version, version("microtome"))
-        worker = _worker_of(order)
-        for part in worker.bricks.missing(box=box):
-            deque(worker.fill(part), maxlen=0)
+        _worker_of(order).fill_missing(box)
     except MicrotomeError as error:
         return error.on(platform.node())
     return None
@@ -359,8 +361,8 @@ def _talking(address: str, bricks: Bricks) -> Iterator[None]:
         raise RunError(f"--cluster {address}", expected="a scheduler until the end", got=got, do=_again(bricks), code="R009") from error
 
 
-def _raise_failure(future: Any, box: Box, bricks: Bricks) -> None:
-    """Raise what went wrong with a block, if anything did.
+def _raise_failure(future: Any, box: Box, bricks: Bricks) -> ShortOfMemoryError | None:
+    """Raise what went wrong with a block, if anything did; a lack of memory is raised when all others have ended, as they are told to.
 
     Raises:
         MicrotomeError: what a worker found wrong.
@@ -368,9 +370,11 @@ def _raise_failure(future: Any, box: Box, bricks: Bricks) -> None:
     """
     if future.status != "error":
         failure = future.result()
-        if failure is not None:
+        if isinstance(failure, ShortOfMemoryError):
+            bricks.halt(True)
+        elif failure is not None:
             raise failure
-        return
+        return failure
     error, do = future.exception(), _again(bricks)
     got = _line(error)
     if isinstance(error, import_module("distributed").KilledWorker):

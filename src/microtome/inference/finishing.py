@@ -11,7 +11,7 @@ from microtome.geometry import Shape
 from microtome.images.files import write_image
 from microtome.images.volume import Volume
 from microtome.inference.asked import Options
-from microtome.inference.predict import Wanted, predict_whole
+from microtome.inference.predict import Wanted
 from microtome.inference.predictor import Predictor
 
 # Of `Volume.format`: images whose prediction is a store too.
@@ -41,7 +41,7 @@ def predict_maps(
 ) -> dict[str, np.ndarray]:
     """All that is asked for of one volume, in memory: labels int16 (*S), and maps by name, (*S) or (layers, *S).
 
-    Where memory is to be kept, how the volume is cut for that is said.
+    Where memory is to be kept, how the volume is cut for that is said; and so are smaller tiles, where it turns out to be short.
 
     Raises:
         ConfigError: the memory is not enough.
@@ -52,10 +52,7 @@ def predict_maps(
     block = (BLOCK_SIDE if limit is None else KEPT_BLOCK_SIDE,) * len(shape)
     if limit is not None:
         limit -= held_bytes(volume, wanted, options, len(legend.names), block)
-    task = predictor.task(volume, wanted, images=images, limit_bytes=limit)
-    if limit is not None:
-        say(f"{volume.path}: {task.layout.words}")
-    maps = predict_whole(task, on_voxels)
+    maps = predictor.maps(volume, wanted, images=images, limit_bytes=limit, on_voxels=on_voxels, say=say)
     background = legend.background
     if background is not None and options.mending:
         # Late: it needs SciPy, and a picture that is only labelled does not.

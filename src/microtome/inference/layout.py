@@ -173,11 +173,12 @@ def needed_of(shapes: Shapes, box: Box) -> Box:
     return Restoring(shapes.grid, shapes.shape_vox, box).needed
 
 
-def choose_tile(shape_vox: Shape, plan: Plan, network: Sized, *, grow: bool = True) -> Shape:
+def choose_tile(shape_vox: Shape, plan: Plan, network: Sized, *, grow: bool = True, halvings: int = 0) -> Shape:
     """The network's output size for this image: the whole image if a training step held as many voxels, else less.
 
     What fitted into memory with gradients for `batch` patches fits without them for one tile of that size. With `grow` false it is
-    no larger than a patch.
+    no larger than a patch. Where memory was too short all the same, it is halved so often, along its longest side, as far as the
+    network takes it.
     """
     context = network.context_vox
 
@@ -196,10 +197,18 @@ def choose_tile(shape_vox: Shape, plan: Plan, network: Sized, *, grow: bool = Tr
         if math.prod(n + 2 * context for n in larger) > budget or larger == tile:
             break
         tile = larger
+    for _ in range(halvings):
+        for axis in sorted(range(plan.dims), key=lambda i: -tile[i]):
+            side = fitting(-(-tile[axis] // 2), axis)
+            if 0 < side < tile[axis]:
+                tile[axis] = side
+                break
     return tuple(tile)
 
 
-def choose_layout(shapes_of: Callable[[bool], Shapes], limit_bytes: int | None, *, brick: Shape | None, where: str) -> Layout:
+def choose_layout(
+    shapes_of: Callable[[bool], Shapes], limit_bytes: int | None, *, brick: Shape | None, where: str, halvings: int = 0
+) -> Layout:
     """Of a grown tile and one of a patch's size, each with as few columns as fit: the layout that computes less; the grown one of equals.
 
     Args:
@@ -207,15 +216,17 @@ def choose_layout(shapes_of: Callable[[bool], Shapes], limit_bytes: int | None, 
         limit_bytes: what may be taken beside the process as it is; None: as little as is usual, or else as is needed.
         brick: as in `Layout`; columns begin at multiples of it.
         where: the image's name, for messages.
+        halvings: of what is usual or allowed so many halves are taken, where that is possible: memory was too short for more.
 
     Raises:
         ConfigError: not even the narrowest columns fit; says how much would.
     """
+    most = (USUAL_BYTES if limit_bytes is None else limit_bytes) >> halvings
     fitting: list[Layout] = []
     least: Layout | None = None
     for grown in (True, False):
         for layout in _layouts(shapes_of(grown), brick):
-            if layout.peak_bytes <= (USUAL_BYTES if limit_bytes is None else limit_bytes):
+            if layout.peak_bytes <= most:
                 fitting.append(layout)
                 break
             least = layout if least is None or layout.peak_bytes < least.peak_bytes else least
@@ -224,7 +235,7 @@ def choose_layout(shapes_of: Callable[[bool], Shapes], limit_bytes: int | None, 
     if fitting:
         return min(fitting, key=_computed)
     assert least is not None, "there is always one column"
-    if limit_bytes is None:
+    if limit_bytes is None or least.peak_bytes <= limit_bytes:
         return least
     raise TooLittleMemoryError(where, least.peak_bytes, limit_bytes)
 

@@ -48,6 +48,7 @@ class OnnxRuntimeEngine:
         """Logits (K, *S') float32 of one tile (C, *S).
 
         Raises:
+            MemoryError: too little for a tile of this shape.
             RunError: the graph does not take this shape.
         """
         try:

@@ -12,6 +12,7 @@ from microtome.geometry import Shape, Spacing
 from microtome.inference.mirroring import TTA, Engine, Mirrored
 from microtome.inference.processor import threads
 from microtome.inference.telemetry import import_quietly
+from microtome.machine import says_short_of_memory
 
 # Tile shapes that stay compiled: images of a folder differ in size; each holds the weights once more.
 MOST_SHAPES = 4
@@ -60,6 +61,7 @@ class OpenVinoEngine:
         """Logits (K, *S') float32 of one tile (C, *S).
 
         Raises:
+            MemoryError: too little for a tile of this shape.
             RunError: the graph does not take this shape.
         """
         try:
@@ -96,7 +98,9 @@ def missing(engine: str, package: str) -> ConfigError:
     )
 
 
-def unusable(path: Path, engine: str, error: Exception) -> RunError:
-    """The error for a graph that a library cannot run."""
+def unusable(path: Path, engine: str, error: Exception) -> RunError | MemoryError:
+    """The error for a graph that a library cannot run, or for which memory was too short."""
+    if says_short_of_memory(str(error)):
+        return MemoryError(str(error))
     got = " ".join(str(error).split())[-200:]
     return RunError(path, expected=f"a graph that {engine} can run", got=got, do="remove the file, or use --engine torch", code="R011")

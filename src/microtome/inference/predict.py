@@ -9,23 +9,28 @@ import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
 from microtome.config import Plan
-from microtome.geometry import Shape, Spacing
+from microtome.errors import RunError
+from microtome.geometry import Shape, Spacing, format_shape
 from microtome.images.volume import Volume
 from microtome.inference.layout import Layout, Shapes, Sized, choose_layout, choose_tile
 from microtome.inference.slabs import Box, Restoring, Slabs, blended
 from microtome.inference.source import Grey, Source, measure
 from microtome.inference.uncertainty import disagreement, entropy, probabilities, to_uint8
+from microtome.machine import shortage_of
 from microtome.preprocess import CHUNK_VALUES, grid_shape
 from microtome.tiling import Tile, folded
 
 Engine = Callable[[np.ndarray], np.ndarray]
+# More than any tile can be halved.
+MOST_HALVINGS = 64
 # Arrays by name, each (*S) or (layers, *S).
 Finished = Mapping[str, np.ndarray]
 
@@ -96,12 +101,75 @@ class Task:
 def predict_labels(array: np.ndarray, spacing_mm: Spacing, *, plan: Plan, network: Sized, engine: Engine) -> np.ndarray:
     """Class of each voxel: `(C, *S)` in the file's grey values -> (*S) int16 on the same grid.
 
-    A 2D network sees a volume section by section.
+    A 2D network sees a volume section by section. Where memory is too short for a tile, all is predicted with smaller ones.
+
+    Raises:
+        RunError: not even the smallest tile fits.
     """
     volume = in_memory(array)
-    layout = layout_for(volume, spacing_mm, plan, network)
+
+    def layout_of(halvings: int) -> Layout:
+        return layout_for(volume, spacing_mm, plan, network, halvings=halvings)
+
+    layout = layout_of(0)
     grey = Grey(plan.normalisation, measure(volume, layout.shapes.grid, plan))
-    return predict_whole(Task(volume=volume, plan=plan, layout=layout, grey=grey, engine=engine))["labels"]
+    task = Task(volume=volume, plan=plan, layout=layout, grey=grey, engine=engine)
+    return predict_fitting(task, layout_of)["labels"]
+
+
+def predict_fitting(
+    task: Task,
+    layout_of: Callable[[int], Layout],
+    on_voxels: Callable[[int, int], None] = lambda done, of: None,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, np.ndarray]:
+    """`predict_whole`; where memory is too short, from the beginning with a smaller tile, as if it had been that from the start.
+
+    Args:
+        task: to be tried first.
+        layout_of: the layout with a tile that is halved so often.
+        on_voxels: as of `predict_whole`; begins anew with each try.
+        say: is told of each smaller tile, in a line.
+
+    Raises:
+        RunError: not even the smallest tile fits.
+    """
+    found: list[dict[str, np.ndarray]] = []
+    while said := shortage_of(partial(_predict_into, found, task, on_voxels)):
+        task = replace(task, layout=smaller(task.layout, layout_of, said, str(task.volume.path), say))
+    return found[0]
+
+
+def _predict_into(found: list[dict[str, np.ndarray]], task: Task, on_voxels: Callable[[int, int], None]) -> None:
+    """`predict_whole`, into a list."""
+    found.append(predict_whole(task, on_voxels))
+
+
+def smaller(layout: Layout, layout_of: Callable[[int], Layout], said: str, where: str, say: Callable[[str], None]) -> Layout:
+    """The layout of the next smaller tile, for which memory was too short with this one.
+
+    Args:
+        layout: that did not fit.
+        layout_of: the layout with a tile that is halved so often.
+        said: of the memory.
+        where: the image's name, for messages.
+        say: is told what happens now, in a line.
+
+    Raises:
+        RunError: there is no smaller one.
+    """
+    tile = layout.shapes.tile_vox
+    for halvings in range(1, MOST_HALVINGS):
+        found = layout_of(halvings)
+        if math.prod(found.shapes.tile_vox) < math.prod(tile):
+            say(
+                f"{where}: memory ran out ({said}): predicted anew with tiles of {format_shape(found.shapes.tile_vox)} instead of "
+                f"{format_shape(tile)}"
+            )
+            return found
+    got = f"too little even for tiles of {format_shape(tile)} ({said})"
+    do = "close other programs, give --device cpu where a GPU's memory was short, or predict on a machine with more"
+    raise RunError(where, expected="memory for the smallest tile that the network takes", got=got, do=do, code="R123")
 
 
 def predict_whole(task: Task, on_voxels: Callable[[int, int], None] = lambda done, of: None) -> dict[str, np.ndarray]:
@@ -197,6 +265,7 @@ def layout_for(
     limit_bytes: int | None = None,
     bricks: Shape | None = None,
     tile_bytes: float = 0.0,
+    halvings: int = 0,
 ) -> Layout:
     """How a volume is cut, so that it fits into memory.
 
@@ -209,13 +278,14 @@ def layout_for(
         limit_bytes: what may be taken beside the process as it is; None: what is usual, or needed.
         bricks: sides (*S) of what is written at once; None where all comes into arrays.
         tile_bytes: that the network's library takes for each voxel of a tile beyond a patch.
+        halvings: how often the tile is halved, as memory was too short for a larger one.
     """
     shape, grid = volume.shape_vox, grid_shape(volume.shape_vox, spacing_mm, plan)
     sections = len(shape) - plan.dims
     classes = len(plan.classes)
 
     def shapes(grow: bool) -> Shapes:
-        tile = choose_tile(grid[sections:], plan, network, grow=grow)
+        tile = choose_tile(grid[sections:], plan, network, grow=grow, halvings=halvings)
         return Shapes(
             shape_vox=shape,
             grid=grid,
@@ -231,7 +301,7 @@ def layout_for(
         )
 
     brick = tuple(min(side, size) for side, size in zip(bricks, shape, strict=True)) if bricks else None
-    return choose_layout(shapes, limit_bytes, brick=brick, where=str(volume.path))
+    return choose_layout(shapes, limit_bytes, brick=brick, where=str(volume.path), halvings=halvings)
 
 
 def best_class(logits_KS: np.ndarray) -> np.ndarray:

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from microtome.images.volume import Volume, volume_of
 from microtome.inference.engines import Engines
 from microtome.inference.layout import Layout, Sized, choose_tile
 from microtome.inference.mirroring import TTA, Engine, passes, with_spread
-from microtome.inference.predict import Task, Wanted, layout_for, predict_whole
+from microtome.inference.predict import Task, Wanted, layout_for, predict_fitting, smaller
 from microtome.inference.search import Choice, Job
 from microtome.inference.source import Grey, measure
 from microtome.machine import recycle_memory, resident_bytes
@@ -97,7 +98,50 @@ class Predictor:
             DataError: other channels or axes than the model was trained on.
         """
         volume = volume_of(image) if isinstance(image, Image) else open_volume(Path(image))
-        return predict_whole(self.task(volume, images=images))["labels"]
+        return self.maps(volume, Wanted(), images=images)["labels"]
+
+    def maps(
+        self,
+        volume: Volume,
+        wanted: Wanted,
+        *,
+        images: int = 1,
+        limit_bytes: int | None = None,
+        on_voxels: Callable[[int, int], None] = lambda done, of: None,
+        say: Callable[[str], None] = lambda line: None,
+    ) -> dict[str, np.ndarray]:
+        """All that is wanted of a volume, in memory; with smaller tiles where memory turns out to be short. The words are those of `task`.
+
+        Args:
+            volume: an image.
+            wanted: what is to come of it.
+            images: how many are to come.
+            limit_bytes: memory that this process may take, all in all.
+            on_voxels: is told (done, of).
+            say: is told how the volume is cut where memory is to be kept, and of smaller tiles.
+
+        Raises:
+            ConfigError: the memory that is allowed is not enough.
+            DataError: other channels or axes than the model was trained on.
+            RunError: memory is too short for the smallest tile.
+        """
+        task = self.task(volume, wanted, images=images, limit_bytes=limit_bytes)
+        if limit_bytes is not None:
+            say(f"{volume.path}: {task.layout.words}")
+        layout_of = partial(self._cut, volume, wanted, limit_bytes, None)
+        return predict_fitting(task, layout_of, on_voxels, say)
+
+    def smaller(self, volume: Volume, wanted: Wanted, layout: Layout, said: str, *, say: Callable[[str], None]) -> Layout:
+        """The layout of a smaller tile for a store, of the same bricks, as memory was too short for this one.
+
+        Raises:
+            RunError: there is no smaller one.
+        """
+        plan = self.bundle.plan
+        spacing_mm = voxel_size(volume, plan)
+        words: dict[str, Any] = {"wanted": wanted, "bricks": layout.brick, "limit_bytes": layout.peak_bytes}
+        layout_of = partial(layout_for, volume, spacing_mm, plan, self._sizes, **words)
+        return smaller(layout, lambda halvings: layout_of(halvings=halvings), said, str(volume.path), say)
 
     def task(
         self,
@@ -142,14 +186,19 @@ class Predictor:
         if plan.assumed_spacing_mm and not (volume.spacing_known or plan.stated_spacing_mm or plan.resize_vox):
             sizes = " × ".join(f"{value:g}" for value in plan.assumed_spacing_mm)
             warnings.warn(f"{volume.path}: no voxel size in the file; {sizes} mm is assumed, as in training", DataWarning, stacklevel=2)
-        spacing_mm = voxel_size(volume, plan)
-        engine = self._engine_for(volume.shape_vox, spacing_mm, images)
-        words: dict[str, Any] = {"wanted": wanted, "bricks": bricks}
+        engine = self._engine_for(volume.shape_vox, voxel_size(volume, plan), images)
+        if limit_bytes is not None and self._base is None:
+            self._base = measure_base(engine, volume.shape_vox, plan, self._sizes)
+        return self._cut(volume, wanted, limit_bytes, bricks, 0)
+
+    def _cut(self, volume: Volume, wanted: Wanted, limit_bytes: int | None, bricks: Shape | None, halvings: int) -> Layout:
+        """How a volume is cut, with a tile that is halved so often."""
+        plan = self.bundle.plan
+        words: dict[str, Any] = {"wanted": wanted, "bricks": bricks, "halvings": halvings}
         if limit_bytes is not None:
-            if self._base is None:
-                self._base = measure_base(engine, volume.shape_vox, plan, self._sizes)
+            assert self._base is not None, "it was measured"
             words |= {"limit_bytes": limit_bytes - self._base.resident, "tile_bytes": self._base.each}
-        return layout_for(volume, spacing_mm, plan, self._sizes, **words)
+        return layout_for(volume, voxel_size(volume, plan), plan, self._sizes, **words)
 
     @property
     def engine(self) -> Engine | None:

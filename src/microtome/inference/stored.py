@@ -10,7 +10,7 @@ from typing import Any
 
 from microtome.data.case import Case
 from microtome.data.reading import open_case
-from microtome.errors import ConfigError
+from microtome.errors import ConfigError, ShortOfMemoryError
 from microtome.images.stores import name_of
 from microtome.images.volume import Volume, url_of
 from microtome.inference.bricks import BRICKS, Bricks, Record, recorded
@@ -20,7 +20,7 @@ from microtome.inference.predict import Task, Wanted
 from microtome.inference.predictor import Predictor, load
 from microtome.inference.slabs import Box
 from microtome.inference.source import Grey, measure
-from microtome.machine import resident_bytes
+from microtome.machine import is_short_of_memory, resident_bytes
 
 # (voxels done, of).
 OnVoxels = Callable[[int, int], None]
@@ -171,6 +171,23 @@ class Worker:
     def fill(self, box: Box) -> Iterator[int]:
         """Compute and write a box of missing bricks; yields voxels as they are done."""
         return self.bricks.fill(self.task, box)
+
+    def fill_missing(self, box: Box) -> None:
+        """Compute and write what is missing of a box of many that processes share; no more of it once one of them had too little memory.
+
+        Raises:
+            ShortOfMemoryError: this one has.
+        """
+        try:
+            for part in self.bricks.missing(box=box):
+                for _ in self.fill(part):
+                    if self.bricks.halted:
+                        return
+        except Exception as error:
+            if not is_short_of_memory(error):
+                raise
+            got, do = " ".join(str(error).split())[:160] or "no more", "give workers more memory, or fewer threads each"
+            raise ShortOfMemoryError(name_of(self.bricks.place), expected="memory for a tile", got=got, do=do, code="R123") from None
 
 
 def fill_here(worker: Worker, on_voxels: OnVoxels = lambda done, of: None) -> None:

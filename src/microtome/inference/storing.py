@@ -23,6 +23,7 @@ from microtome.inference.finishing import wanted_of
 from microtome.inference.mending import Mending
 from microtome.inference.predictor import Predictor
 from microtome.inference.stored import OnVoxels, Worker, fill_here, job_of, open_store, request_of
+from microtome.machine import shortage_of
 
 
 def write_store(
@@ -59,13 +60,19 @@ def write_store(
     bricks, volume = open_store(predictor, case, stage, wanted, limit_bytes=options.limit_bytes, images=images, request=request)
     say(bricks.record.layout.words)
     if not bricks.record.complete:
-        job = job_of(predictor, case, bricks)
-        if options.cluster:
-            from microtome.inference.cluster import fill_on_cluster
 
-            fill_on_cluster(options.cluster, job, bricks, on_voxels=on_voxels, say=say)
-        else:
-            fill_here(Worker(job, predictor), on_voxels)
+        def fill() -> None:
+            job = job_of(predictor, case, bricks)
+            if options.cluster:
+                from microtome.inference.cluster import fill_on_cluster
+
+                fill_on_cluster(options.cluster, job, bricks, on_voxels=on_voxels, say=say)
+            else:
+                fill_here(Worker(job, predictor), on_voxels)
+
+        while said := shortage_of(fill):
+            # From the first brick: of two sizes of tile the labels would tell where one ends and the other begins.
+            bricks.begin_anew(predictor.smaller(volume, wanted, bricks.record.layout, said, say=say))
         bricks.complete(volume, source_of(case.images[0], place), pyramids=not options.mending)
     if options.mending:
         mend_store(bricks, place, volume, options, predictor.bundle.legend, source=source_of(case.images[0], place))
