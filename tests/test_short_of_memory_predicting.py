@@ -27,7 +27,7 @@ from microtome.inference.stored import Worker
 from microtome.inference.storing import write_store
 from microtome.inference.torch_engine import TorchEngine
 from microtome.machine import is_short_of_memory, shortage_of
-from tests.small import one_thread, small_plan
+from tests.small import one_thread, small_plan, small_plan_3d
 from tests.stores import small_bundle, write_volume_store
 from tests.test_checkpoint import fresh
 from tests.test_predict import FakeNetwork, plan_of

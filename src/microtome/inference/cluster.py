@@ -372,9 +372,10 @@ def _raise_failure(future: Any, box: Box, bricks: Bricks) -> ShortOfMemoryError 
         failure = future.result()
         if isinstance(failure, ShortOfMemoryError):
             bricks.halt(True)
-        elif failure is not None:
+            return failure
+        if failure is not None:
             raise failure
-        return failure
+        return None
     error, do = future.exception(), _again(bricks)
     got = _line(error)
     if isinstance(error, import_module("distributed").KilledWorker):
