@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microtome import cli_doctor, cli_explain, cli_models, cli_predict
-from microtome.errors import ConfigError, MicrotomeError, RunError, StoppedError
-from microtome.machine import is_short_of_memory
+from microtome import cli_doctor, cli_explain, cli_models, cli_networks, cli_predict
+from microtome.endings import ending
+from microtome.errors import ConfigError
 from microtome.options import (
     MOST_SEED,
     AnyRecipe,
@@ -34,7 +34,6 @@ from microtome.options import (
     one_of,
     open_data,
     refuse_beside,
-    unforeseen,
 )
 from microtome.training.clock import leaving
 
@@ -330,56 +329,7 @@ def compare(
         raise typer.Exit(1)
 
 
-@app.command()
-def networks(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show this one, layer by layer.")] = None,
-    size: Annotated[str | None, typer.Option("--input", help="Channels and sizes of the image: 1x572x572 or 1x64x128x128.")] = None,
-    classes: Annotated[int | None, typer.Option(help="Classes it tells apart; 2 if not given.", min=1)] = None,
-    variant: Annotated[str | None, typer.Option(help="One of its variants; the first if not given.")] = None,
-    svg: Annotated[Path | None, typer.Option(help="Draw it into this file.")] = None,
-    as_json: AsJson = False,
-) -> None:
-    """The networks with their papers; or one of them: its layers, shapes, parameters, multiply-adds, receptive field, drawing."""
-    from microtome.models.registry import NETWORKS
-    from microtome.terminal import print_json, print_networks
-
-    if name is None:
-        refuse_beside("networks", {"--input": size, "--classes": classes, "--variant": variant, "--svg": svg}, "name a network with it")
-        if as_json:
-            fields = ("name", "title", "authors", "year", "reference", "dims", "variants")
-            print_json([{field: getattr(entry, field) for field in fields} for entry in NETWORKS.values()])
-        else:
-            print_networks(NETWORKS.values())
-        return
-    check_target(svg, ".svg")
-    _show_network(name, size, classes or 2, variant or "", svg=svg, as_json=as_json)
-
-
-def _show_network(name: str, size: str | None, classes: int, variant: str, *, svg: Path | None, as_json: bool) -> None:
-    """Layers and drawing of one network; on torch's `meta` device, which computes nothing."""
-    from dataclasses import asdict
-
-    import torch
-
-    from microtome.files import write_text
-    from microtome.models.describe import default_input, layer_rows, layer_table, nearest_input, parse_input
-    from microtome.models.drawing import draw
-    from microtome.models.registry import build, find
-    from microtome.models.trace import trace
-    from microtome.terminal import print_json, print_layers
-
-    wanted = parse_input(size) if size is not None else default_input(name, find(name).dims)
-    with torch.device("meta"):
-        network = build(name, dims=len(wanted) - 1, in_channels=wanted[0], classes=classes, variant=variant)
-    found = trace(network, wanted if size is not None else nearest_input(network, wanted))
-    if svg is not None:
-        write_text(svg, draw(found))
-    if as_json:
-        print_json([asdict(row) for row in layer_rows(found)])
-    else:
-        print_layers(layer_table(found), svg)
-
-
+app.registered_commands += cli_networks.commands.registered_commands
 app.registered_commands += cli_explain.commands.registered_commands
 
 
@@ -393,32 +343,9 @@ def main() -> None:
     try:
         with leaving():
             app()
-    except MicrotomeError as error:
-        if debug:
+    except BaseException as error:
+        end = None if debug and isinstance(error, Exception) else ending(error)
+        if end is None:
             raise
-        sys.stderr.write(f"microtome: {error.line}\n")
-        sys.exit(error.exit_code)
-    except Exception as error:  # whatever else went wrong is a line too, and with --debug a traceback
-        if debug:
-            raise
-        sys.stderr.write(f"microtome: {unforeseen(error)}\n")
-        sys.exit(1)
-    except (KeyboardInterrupt, SystemExit) as error:
-        # Typer makes an exit of Ctrl-C, in silence; `leaving` one of other requests, from 128 on, where no training answered them.
-        code = getattr(error, "code", 130)
-        if not isinstance(code, int) or code < 128:
-            raise
-        sys.stderr.write("microtome: stopped; a training goes on with --resume, a prediction into a store with the same command\n")
-        sys.exit(130 if code == 130 else StoppedError.exit_code)
-    except Exception as error:
-        if debug or not is_short_of_memory(error):
-            raise
-        sys.stderr.write(f"microtome: {_memory_ended(error).line}\n")
-        sys.exit(1)
-
-
-def _memory_ended(error: Exception) -> RunError:
-    """The error for memory that was short where nothing smaller could take its place."""
-    got = " ".join(str(error).split())[:200] or "no more"
-    do = "close other programs, or give a smaller --memory; what was saved is good"
-    return RunError("memory", expected="as much as was asked for", got=got, do=do, code="R124")
+        sys.stderr.write(f"microtome: {end.line}\n")
+        sys.exit(end.exit_code)

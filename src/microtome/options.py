@@ -125,9 +125,3 @@ def open_data(data: Path) -> "Dataset":
 def one_line(message: Warning | str, *_: Any, **__: Any) -> str:
     """A warning for people: without the place in the code that gave it."""
     return f"warning: {in_one_line(' '.join(str(message).split()))}\n"
-
-
-def unforeseen(error: Exception) -> str:
-    """The line for an error that nobody meant for people: a fault of this program's own, or of a library below it."""
-    said = in_one_line(" ".join(str(error).split()))[:300] or "no words"
-    return f"{type(error).__name__}: {said}; this is a fault of microtome: please report it with what the same command shows with --debug"

@@ -1,0 +1,51 @@
+"""How a program ends: whatever ended it becomes one line for people and an exit code."""
+
+from typing import NamedTuple
+
+from microtome.errors import MicrotomeError, RunError, StoppedError, in_one_line
+from microtome.machine import is_short_of_memory
+
+_INTERRUPTED = 130
+
+
+class End(NamedTuple):
+    """What a person is told, and the exit code."""
+
+    line: str
+    exit_code: int
+
+
+def ending(error: BaseException) -> End | None:
+    """The end that an error means; None: of an ordinary one, which says nothing."""
+    if isinstance(error, MicrotomeError):
+        return End(error.line, error.exit_code)
+    if not isinstance(error, Exception):
+        return _stopped(error)
+    if is_short_of_memory(error):
+        return End(_memory_ended(error).line, 1)
+    return End(_unforeseen(error), 1)
+
+
+def _stopped(error: BaseException) -> End | None:
+    """The end of a program that was asked to stop: by Ctrl-C 130, by whatever else 75, for which a job script starts it again.
+
+    Typer makes an exit of Ctrl-C, in silence; `leaving` one of other requests, from 128 on, where no training answered them.
+    """
+    code = getattr(error, "code", _INTERRUPTED)
+    if not isinstance(code, int) or code < 128:
+        return None
+    line = "stopped; a training goes on with --resume, a prediction into a store with the same command"
+    return End(line, _INTERRUPTED if code == _INTERRUPTED else StoppedError.exit_code)
+
+
+def _memory_ended(error: Exception) -> RunError:
+    """The error for memory that was short where nothing smaller could take its place."""
+    got = " ".join(str(error).split())[:200] or "no more"
+    do = "close other programs, or give a smaller --memory; what was saved is good"
+    return RunError("memory", expected="as much as was asked for", got=got, do=do, code="R124")
+
+
+def _unforeseen(error: Exception) -> str:
+    """The line for an error that nobody meant for people: a fault of this program's own, or of a library below it."""
+    said = in_one_line(" ".join(str(error).split()))[:300] or "no words"
+    return f"{type(error).__name__}: {said}; this is a fault of microtome: please report it with what the same command shows with --debug"
