@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from microtome.config import LossConfig
 from microtome.errors import ConfigError
 from microtome.training import ranks as ranks_module
-from microtome.training.gradients import smaller_steps
+from microtome.training.feeding import Batch
+from microtome.training.gradients import Gradients, add_gradients, smaller_steps
 from microtome.training.losses import segmentation_loss
-from microtome.training.ranks import deal, most_at_once
-from tests.small import small_plan
+from microtome.training.ranks import Ranks, deal, most_at_once
+from tests.small import one_thread, small_plan
+from tests.test_checkpoint import fresh
+
+__all__ = ["one_thread"]
 
 
 @given(batch=st.integers(1, 24), micro=st.integers(0, 30), count=st.integers(1, 24))
@@ -99,3 +103,35 @@ def test_parts_with_the_sums_of_all_have_the_loss_and_together_the_gradient_of_t
         assert loss.item() == pytest.approx(whole.item(), rel=1e-6)
         found += torch.autograd.grad(loss, logits_BKS)[0]
     assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+class ShortOnce(Ranks):
+    """Another process whose memory is too short for the first step that it is asked about."""
+
+    def __init__(self) -> None:
+        self.answers = [False, True]
+
+    def any(self, flag: bool) -> bool:
+        return flag or (bool(self.answers) and self.answers.pop(0))
+
+
+def test_memory_that_is_short_in_another_process_halves_the_micro_batch_here() -> None:
+    plan = small_plan(batch=2)
+    generator = torch.Generator().manual_seed(0)
+    label_BS = torch.randint(2, (2, 32, 32), generator=generator).to(torch.int16)
+    batch = Batch(torch.randn(2, 1, 32, 32, generator=generator), label_BS, None)
+    network, asked, told = fresh(plan).network.train(), [], []
+
+    def again() -> Batch:
+        asked.append(1)
+        return batch
+
+    with Gradients(network, plan, torch.device("cpu"), on_smaller=lambda plan, line: told.append(line), ranks=ShortOnce()) as gradients:
+        loss = gradients(batch, again)
+    assert gradients.plan.micro_batch == 1
+    assert len(asked) == 1
+    assert ["memory of another process" in line for line in told] == [True]
+    other = fresh(plan).network.train()
+    assert loss.item() == add_gradients(other, batch, plan.model_copy(update={"micro_batch": 1})).item()
+    pairs = zip(network.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(mine.grad, theirs.grad) for mine, theirs in pairs if mine.grad is not None and theirs.grad is not None)

@@ -167,6 +167,8 @@ LAYERS = (
     "training.checkpoint",
     "training.lock",
     "training.ranks",
+    "training.watch",
+    "training.processes",
     "training.compiled",
     "training.recompute",
     "training.gradients",
@@ -201,6 +203,7 @@ LAYERS = (
     "cli_explain",
     "cli_doctor",
     "cli",
+    "__main__",
 )
 
 # What other modules may import inside of a function: it needs tensorstore, SciPy or an extra, which are slow to load, and a picture

@@ -161,42 +161,49 @@ def train(
     started = time.perf_counter()
     from microtome.terminal import Terminal
     from microtome.training.folder import check_folder, read_plan
+    from microtome.training.processes import joined
     from microtome.training.rehearsal import make_plan
     from microtome.training.run import train as train_run
 
-    terminal = Terminal()
-    others = {"--network": network, "--recipe": recipe, "--dims": dims, "--memory": memory, "--holdout": holdout}
-    if steps is not None:
-        refuse_beside("--steps", {"--minutes": minutes})
-    if resume:
-        refuse_beside("--resume", others | {"--plan": plan, "--fold": fold, "--seed": seed})
-    elif plan is not None:
-        refuse_beside("--plan", others)
-    checked_fold(fold)
-    check_names(network, recipe)
-    check_folder(out, resume=resume)
-    dataset = open_data(data)
-    terminal.say_dataset(dataset)
-    if fold not in (None, "all") and (dataset.config.validation or dataset.config.validation_sections):
-        raise ConfigError(
-            "--fold", expected="no fold beside `validation` in microtome.yaml", got=str(fold), do="remove one of the two", code="C003"
-        )
-    chosen: Plan
-    if resume or plan is not None:
-        chosen = read_plan(out / "plan.yaml" if plan is None else plan)
-        chosen = changed_plan(chosen, minutes=minutes, steps=steps, fold=fold, seed=seed)
-    else:
-        if minutes is None and steps is None:
-            minutes = 10.0
-            terminal.say("neither --minutes nor --steps given: training for 10 minutes")
-        terminal.say("timing a few steps to plan ...")
-        words: dict[str, Any] = {"network": network, "recipe": recipe or "default", "dims": dims, "fold": fold or "1/5", "seed": seed or 0}
-        words["holdout"] = checked_holdout(holdout or "cases", fold)
-        chosen = make_plan(dataset, minutes=minutes, steps=steps, memory_gb=memory, device=device, **words)
-    terminal.say_plan(chosen)
-    with terminal.training(chosen) as on_event:
-        folder = train_run(dataset, chosen, out, device=device, resume=resume, on_event=on_event, started=started)
-    terminal.say_result(folder)
+    with joined(device) as ranks:
+        terminal = Terminal(silent=not ranks.is_first)
+        others = {"--network": network, "--recipe": recipe, "--dims": dims, "--memory": memory, "--holdout": holdout}
+        if steps is not None:
+            refuse_beside("--steps", {"--minutes": minutes})
+        if resume:
+            refuse_beside("--resume", others | {"--plan": plan, "--fold": fold, "--seed": seed})
+        elif plan is not None:
+            refuse_beside("--plan", others)
+        checked_fold(fold)
+        check_names(network, recipe)
+        if ranks.is_first:
+            check_folder(out, resume=resume)
+        dataset = open_data(data)
+        terminal.say_dataset(dataset)
+        if fold not in (None, "all") and (dataset.config.validation or dataset.config.validation_sections):
+            raise ConfigError(
+                "--fold", expected="no fold beside `validation` in microtome.yaml", got=str(fold), do="remove one of the two", code="C003"
+            )
+
+        def choose() -> "Plan":
+            if resume or plan is not None:
+                found = read_plan(out / "plan.yaml" if plan is None else plan)
+                return changed_plan(found, minutes=minutes, steps=steps, fold=fold, seed=seed)
+            if minutes is None and steps is None:
+                terminal.say("neither --minutes nor --steps given: training for 10 minutes")
+            terminal.say("timing a few steps to plan ...")
+            words: dict[str, Any] = {"network": network, "recipe": recipe or "default", "dims": dims, "fold": fold or "1/5"}
+            words |= {"seed": seed or 0, "holdout": checked_holdout(holdout or "cases", fold)}
+            wanted = 10.0 if minutes is None and steps is None else minutes
+            return make_plan(dataset, minutes=wanted, steps=steps, memory_gb=memory, device=ranks.device(device), **words)
+
+        chosen = ranks.same_plan(choose)
+        terminal.say_plan(chosen)
+        with terminal.training(chosen) as on_event:
+            words: dict[str, Any] = {"device": device, "resume": resume, "on_event": on_event, "started": started, "ranks": ranks}
+            folder = train_run(dataset, chosen, out, **words)
+        if ranks.is_first:
+            terminal.say_result(folder)
 
 
 @app.command()

@@ -38,10 +38,14 @@ FEWEST_STEPS = 20
 
 
 class Terminal:
-    """Says what is going on; everything goes to standard error, so that standard output stays for results."""
+    """Says what is going on; everything goes to standard error, so that standard output stays for results.
 
-    def __init__(self) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+    Args:
+        silent: it says nothing: of several processes that train together one speaks.
+    """
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=silent)
 
     def say(self, line: str) -> None:
         """One line, without markup: names of files may hold brackets."""

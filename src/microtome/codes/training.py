@@ -38,6 +38,32 @@ FAULTS = MappingProxyType(
             "is what the plan says, however many share it.",
             "Start fewer processes, or make `batch` in plan.yaml larger: a multiple of the number of processes keeps all of them busy.",
         ),
+        "C051": Fault(
+            "Half of what starts several processes",
+            "WORLD_SIZE says that several processes train together, and the environment lacks what else torchrun sets: which of them this is, "
+            "and where they find each other.",
+            "Start with `torchrun --nproc-per-node 2 -m microtome train ...`, or set all that the line names in the job script. "
+            "For a training in one process run `unset WORLD_SIZE`.",
+        ),
+        "R130": Fault(
+            "One of several processes was lost",
+            "A process of a training in several ended before the others: it was killed, memory ran out, its machine is gone, or it met an "
+            "error, which stands above. The others have ended too, as each holds a part of every step.",
+            "Look at what that process said, and at `dmesg` for memory that ran out. Then go on with the same command and --resume: "
+            "the last checkpoint is good. It may be another number of processes.",
+        ),
+        "R131": Fault(
+            "Not all processes came",
+            "A training in several processes waited for all of them to start, and some did not, or could not reach the address where they meet.",
+            "See that the job script starts as many as it says, and that every machine reaches MASTER_ADDR at MASTER_PORT. With several network "
+            "cards name one: `GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0`.",
+        ),
+        "R132": Fault(
+            "The processes begin with different weights",
+            "Each process of a training in several reads the run folder, or draws the first weights from the seed, and they did not get the "
+            "same: the folder is not one file system for all machines, or they have different versions of torch.",
+            "Give --out on a file system that all machines share, and install the same versions of everything.",
+        ),
         "R001": Fault(
             "The folder cannot be written to",
             "The disk is full, the folder belongs to another account, or the drive is read-only or gone. What was there before is unchanged.",
