@@ -196,7 +196,7 @@ def test_volumes_have_the_losses_of_one_process_too(datasets: tuple[Dataset, Dat
 @pytest.mark.soak
 def test_a_job_that_is_asked_to_stop_is_saved_at_the_same_step_and_goes_on(datasets: tuple[Dataset, Dataset], tmp_path: Path) -> None:
     cells = datasets[0]
-    plan = plan_2d(cells, steps=300, validations=3)
+    plan = plan_2d(cells, steps=60, validations=3)
     (tmp_path / "plan.yaml").write_text(dump_yaml(plan))
     job = Job(cells, tmp_path / "two", ["--plan", str(tmp_path / "plan.yaml"), "--device", "cpu"])
     wait_for_validation(job, tmp_path / "two")

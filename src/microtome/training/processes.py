@@ -102,8 +102,7 @@ def joined(device: str = "auto", environ: Mapping[str, str] | None = None) -> It
     try:
         ranks.join()
         yield ranks
-    # Whatever ends this process, the others must not wait for it.
-    except BaseException as error:
+    except BaseException as error:  # whatever ends this process, the others must not wait for it
         ended = ranks.end(error)
         if ended is error:
             raise

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from dataclasses import asdict, dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 from microtome.errors import ConfigError, DataError, MicrotomeError, RunError, StoppedError
@@ -26,7 +27,7 @@ MOST_SILENT_SECONDS = 60.0
 # From when a process is found to have ended until this one ends too, by force if it is waiting for the other somewhere in a library.
 MOST_SECONDS_AFTER = 10.0
 LOST = "R130"
-_KINDS = {kind.__name__: kind for kind in (RunError, DataError, ConfigError, StoppedError)}
+_KINDS = MappingProxyType({kind.__name__: kind for kind in (RunError, DataError, ConfigError, StoppedError)})
 
 
 @dataclass(frozen=True, kw_only=True)
