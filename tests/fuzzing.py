@@ -53,6 +53,8 @@ _TEXTS = (
 )
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _FORKS = multiprocessing.get_context("forkserver")
+# Imported once, and not by each process that reads inputs.
+_FORKS.set_forkserver_preload(["tests.fuzz_images", "tests.fuzz_stores", "tests.fuzz_documents"])
 _Words = tuple[Sequence[bytes], Sequence[bytes]]  # a dictionary, and other seeds
 
 
@@ -172,7 +174,7 @@ class Target:
     """What is read, and how; functions are named by module, as another process calls them.
 
     Attributes:
-        name: of the format.
+        name: of the format; several targets may share one, such as the documents of a store.
         seeds: good inputs, as small as they can be.
         read: reads the path, and asserts what has to hold of what it read.
         file: where in an empty folder the input is written; a user meets this name in errors.
@@ -180,7 +182,9 @@ class Target:
         prepare: fills the folder with all that stays the same.
         mend: makes most inputs what a reader gets to understand: checksums, packing.
         dictionary: words of the format.
+        change: for formats of which changed bytes are mostly refused at once: a change of what a seed says, for half of the inputs.
         growth_bytes: of memory that one input may add to what is in use.
+        seconds: that one input may take.
     """
 
     name: str
@@ -191,14 +195,19 @@ class Target:
     prepare: Callable[[Path], object] | None = None
     mend: Callable[[bytes], bytes] | None = None
     dictionary: tuple[bytes, ...] = ()
+    change: Callable[[bytes, random.Random], bytes] | None = None
     growth_bytes: int = GROWTH_BYTES
+    seconds: float = SECONDS_PER_INPUT
 
     def mutant(self, seed: int, number: int) -> bytes:
         """The input of this number; the first ones are the seeds themselves."""
         if number < len(self.seeds):
             return self.finished(self.seeds[number], always=True)
         rng = random.Random(f"{seed} {number}")
-        return self.finished(mutated(rng.choice(self.seeds), rng, self.dictionary, self.seeds))
+        chosen = rng.choice(self.seeds)
+        if self.change and rng.random() < 0.5:
+            return self.finished(self.change(chosen, rng))
+        return self.finished(mutated(chosen, rng, self.dictionary, self.seeds))
 
     def finished(self, data: bytes, *, always: bool = False) -> bytes:
         """The bytes that are written: mended, three times of four, as the bytes themselves decide."""
@@ -281,8 +290,14 @@ def _one_process(target: Target, outcome: Outcome, inputs: int, end: float, fold
     child.join()
     if child.exitcode == 0:
         return
-    number = int((folder / "number").read_text() or outcome.tried) if (folder / "number").exists() else outcome.tried
-    how = "took longer than 10 s" if child.exitcode == -signal.SIGALRM else f"ended the interpreter (exit code {child.exitcode})"
+    words = (folder / "number").read_text().split() if (folder / "number").exists() else []
+    number, untold = map(int, words) if len(words) == 2 else (outcome.tried, 0)
+    outcome.good += untold
+    how = (
+        f"took longer than {target.seconds:g} s"
+        if child.exitcode == -signal.SIGALRM
+        else f"ended the interpreter (exit code {child.exitcode})"
+    )
     trace = (folder / "trace").read_text(errors="replace")[-1500:] if (folder / "trace").exists() else ""
     outcome.findings.append(Finding(f"{how}\n{trace}", number, target.mutant(outcome.seed, number)))
     outcome.tried = number + 1
@@ -321,7 +336,7 @@ def _child(target: Target, seed: int, first: int, past: int, end: float, folder:
         known, good, slowest, told = set[str](), 0, 0.0, time.monotonic()
         for number in range(first, past):
             data = target.mutant(seed, number)
-            (folder / "number").write_text(str(number))
+            (folder / "number").write_text(f"{number} {good}")
             begun = time.monotonic()
             found, what = tried(target, data, file, given)
             now = time.monotonic()
@@ -373,9 +388,11 @@ def limit_memory() -> None:
 
 def tried(target: Target, data: bytes, file: Path, given: Path) -> tuple[bool, str]:
     """Read one input: whether it is a good one, and what is wrong with how it was refused."""
+    # A file of its own: what is written within a tick of the clock looks unchanged to a cache.
+    file.unlink(missing_ok=True)
     file.write_bytes(data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    signal.setitimer(signal.ITIMER_REAL, SECONDS_PER_INPUT)
+    signal.setitimer(signal.ITIMER_REAL, target.seconds)
     good, what = False, ""
     try:
         target.read(given)

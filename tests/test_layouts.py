@@ -360,6 +360,12 @@ def test_documents_name_no_file_outside_of_the_folder(tmp_path: Path, name: str)
         (MSD | {"labels": 3}, "expected `labels` as"),
         (MSD | {"labels": {"a": "b"}}, "whole numbers in `labels`, got 'a': 'b'"),
         (VERSION2 | {"dataset": {"a": 1}}, "got a: 1"),
+        (VERSION2 | {"dataset": {"a": {"images": [], "label": "l"}}}, "expected `dataset` entries as"),
+        (VERSION2 | {"dataset": {"a": {"images": [3], "label": "l"}}}, "expected `dataset` entries as"),
+        (MSD | {"labels": {"a": 1.5}}, "whole numbers in `labels`, got 'a': 1.5"),
+        (MSD | {"labels": {"a": float("inf")}}, "expected valid JSON, got Infinity"),
+        (MSD | {"labels": {"a": 2**63}}, "whole numbers in `labels`, got 'a': 9223372036854775808"),
+        (MSD | {"training": [{"image": "x" * 300, "label": "labelsTr/h_1.nii.gz"}]}, "expected names of files inside"),
         (VERSION2, "expected labelled cases"),
     ],
 )

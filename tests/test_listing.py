@@ -66,8 +66,44 @@ def test_a_list_goes_on_with_the_same_values_only(tmp_path: Path) -> None:
         continued_listing(tmp_path, OTHER)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"cases": {}}', '{"legend": 1, "cases": {}}', '{"legend": {}, "cases": {"a.png": 3}}'])
+@pytest.mark.parametrize("text", ["[]", '{"cases": {}}', '{"legend": 1, "cases": {}}', '{"legend": {}, "cases": {"a.png": 3}}'])
 def test_a_damaged_list_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
     (tmp_path / LISTING).write_text(text)
+    with pytest.raises(DataError, match=r"predictions\.json: expected the list that `microtome predict` writes"):
+        read_listing(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", '{"legend": NaN}', "[" * 100_000, '{"legend": {}, "legend": {}}'])
+def test_a_list_that_is_no_json_is_an_error_that_names_it(tmp_path: Path, text: str) -> None:
+    (tmp_path / LISTING).write_text(text)
+    with pytest.raises(DataError, match=r"predictions\.json: expected valid JSON"):
+        read_listing(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../a.png", "/etc/passwd", "a/../../b.png", "link.png", "x" * 300, "a\0b"])
+def test_a_list_names_no_file_outside_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "predictions"
+    folder.mkdir()
+    (tmp_path / "a.png").write_bytes(b"")
+    (folder / "link.png").symlink_to(tmp_path / "a.png")
+    content = {"legend": LEGEND.to_json(), "cases": {name: {"case": "a", "input": "a.png"}}}
+    (folder / LISTING).write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"predictions\.json: expected names of files inside"):
+        read_listing(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"values": [[0], [[1, 2]]]},
+        {"values": [[0]]},
+        {"names": ["a", ["b"]]},
+        {"background": 7},
+        {"values": [[0], [2**64 - 1]]},
+        {"kind": "x"},
+    ],
+)
+def test_a_legend_that_is_none_is_an_error_that_names_the_list(tmp_path: Path, change: dict[str, object]) -> None:
+    (tmp_path / LISTING).write_text(json.dumps({"legend": LEGEND.to_json() | change, "cases": {}}))
     with pytest.raises(DataError, match=r"predictions\.json: expected the list that `microtome predict` writes"):
         read_listing(tmp_path)

@@ -698,6 +698,37 @@ def test_damaged_file_is_named(run_2d: Path, name: str, content: str) -> None:
         build_report(run_2d)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("dataset.json", {"findings": [3]}),
+        ("dataset.json", {"findings": [{"severity": "x", "code": "", "case": "", "message": ""}]}),
+        ("dataset.json", {"root": {}}),
+        ("dataset.json", {"train": [0.5]}),
+        ("dataset.json", {"legend": {"names": [["a"]]}}),
+        ("metrics.json", {"summary": {"dice": {}}}),
+        ("metrics.json", {"worst": [[]]}),
+        ("metrics.json", {"cases": [{"case": "nobody", "class": "cell"}]}),
+        ("metrics.json", {"conventions": {"foreground": [[]], "unit": "mm", "in_voxels": [], "empty_cases": {}}}),
+        ("environment.json", {"started": {}}),
+    ],
+)
+def test_what_no_training_writes_is_refused_with_the_name_of_the_file(run_2d: Path, name: str, change: dict[str, object]) -> None:
+    write_json(run_2d / name, json.loads((run_2d / name).read_text()) | change)
+    with pytest.raises(DataError, match=name.replace(".", r"\.")) as caught:
+        build_report(run_2d)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "line", ['{"event": "step"}', '{"event": "validation", "step": 1, "dice": "x"}', '{"event": "step", "step": 1e308}']
+)
+def test_a_line_of_the_log_that_no_training_writes_is_refused_by_its_number(run_2d: Path, line: str) -> None:
+    (run_2d / "log.jsonl").write_text('{"event": "schedule", "steps": 3}\n' + line)
+    with pytest.raises(DataError, match=r"log\.jsonl:2: expected "):
+        build_report(run_2d)
+
+
 def test_run_without_its_description_of_the_data_is_refused(run_2d: Path) -> None:
     (run_2d / "dataset.json").unlink()
     with pytest.raises(DataError, match=r"dataset\.json"):

@@ -110,6 +110,7 @@ LAYERS = (
     "evaluation.instance_scores",
     "evaluation.evaluate",
     "evaluation.pages",
+    "evaluation.run_files",
     "evaluation.curves",
     "evaluation.gallery",
     "evaluation.calibration_page",

@@ -1,19 +1,18 @@
 """What the description in a bundle's header must hold, by its schema: checked before anything is built from it."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ConfigDict, Field
 
 from microtome.config import Config, Plan, parse_config
-from microtome.data.case import LabelValue
-from microtome.data.legend import Legend
+from microtome.data.legend import Legend, LegendForm
 from microtome.errors import ConfigError, DataError
+from microtome.json_files import parse_json
 
 SCHEMA = 2
 # The oldest microtome that reads what is written here. Raise it with the schema, and when the plan gains a field that older
@@ -30,11 +29,11 @@ def read_document(path: Path, header: str) -> dict[str, Any]:
         DataError: not JSON, without a schema, or of a newer microtome, which is named where the file names it.
     """
     try:
-        document = json.loads(header)
+        document = parse_json(header)
         schema = document["schema"]
         if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
             raise ValueError(f"schema {str(schema)[:64]}")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         got = f"{type(error).__name__}: {error}"[:200]
         raise DataError(
             path, expected="a description in JSON with its schema", got=got, do="copy it again: the file was damaged", code="D054"
@@ -64,18 +63,6 @@ def _own_version() -> tuple[int, ...]:
     return tuple(map(int, match[0].split("."))) if match else (10**9,)
 
 
-class _LegendForm(Config):
-    """A legend as JSON holds it."""
-
-    names: tuple[str, ...]
-    values: tuple[tuple[LabelValue, ...], ...]
-    ignored: tuple[LabelValue, ...]
-    kind: Literal["values", "colours", "instances"]
-    background: int | None
-    reason: str
-    snap: bool = False
-
-
 class _SizesForm(Config):
     """Sizes as JSON holds them."""
 
@@ -90,7 +77,7 @@ class Form(Config):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     plan: Plan
-    legend: _LegendForm
+    legend: LegendForm
     provenance: dict[str, Any]
     sizes: _SizesForm | None = None
     context_vox: int | None = Field(None, ge=0, le=10_000)
@@ -103,10 +90,8 @@ class Form(Config):
     def fault(self) -> str:
         """What does not fit together, in words; empty where all does."""
         classes = len(self.plan.classes)
-        if not len(self.legend.names) == len(self.legend.values) == classes or not all(self.legend.values):
+        if len(self.legend.names) != classes:
             return f"a legend of {len(self.legend.names)} classes beside a plan of {classes}"
-        if self.legend.background is not None and not 0 <= self.legend.background < classes:
-            return f"a background of number {self.legend.background} of {classes} classes"
         sizes = (*self.sizes.minimum, *self.sizes.step) if self.sizes else (1,) * 2 * self.plan.dims
         if len(sizes) != 2 * self.plan.dims or min(sizes) < 1:
             return f"sizes {sizes} of a network of {self.plan.dims} axes"

@@ -1,5 +1,6 @@
 """`microtome.yaml`: the small file beside the images that says what cannot be seen in them."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from microtome.data.names import some
 from microtome.errors import ConfigError, DataError
 
 NAMES = ("microtome.yaml", "microtome.yml")
+# What Linux takes, less what is put behind a name (`_0000`); a longer one is an error wherever it is asked for.
+_MOST_NAME_BYTES, _MOST_PATH_BYTES = 240, 4000
 
 
 def _label_value(value: Any) -> LabelValue:
@@ -131,13 +134,14 @@ def inside(root: Path, name: str, named_by: str | Path) -> Path:
     """
     path = root / name
     try:
-        safe = not Path(name).is_absolute() and path.resolve().is_relative_to(root.resolve())
+        short = len(os.fsencode(path)) < _MOST_PATH_BYTES and all(len(os.fsencode(part)) < _MOST_NAME_BYTES for part in path.parts)
+        safe = short and not Path(name).is_absolute() and path.resolve().is_relative_to(root.resolve())
     except (ValueError, OSError, RuntimeError):
-        # A null byte, a name too long, or a circle of links.
+        # A null byte, what is no text, or a circle of links.
         safe = False
     if not safe:
         raise DataError(
-            named_by, expected=f"names of files inside {root}", got=repr(name), do="copy that file into the folder", code="D042"
+            named_by, expected=f"names of files inside {root}", got=repr(name)[:200], do="copy that file into the folder", code="D042"
         )
     return path
 

@@ -1,6 +1,5 @@
 """Datasets that come with a `dataset.json`: Medical Segmentation Decathlon and nnU-Net raw data, versions 1 and 2."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,8 +11,8 @@ from microtome.data.description import inside
 from microtome.data.names import image_files, natural
 from microtome.errors import DataError
 from microtome.images.files import stem_of
+from microtome.json_files import load_json
 
-LIMIT_BYTES = 100_000_000
 CHANNEL = re.compile(r"^(?P<name>.+)_(?P<channel>\d{4})$")
 
 
@@ -75,13 +74,7 @@ def channel_groups(files: Iterable[Path]) -> dict[str, list[Path]]:
 
 def _load(path: Path) -> Any:
     """The JSON of a file of reasonable size."""
-    size = path.stat().st_size
-    if size > LIMIT_BYTES:
-        raise DataError(path, expected=f"at most {LIMIT_BYTES} bytes", got=f"{size}", do="check that this is the right file", code="D041")
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise DataError(path, expected="valid JSON", got=str(error), do="mend or remove the file", code="D041") from None
+    return load_json(path, do="mend or remove the file")
 
 
 def _kind(document: _Document, cases: Iterable[Case]) -> str:
@@ -97,7 +90,7 @@ def _listed(document: _Document) -> Iterator[Case]:
     for entry in document.content["training"]:
         if not isinstance(entry, dict) or not isinstance(entry.get("image"), str) or not isinstance(entry.get("label"), str):
             raise DataError(
-                document.path, expected="`training` entries as {image, label}", got=repr(entry), do="mend that entry", code="D041"
+                document.path, expected="`training` entries as {image, label}", got=repr(entry)[:200], do="mend that entry", code="D041"
             )
         name, images = _images(document, entry["image"])
         yield Case(name=name, images=images, labels=(inside(document.root, entry["label"], document.path),))
@@ -106,12 +99,22 @@ def _listed(document: _Document) -> Iterator[Case]:
 def _explicit(document: _Document) -> Iterator[Case]:
     """Cases of version 2's `dataset`: name -> {images, label}."""
     for name, entry in document.content["dataset"].items():
-        if not isinstance(entry, dict) or not isinstance(entry.get("images"), list) or not isinstance(entry.get("label"), str):
+        images = entry.get("images") if isinstance(entry, dict) else None
+        if (
+            not isinstance(images, list)
+            or not images
+            or not all(isinstance(image, str) for image in images)
+            or not isinstance(entry.get("label"), str)
+        ):
             raise DataError(
-                document.path, expected="`dataset` entries as {images, label}", got=f"{name}: {entry}", do="mend that entry", code="D041"
+                document.path,
+                expected="`dataset` entries as {images, label}",
+                got=f"{name}: {entry}"[:200],
+                do="mend that entry",
+                code="D041",
             )
-        images = tuple(inside(document.root, str(image), document.path) for image in entry["images"])
-        yield Case(name=name, images=images, labels=(inside(document.root, entry["label"], document.path),))
+        files = tuple(inside(document.root, image, document.path) for image in images)
+        yield Case(name=name, images=files, labels=(inside(document.root, entry["label"], document.path),))
 
 
 def _present(named: Iterable[Case]) -> tuple[list[Case], list[Finding]]:
@@ -189,7 +192,7 @@ def _declared(document: _Document) -> Declared:
     """Classes as `labels` names them: number -> name in version 1 and the Decathlon, name -> number in version 2."""
     labels = document.content.get("labels", {})
     if not isinstance(labels, dict):
-        raise DataError(document.path, expected="`labels` as {name: value}", got=repr(labels), do="mend `labels`", code="D041")
+        raise DataError(document.path, expected="`labels` as {name: value}", got=repr(labels)[:200], do="mend `labels`", code="D041")
     classes: dict[str, tuple[LabelValue, ...]] = {}
     ignored: tuple[LabelValue, ...] = ()
     for key, other in labels.items():
@@ -210,13 +213,13 @@ def _number(document: _Document, name: str, value: Any) -> int:
         raise DataError(
             document.path,
             expected="one value for each of `labels`",
-            got=f"the region {name!r}: {value}",
+            got=f"the region {name!r}: {value}"[:200],
             do="give `classes:` without overlaps in microtome.yaml; regions are not supported yet",
             code="D041",
         )
-    try:
-        return int(value)
-    except (TypeError, ValueError):
-        raise DataError(
-            document.path, expected="whole numbers in `labels`", got=f"{name!r}: {value!r}", do="mend that entry", code="D041"
-        ) from None
+    # Exported tables hold 1.0 and "1".
+    whole = re.fullmatch(r"-?\d{1,18}(\.0)?", str(value)) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+    if whole is None:
+        got = f"{name!r}: {value!r}"[:200]
+        raise DataError(document.path, expected="whole numbers in `labels`", got=got, do="mend that entry", code="D041")
+    return int(float(value)) if whole[1] else int(value)

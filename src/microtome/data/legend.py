@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
+from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 
+from microtome.config import Config
 from microtome.data.case import NOT_ANNOTATED, LabelValue
 from microtome.data.names import some
 from microtome.errors import DataError
@@ -13,6 +15,28 @@ from microtome.images.image import Image, Palette
 
 # A range of codes this wide, that of all colours, is looked up in a table; a wider one is sorted.
 TABLE_SIZE = 1 << 24
+_Byte = Annotated[int, Field(strict=True, ge=0, le=255)]
+_Value = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | tuple[_Byte, _Byte, _Byte]
+
+
+class LegendForm(Config):
+    """A legend as JSON holds it."""
+
+    names: tuple[StrictStr, ...] = Field(min_length=1)
+    values: tuple[tuple[_Value, ...], ...]
+    ignored: tuple[_Value, ...]
+    kind: Literal["values", "colours", "instances"]
+    background: StrictInt | None
+    reason: StrictStr
+    snap: StrictBool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(self.values) != len(self.names) or len(set(self.names)) < len(self.names) or not all(self.values):
+            raise ValueError(f"{len(self.names)} names of {len(self.values)} classes: each has a name of its own and a value")
+        if self.background is not None and not 0 <= self.background < len(self.names):
+            raise ValueError(f"a background of number {self.background} of {len(self.names)} classes")
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,16 +132,12 @@ class Legend:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Self:
-        """The legend that `to_json` wrote."""
-        return cls(
-            names=tuple(document["names"]),
-            values=tuple(tuple(_value(value) for value in values) for values in document["values"]),
-            ignored=tuple(_value(value) for value in document["ignored"]),
-            kind=document["kind"],
-            background=document["background"],
-            reason=document["reason"],
-            snap=bool(document.get("snap", False)),
-        )
+        """The legend that `to_json` wrote.
+
+        Raises:
+            ValueError: it is none.
+        """
+        return cls(**dict(LegendForm.model_validate(document)))
 
     def _entries(self, colour: bool) -> dict[int, int]:
         """Code -> class."""
@@ -243,8 +263,3 @@ def _smallest_type(values: np.ndarray) -> np.dtype[Any]:
 def _plain(value: LabelValue) -> int | list[int]:
     """A value as JSON holds it."""
     return list(value) if isinstance(value, tuple) else value
-
-
-def _value(plain: int | list[int]) -> LabelValue:
-    """A value as JSON held it."""
-    return (plain[0], plain[1], plain[2]) if isinstance(plain, list) else plain

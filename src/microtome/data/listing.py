@@ -1,6 +1,5 @@
 """`predictions.json`: which case each prediction in a folder is of, and the legend of their values."""
 
-import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -8,14 +7,33 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import StrictStr
+
+from microtome.config import Config, parse_config
 from microtome.data.case import Case
-from microtome.data.legend import Legend
-from microtome.errors import DataError
+from microtome.data.description import inside
+from microtome.data.legend import Legend, LegendForm
+from microtome.errors import ConfigError, DataError
 from microtome.files import write_json
+from microtome.json_files import load_json
 
 LISTING = "predictions.json"
 # The list is written anew after so many files or seconds: with every file, many files would cost the square of their number.
 FILES_BETWEEN, SECONDS_BETWEEN = 50, 5.0
+_DO = "predict again or remove it"
+
+
+class _Of(Config):
+    case: StrictStr
+    input: StrictStr
+
+
+class _Form(Config):
+    """The list as JSON holds it."""
+
+    legend: LegendForm
+    cases: dict[str, _Of]
+    writing: tuple[StrictStr, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,26 +63,29 @@ def read_listing(folder: Path) -> Listing | None:
     """The list of a folder; None where there is none.
 
     Raises:
-        DataError: the list is not one that `predict` wrote.
+        DataError: the list is not one that `predict` wrote, or names files outside of the folder.
     """
     path = folder / LISTING
     try:
         if not path.is_file():
             return None
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return Listing(
-            legend=Legend.from_json(content["legend"]),
-            entries={str(file): Entry(case=str(of["case"]), image=str(of["input"])) for file, of in content["cases"].items()},
-            writing=frozenset(map(str, content.get("writing", ()))),
-        )
     except OSError as error:
         got, do = error.strerror or str(error), "give another --out, or the right to read it"
         raise DataError(path, expected="a folder that can be read", got=got, do=do, code="D001") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        got = f"{type(error).__name__}: {error}"
+    try:
+        form = parse_config(_Form, load_json(path, do=_DO), path)
+    except ConfigError as error:
+        got = error.got[:300]
         raise DataError(
-            path, expected="the list that `microtome predict` writes", got=got, do="predict again or remove it", code="D065"
+            path, expected=f"the list that `microtome predict` writes, {error.expected}", got=got, do=_DO, code="D065"
         ) from None
+    for file in form.cases:
+        inside(folder, file, path)
+    return Listing(
+        legend=Legend(**dict(form.legend)),
+        entries={file: Entry(case=of.case, image=of.input) for file, of in form.cases.items()},
+        writing=frozenset(form.writing),
+    )
 
 
 def write_listing(folder: Path, listing: Listing) -> None:

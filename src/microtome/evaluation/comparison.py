@@ -1,6 +1,5 @@
 """Run folders of several networks on the same data -> one row for each, over the cases that all of them were scored on."""
 
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from microtome.config import Plan, load_yaml, parse_config
-from microtome.errors import DataError
 from microtome.evaluation.bootstrap import mean_interval
 from microtome.evaluation.curves import read_history
+from microtome.evaluation.run_files import ScoresForm, TrainedForm, read_events, read_file
 from microtome.geometry import Shape
 
 # A run of fewer steps has learned next to nothing, whatever its network.
 FEWEST_STEPS = 50
+_DO = "remove that run's folder and compare again with --resume"
 # Of a row: the fields whose best value is marked, and which is the best.
 BEST = MappingProxyType({"dice": max, "iou": max, "parameters": min, "multiply_adds": min, "step_seconds": min, "peak_bytes": min})
 
@@ -161,7 +161,7 @@ def compare_runs(outcomes: Sequence[Outcome], groups: Mapping[str, str] = Mappin
     Raises:
         DataError: a file of a run is damaged; names it.
     """
-    metrics = {outcome.network: found for outcome in outcomes if (found := _json(outcome.folder / "metrics.json"))}
+    metrics = {outcome.network: found for outcome in outcomes if (found := read_file(outcome.folder / "metrics.json", ScoresForm, _DO))}
     dice, iou = ({network: case_means(found, name) for network, found in metrics.items()} for name in ("dice", "iou"))
     cases = _common_cases(dice)
     members = [groups.get(case) or case for case in cases]
@@ -175,7 +175,7 @@ def compare_runs(outcomes: Sequence[Outcome], groups: Mapping[str, str] = Mappin
             difference = None if name == leader else _interval(dice_N[name] - dice_N[leader], members)
             row = replace(row, dice=_interval(dice_N[name], members), iou=_interval(iou_N[name], members), difference=difference)
         rows.append(row)
-    trained = [len(found["train"]) for outcome in outcomes if (found := _json(outcome.folder / "dataset.json"))]
+    trained = [len(found["train"]) for outcome in outcomes if (found := read_file(outcome.folder / "dataset.json", TrainedForm, _DO))]
     return Comparison(
         rows=tuple(sorted(rows, key=lambda row: -1.0 if row.dice is None else row.dice.mean, reverse=True)),
         cases=cases,
@@ -241,17 +241,8 @@ def _step_seconds(log: Path, batch: int) -> float | None:
 
     From the speed of each step, as the `seconds` of a line are rounded and go on through validations.
     """
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
-    speeds = [speed for line in lines if (speed := _speed(line))]
+    speeds = [speed for event in read_events(log) if (speed := event.get("samples_per_second"))]
     return batch / statistics.median(speeds) if speeds else None
-
-
-def _speed(line: str) -> float:
-    """Samples a second of a step's line; 0 of any other, and of one that was cut off."""
-    try:
-        return float(json.loads(line)["samples_per_second"])
-    except (ValueError, KeyError, TypeError):
-        return 0.0
 
 
 def _value(row: Row, name: str) -> float | None:
@@ -275,13 +266,3 @@ def _mean(values: Sequence[float] | np.ndarray) -> float:
 def _defined(value: float) -> float | None:
     """JSON has no NaN: undefined is null."""
     return float(value) if math.isfinite(value) else None
-
-
-def _json(path: Path) -> Any:
-    """The content of a JSON file of a run; None where there is none."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise DataError(
-            path, expected="JSON", got=str(error), do="remove that run's folder and compare again with --resume", code="D059"
-        ) from None

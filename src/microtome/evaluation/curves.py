@@ -1,6 +1,5 @@
 """`log.jsonl` -> the course of a run -> charts: positions and words that a page draws as SVG."""
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from scipy import ndimage
 
 from microtome.data.legend import Legend
 from microtome.data.thumbnails import class_colours
+from microtome.evaluation.run_files import read_events
 
 Colour = tuple[int, int, int]
 
@@ -71,9 +71,12 @@ class History:
 
 
 def read_history(path: Path) -> History:
-    """Read a `log.jsonl`; none, an empty one, and a last line that was cut off are all fine."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    events = [event for event in map(_event, lines) if event is not None]
+    """Read a `log.jsonl`; none, an empty one, and a last line that was cut off are all fine.
+
+    Raises:
+        DataError: it holds something else than training logs.
+    """
+    events = read_events(path)
     steps = [event for event in events if event["event"] == "step"]
     columns = [np.array([_float(event.get(name)) for event in steps]) for name in ("step", "loss", "learning_rate", "seconds")]
     seconds = [_float(event.get("seconds")) for event in events]
@@ -293,15 +296,6 @@ def _envelope(values: np.ndarray) -> np.ndarray:
 def _points(x: _Scale, y: _Scale, steps: np.ndarray, values: np.ndarray) -> str:
     """Points as SVG's polyline takes them."""
     return " ".join(f"{x.at(step):g},{y.at(value):g}" for step, value in zip(steps, values, strict=True))
-
-
-def _event(line: str) -> dict[str, Any] | None:
-    """One line of the log; None for one that was cut off."""
-    try:
-        event = json.loads(line)
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) and "event" in event else None
 
 
 def _validation(event: Mapping[str, Any]) -> Validation:

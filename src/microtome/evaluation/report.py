@@ -1,7 +1,6 @@
 """A run folder -> report.html: what was learned from what, how well, where it is wrong, and how it came about."""
 
 import base64
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from microtome.evaluation.calibration_page import describe
 from microtome.evaluation.curves import Colour, History, charts, foreground_colours, format_duration, read_history
 from microtome.evaluation.gallery import ERROR_COLOURS, Exhibit, Gallery, Predictions, format_share, make_gallery, read_predictions
 from microtome.evaluation.pages import environment
+from microtome.evaluation.run_files import DataForm, EnvironmentForm, FilledForm, MetricsForm, read_file
 from microtome.files import write_text
 from microtome.model_card import origin_rows
 
@@ -123,24 +123,19 @@ def read_run(folder: Path) -> Run:
         raise ConfigError(
             folder, expected="a run folder with plan.yaml", got="none", do="give the folder that `microtome train --out` wrote", code="C006"
         )
-    data = _json(folder / "dataset.json")
+    data = read_file(folder / "dataset.json", DataForm)
     if data is None:
         raise DataError(folder / "dataset.json", expected="the file that `train` writes first", got="none", do="train again", code="D059")
-    try:
-        data = {**data, "findings": list(data["findings"]), "train": list(data["train"]), "validation": list(data["validation"])}
-        legend = Legend.from_json(data["legend"])
-    except (KeyError, TypeError) as error:
-        raise DataError(folder / "dataset.json", expected="what `train` writes", got=repr(error), do="train again", code="D059") from None
     return Run(
         folder=folder,
         plan=parse_config(Plan, load_yaml(plan_path), plan_path),
         data=data,
-        legend=legend,
-        environment=_json(folder / "environment.json") or {},
+        legend=Legend.from_json(data["legend"]),
+        environment=read_file(folder / "environment.json", EnvironmentForm) or {},
         history=read_history(folder / "log.jsonl"),
-        metrics=_json(folder / "metrics.json"),
+        metrics=read_file(folder / "metrics.json", MetricsForm),
         predictions=read_predictions(folder / "validation"),
-        filled=_json(folder / "filled.json"),
+        filled=read_file(folder / "filled.json", FilledForm),
     )
 
 
@@ -377,21 +372,3 @@ def _sentence(names: Sequence[str]) -> str:
     if len(names) > 6:
         return f"{', '.join(names[:5])} and {len(names) - 5} more classes"
     return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else "".join(names)
-
-
-def _json(path: Path) -> Any:
-    """The content of a JSON file that holds names with values; None where there is none.
-
-    Raises:
-        DataError: it is damaged.
-    """
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise DataError(path, expected="JSON", got=str(error), do="copy the run folder again, or run `train` again", code="D059") from None
-    if not isinstance(content, dict):
-        got, do = type(content).__name__, "copy the run folder again, or run `train` again"
-        raise DataError(path, expected="names with values", got=got, do=do, code="D059")
-    return content

@@ -1,6 +1,7 @@
 """A bundle's arrays -> the torch network that they are the weights of, and back."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,23 +24,25 @@ def restore(bundle: Bundle) -> Network:
     Raises:
         DataError: the weights are not those of the network that the plan names.
     """
-    network, plan = outlined(bundle.plan, len(bundle.weights)), bundle.plan
+    where = bundle.folder or bundle.plan.network.name
+    network = outlined(bundle.plan, len(bundle.weights), where)
     wanted = dict(network.state_dict())
     weights = dict(bundle.weights)
     if fault := _fault({name: tuple(tensor.shape) for name, tensor in wanted.items()}, weights):
-        raise DataError(plan.network.name, expected="weights of this network", got=fault, do=DO, code="D055")
+        raise DataError(where, expected=f"weights of the network {bundle.plan.network.name}", got=fault, do=DO, code="D055")
     # Copies: whoever has the network may change it, and the bundle stays as it is.
     tensors = {name: torch.from_numpy(np.array(weights[name])).to(wanted[name].dtype) for name in wanted}
     network.load_state_dict(tensors, assign=True)
     return network.eval()
 
 
-def outlined(plan: Plan, most_levels: int) -> Network:
+def outlined(plan: Plan, most_levels: int, where: str | Path) -> Network:
     """The network of a plan without memory for its weights (on torch's `meta` device), in training mode.
 
     Args:
         plan: names network and sizes.
         most_levels: the plan may be a stranger's; one of more levels than this is refused before it is built.
+        where: the plan stands, for messages.
 
     Raises:
         DataError: no such network, or sizes that it cannot have.
@@ -47,14 +50,14 @@ def outlined(plan: Plan, most_levels: int) -> Network:
     name, config = plan.network.name, plan.network
     if _levels(config) > most_levels:
         got = f"a plan of {_levels(config)} levels beside {most_levels} tensors"
-        raise DataError(name, expected="weights of this network", got=got, do=DO, code="D055")
+        raise DataError(where, expected=f"weights of the network {name[:80]}", got=got, do=DO, code="D055")
     try:
         with torch.device("meta"):
             return build(name, dims=plan.dims, in_channels=plan.channels, classes=len(plan.classes), config=config)
     except (ConfigError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         # Sizes that no tensor can have are told by torch in errors of its own.
         got = " ".join(str(error).split())[:200]
-        raise DataError(name, expected="a network that can be built", got=got, do=DO, code="D055") from None
+        raise DataError(where, expected="a network that can be built", got=got, do=DO, code="D055") from None
 
 
 def arrays_of(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from microtome.errors import ConfigError, DataError, MicrotomeError, RunError, StoppedError
-from microtome.training.lock import boot, process_began
+from microtome.lock import boot, process_began
 
 SECONDS_BETWEEN_LOOKS = 0.5
 # A machine that is so busy that it does not say a word for so long is taken for lost.

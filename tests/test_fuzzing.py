@@ -1,0 +1,237 @@
+"""Mutated files of every format are read or refused in one line; and what watches over that finds what it is there to find."""
+
+import ctypes
+import json
+import random
+import struct
+import time
+import warnings
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, Phase, given, settings
+
+from microtome.errors import DataError, DataWarning, MicrotomeError
+from tests import fuzz_documents, fuzz_soak
+from tests.fuzz_soak import FORMATS, share, targets_of
+from tests.fuzz_trees import changed_tree, changed_trees, yaml_text
+from tests.fuzzing import Target, fuzz, mutated, png_mended
+
+# Of each format, in `make test`; `make soak` reads a hundred thousand.
+INPUTS = 200
+# A number that nobody draws again.
+SEED = 20261130
+# Explaining a failure takes a minute.
+PHASES = [phase for phase in Phase if phase is not Phase.explain]
+
+
+# What watches: it finds what goes wrong, and by its number.
+
+
+def read_bravely(path: Path) -> None:
+    """Does, with a file of one letter, what that letter says."""
+    data = path.read_bytes()
+    if data == b"c":
+        ctypes.string_at(0)
+    if data == b"h":
+        time.sleep(60)
+    if data == b"s":
+        bytearray(2**28)
+    if data == b"v":
+        raise ValueError("a number that is none")
+    if data == b"n":
+        raise DataError("elsewhere", expected="x", got="y", do="z", code="D001")
+    if data == b"m":
+        try:
+            bytearray(2**40)
+        except MemoryError:
+            raise DataError(path, expected="x", got="y", do="z", code="D001") from None
+    if data == b"d":
+        raise DataError(path, expected="x", got="y", do="z", code="D001")
+
+
+def letters(words: bytes) -> Target:
+    """Inputs of one letter each, in this order."""
+    seconds = 1 if b"h" in words else 10
+    return _Letters(name="letters", seeds=(b"g",), read=read_bravely, growth_bytes=2**26, seconds=seconds, dictionary=(words,))
+
+
+class _Letters(Target):
+    """A target whose inputs are letters, not chance."""
+
+    def mutant(self, seed: int, number: int) -> bytes:
+        return self.dictionary[0][number : number + 1]
+
+
+@pytest.mark.parametrize(
+    ("letter", "words"),
+    [
+        ("c", "ended the interpreter (exit code -11)"),
+        ("h", "took longer than 1 s"),
+        ("s", "took 2"),
+        ("v", "raised ValueError"),
+        ("n", "an error without the name case-x.dat"),
+        ("m", "wanted more than 4 GiB of memory"),
+    ],
+)
+def test_what_no_input_may_do_is_found_and_told_by_its_number(letter: str, words: str) -> None:
+    outcome = fuzz(letters(f"ggd{letter}gg".encode()), 6, seed=1)
+    [finding] = outcome.findings
+    assert (finding.number, finding.data) == (3, letter.encode())
+    assert words in finding.what
+    # It went on behind it, and what was read was counted.
+    assert (outcome.tried, outcome.good) == (6, 5 if letter == "s" else 4)
+    with pytest.raises(AssertionError, match=r"letters, seed 1:\ninput 3: "):
+        outcome.check()
+
+
+def test_good_files_and_files_that_are_refused_in_one_line_are_no_findings() -> None:
+    outcome = fuzz(letters(b"gdgd"), 4, seed=1)
+    outcome.check()
+    assert (outcome.tried, outcome.good) == (4, 2)
+
+
+def test_a_seed_that_is_refused_is_a_finding_as_its_mutants_would_reach_nothing() -> None:
+    outcome = fuzz(Target(name="refused", seeds=(b"g", b"d"), read=read_bravely), 10, seed=1)
+    [finding] = outcome.findings
+    assert finding.what.startswith("seed 1 is refused: ")
+
+
+def test_the_time_that_is_given_ends_it_and_says_how_many_were_read() -> None:
+    outcome = fuzz(Target(name="many", seeds=(b"g" * 50,), read=read_bravely), 10**9, seconds=0.5, seed=1)
+    outcome.check()
+    assert 0 < outcome.tried < 10**9
+
+
+def test_a_mutant_follows_from_its_number() -> None:
+    target = Target(name="x", seeds=(bytes(range(200)), b"12 34"), read=read_bravely, dictionary=(b"WORD",))
+    numbers = range(2, 300)
+    drawn = [target.mutant(7, number) for number in numbers]
+    assert drawn == [target.mutant(7, number) for number in numbers]
+    assert len(set(drawn)) > 250
+    assert drawn != [target.mutant(8, number) for number in numbers]
+    assert [target.mutant(7, number) for number in range(2)] == [*target.seeds]
+
+
+def test_every_kind_of_change_is_drawn() -> None:
+    seed, rng = bytes(100) + b"value 17", random.Random(0)
+    drawn = [mutated(seed, rng, (b"WORD",), (b"\xaa" * 100,)) for _ in range(400)]
+    assert {len(data) < len(seed) for data in drawn} == {len(data) > len(seed) for data in drawn} == {True, False}
+    assert any(b"WORD" in data for data in drawn)
+    assert any(b"\xaa" * 4 in data for data in drawn)
+    assert any(struct.pack("<q", 2**63 - 1) in data for data in drawn)
+    assert any(b"value 99999999999999999999" in data for data in drawn)
+
+
+def test_a_mended_png_has_the_checksums_of_its_chunks() -> None:
+    seed = targets_of("PNG")[0].seeds[0]
+    assert png_mended(seed) == seed
+    wider = bytearray(seed)
+    wider[19] += 1
+    mended = png_mended(bytes(wider))
+    # The first chunk: 13 bytes behind its length and name, then the checksum of name and bytes.
+    assert mended[:29] == wider[:29]
+    assert mended[29:33] == zlib.crc32(mended[12:29]).to_bytes(4, "big") != seed[29:33]
+
+
+TREE = {"a": [1, 2.5, "x"], "b": {"c": None, "d": [True, {"e": "y"}]}}
+
+
+def test_changed_trees_are_other_trees_of_every_kind_and_the_first_stays_as_it_is() -> None:
+    before = json.dumps(TREE)
+    drawn = [changed_tree(TREE, random.Random(number)) for number in range(500)]
+    assert json.dumps(TREE) == before
+    texts = [json.dumps(tree) for tree in drawn]
+    assert sum(text != before for text in texts) > 450
+    assert any("NaN" in text for text in texts)
+    assert any("Infinity" in text for text in texts)
+    assert any(text.count("[") + text.count("{") > 60 for text in texts)
+    assert any(len(tree) < 2 for tree in drawn if isinstance(tree, dict))
+    assert any(str(2**64) in text for text in texts)
+
+
+# Every format.
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_mutants_of_every_format_are_read_or_refused_in_one_line(name: str) -> None:
+    targets = targets_of(name)
+    assert {target.name for target in targets} == {name}
+    for target in targets:
+        outcome = fuzz(target, len(target.seeds) + share(INPUTS, len(targets)), seed=SEED)
+        outcome.check()
+        assert outcome.good >= len(target.seeds), "every seed is good"
+        assert outcome.tried >= len(target.seeds) + INPUTS // len(targets)
+
+
+# Trees, as hypothesis draws them: it finds the smallest that fails.
+
+
+def _refused_well(target: Target, folder: Path, content: bytes) -> None:
+    """The content is read, or refused in one line that names the file or its folder."""
+    file, given = target.placed(folder)
+    file.write_bytes(content)
+    said = given.name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DataWarning)
+        try:
+            target.read(given)
+        except MicrotomeError as error:
+            said = str(error)
+    assert given.name in said
+    assert "\n" not in said
+
+
+def _json_text(tree: Any) -> bytes:
+    return json.dumps(tree).encode()
+
+
+def _yaml_bytes(tree: Any) -> bytes:
+    return yaml_text(tree).encode("utf-8", "replace")
+
+
+_STRUCTURED: list[tuple[str, int, int, Callable[[Any], bytes]]] = [
+    *(("microtome.yaml", 0, seed, _yaml_bytes) for seed in range(len(fuzz_documents.DESCRIPTIONS))),
+    *(("dataset.json", 0, seed, _json_text) for seed in range(len(fuzz_documents.DOCUMENTS))),
+    ("plan.yaml", 0, 0, _yaml_bytes),
+    ("predictions.json", 0, 0, _json_text),
+    *(("run folder", number, 0, _json_text) for number in range(4)),
+    *(("OME-Zarr 0.4", number, 0, _json_text) for number in range(3)),
+    *(("OME-Zarr 0.5", number, 0, _json_text) for number in range(2)),
+    ("N5", 0, 0, _json_text),
+    ("precomputed", 0, 0, _json_text),
+]
+
+
+@pytest.mark.parametrize(("name", "number", "seed", "text"), _STRUCTURED, ids=[f"{name}-{i}-{j}" for name, i, j, _ in _STRUCTURED])
+def test_whatever_stands_in_place_of_a_value_is_read_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, name: str, number: int, seed: int, text: Callable[[Any], bytes]
+) -> None:
+    target = targets_of(name)[number]
+    tree = yaml.safe_load(target.seeds[seed])
+
+    @given(tree=changed_trees(tree))
+    @settings(max_examples=8, deadline=None, phases=PHASES, suppress_health_check=[HealthCheck.too_slow])
+    def read(tree: Any) -> None:
+        _refused_well(target, tmp_path_factory.mktemp("x"), text(tree))
+
+    read()
+
+
+# The soak itself.
+
+
+def test_a_soak_counts_what_it_read_and_keeps_what_it_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_soak, "INPUTS", 300)
+    rows = fuzz_soak.run(20, ["NPY", "predictions.json"], guided=False)
+    assert [(row["part"], row["what"]) for row in rows] == [("fuzz", "NPY"), ("fuzz", "predictions.json")]
+    assert all(row["tried"] >= 300 and row["failed"] == 0 and row["seconds"] > 0 for row in rows)
+
+
+def test_a_format_that_nobody_knows_is_no_soak() -> None:
+    with pytest.raises(KeyError, match="XYZ"):
+        fuzz_soak.run(1, ["XYZ"])
