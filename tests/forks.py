@@ -74,9 +74,9 @@ class End:
 
 
 class Nursery:
-    """Runs orders in forks of one process; `warm` is run there first, by itself, so that what it loads is there for all."""
+    """Runs orders in forks of one process; what is `warm` is run there first, by itself, so that what it loads is there for all."""
 
-    def __init__(self, warm: tuple[str, ...] = ()) -> None:
+    def __init__(self, *warm: tuple[str, ...]) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
         words = [sys.executable, "-m", "tests.forks", json.dumps(warm)]
         self.process = subprocess.Popen(words, cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -108,8 +108,8 @@ class Nursery:
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    if warm := json.loads(sys.argv[1]):
-        command(warm)
+    for warm in json.loads(sys.argv[1]):
+        assert command(warm) == 0, warm
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has only the thread that made it: of others it would lack what they hold"
     for line in sys.stdin:
         answers.write(json.dumps(carried_out(json.loads(line))) + "\n")

@@ -29,8 +29,7 @@ def _started(**plan: int) -> Iterator[tuple[Nursery, tuple[Setup, Setup]]]:
     """Two trainings in a folder of their own, and a process that forks them."""
     with tempfile.TemporaryDirectory(prefix="microtome-soak-") as name:
         flat, deep = kills.setups(Path(name), **plan)
-        warm = ("train", str(flat.data), "--plan", str(flat.plan), "--device", "cpu", "--out", str(flat.folder / "warm"))
-        with Nursery(warm) as nursery:
+        with Nursery(flat.order(flat.folder / "first").words) as nursery:
             yield nursery, (flat, deep)
 
 
