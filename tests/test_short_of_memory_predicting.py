@@ -20,7 +20,7 @@ from microtome.inference.asked import Options
 from microtome.inference.bricks import recorded
 from microtome.inference.finishing import predict_maps
 from microtome.inference.layout import choose_tile
-from microtome.inference.predict import in_memory, layout_for, predict_labels
+from microtome.inference.predict import TileMemory, in_memory, layout_for, predict_labels
 from microtome.inference.predictor import Predictor
 from microtome.inference.slabs import Box
 from microtome.inference.stored import Worker
@@ -152,7 +152,7 @@ def test_the_validation_of_a_training_takes_smaller_tiles(monkeypatch: pytest.Mo
 
 def test_less_memory_is_promised_with_each_halving_of_what_is_large() -> None:
     volume, plan = in_memory(np.zeros((1, 64, 4096, 4096), np.uint8)), plan_of(3, (32, 128, 128), batch=1)
-    peaks = [layout_for(volume, (1.0,) * 3, plan, FakeNetwork(step=16), halvings=number).peak_bytes for number in range(4)]
+    peaks = [layout_for(volume, (1.0,) * 3, plan, FakeNetwork(step=16), tile=TileMemory(halvings=number)).peak_bytes for number in range(4)]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[3] < peaks[0] / 4
 

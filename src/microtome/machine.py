@@ -109,7 +109,7 @@ def shortage_of(work: Callable[[], None]) -> str:
     """
     try:
         work()
-    except Exception as error:
+    except Exception as error:  # libraries have no common class for it; what else it is goes on
         if not is_short_of_memory(error):
             raise
         said = " ".join(str(error).split())[:160] or "no more memory"

@@ -12,7 +12,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -98,6 +98,18 @@ class Task:
     wanted: Wanted = Wanted()
 
 
+class TileMemory(NamedTuple):
+    """What is known of the memory that tiles take.
+
+    Attributes:
+        voxel_bytes: that the network's library takes for each voxel of a tile beyond a patch.
+        halvings: how often the tile is halved, as memory was too short for a larger one.
+    """
+
+    voxel_bytes: float = 0.0
+    halvings: int = 0
+
+
 def predict_labels(array: np.ndarray, spacing_mm: Spacing, *, plan: Plan, network: Sized, engine: Engine) -> np.ndarray:
     """Class of each voxel: `(C, *S)` in the file's grey values -> (*S) int16 on the same grid.
 
@@ -109,7 +121,7 @@ def predict_labels(array: np.ndarray, spacing_mm: Spacing, *, plan: Plan, networ
     volume = in_memory(array)
 
     def layout_of(halvings: int) -> Layout:
-        return layout_for(volume, spacing_mm, plan, network, halvings=halvings)
+        return layout_for(volume, spacing_mm, plan, network, tile=TileMemory(halvings=halvings))
 
     layout = layout_of(0)
     grey = Grey(plan.normalisation, measure(volume, layout.shapes.grid, plan))
@@ -264,8 +276,7 @@ def layout_for(
     wanted: Wanted = Wanted(),
     limit_bytes: int | None = None,
     bricks: Shape | None = None,
-    tile_bytes: float = 0.0,
-    halvings: int = 0,
+    tile: TileMemory = TileMemory(),  # noqa: B008 - frozen
 ) -> Layout:
     """How a volume is cut, so that it fits into memory.
 
@@ -277,19 +288,19 @@ def layout_for(
         wanted: what is to come of it.
         limit_bytes: what may be taken beside the process as it is; None: what is usual, or needed.
         bricks: sides (*S) of what is written at once; None where all comes into arrays.
-        tile_bytes: that the network's library takes for each voxel of a tile beyond a patch.
-        halvings: how often the tile is halved, as memory was too short for a larger one.
+        tile: what is known of the memory of tiles.
     """
     shape, grid = volume.shape_vox, grid_shape(volume.shape_vox, spacing_mm, plan)
     sections = len(shape) - plan.dims
     classes = len(plan.classes)
 
     def shapes(grow: bool) -> Shapes:
-        tile = choose_tile(grid[sections:], plan, network, grow=grow, halvings=halvings)
+        patch = choose_tile(grid[sections:], plan, network, grow=False)
+        side = choose_tile(grid[sections:], plan, network, grow=grow, halvings=tile.halvings)
         return Shapes(
             shape_vox=shape,
             grid=grid,
-            tile_vox=(1,) * sections + tile,
+            tile_vox=(1,) * sections + side,
             context_vox=(0,) * sections + (network.context_vox,) * plan.dims,
             overlap=plan.overlap,
             channels=plan.channels,
@@ -297,11 +308,13 @@ def layout_for(
             value_bytes=volume.pixels.dtype.itemsize,
             chunk_rows=min(volume.chunk_vox[0], shape[0]),
             out_bytes=wanted.voxel_bytes(classes),
-            engine_bytes=max(0, round(tile_bytes * (math.prod(tile) - math.prod(choose_tile(grid[sections:], plan, network, grow=False))))),
+            engine_bytes=max(
+                0, round(tile.voxel_bytes * (math.prod(side) - math.prod(choose_tile(grid[sections:], plan, network, grow=False))))
+            ),
         )
 
     brick = tuple(min(side, size) for side, size in zip(bricks, shape, strict=True)) if bricks else None
-    return choose_layout(shapes, limit_bytes, brick=brick, where=str(volume.path), halvings=halvings)
+    return choose_layout(shapes, limit_bytes, brick=brick, where=str(volume.path), halvings=tile.halvings)
 
 
 def best_class(logits_KS: np.ndarray) -> np.ndarray:

@@ -20,7 +20,7 @@ from microtome.images.volume import Volume, volume_of
 from microtome.inference.engines import Engines
 from microtome.inference.layout import Layout, Sized, choose_tile
 from microtome.inference.mirroring import TTA, Engine, passes, with_spread
-from microtome.inference.predict import Task, Wanted, layout_for, predict_fitting, smaller
+from microtome.inference.predict import Task, TileMemory, Wanted, layout_for, predict_fitting, smaller
 from microtome.inference.search import Choice, Job
 from microtome.inference.source import Grey, measure
 from microtome.machine import recycle_memory, resident_bytes
@@ -141,7 +141,7 @@ class Predictor:
         spacing_mm = voxel_size(volume, plan)
         words: dict[str, Any] = {"wanted": wanted, "bricks": layout.brick, "limit_bytes": layout.peak_bytes}
         layout_of = partial(layout_for, volume, spacing_mm, plan, self._sizes, **words)
-        return smaller(layout, lambda halvings: layout_of(halvings=halvings), said, str(volume.path), say)
+        return smaller(layout, lambda halvings: layout_of(tile=TileMemory(halvings=halvings)), said, str(volume.path), say)
 
     def task(
         self,
@@ -194,10 +194,10 @@ class Predictor:
     def _cut(self, volume: Volume, wanted: Wanted, limit_bytes: int | None, bricks: Shape | None, halvings: int) -> Layout:
         """How a volume is cut, with a tile that is halved so often."""
         plan = self.bundle.plan
-        words: dict[str, Any] = {"wanted": wanted, "bricks": bricks, "halvings": halvings}
+        words: dict[str, Any] = {"wanted": wanted, "bricks": bricks, "tile": TileMemory(halvings=halvings)}
         if limit_bytes is not None:
             assert self._base is not None, "it was measured"
-            words |= {"limit_bytes": limit_bytes - self._base.resident, "tile_bytes": self._base.each}
+            words |= {"limit_bytes": limit_bytes - self._base.resident, "tile": TileMemory(self._base.each, halvings)}
         return layout_for(volume, voxel_size(volume, plan), plan, self._sizes, **words)
 
     @property

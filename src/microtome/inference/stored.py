@@ -183,7 +183,7 @@ class Worker:
                 for _ in self.fill(part):
                     if self.bricks.halted:
                         return
-        except Exception as error:
+        except Exception as error:  # libraries have no common class for it; what else it is goes on
             if not is_short_of_memory(error):
                 raise
             got, do = " ".join(str(error).split())[:160] or "no more", "give workers more memory, or fewer threads each"
