@@ -193,12 +193,3 @@ def test_memory_that_ends_anywhere_is_one_line(monkeypatch: pytest.MonkeyPatch, 
     said = capsys.readouterr().err
     assert said.startswith("microtome: memory: expected as much as was asked for, got Unable to allocate 9.31 TiB for an array; close")
     assert said.endswith("[MT-R124]\n")
-
-
-def test_an_error_of_ours_that_says_nothing_of_memory_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    def ended() -> None:
-        raise RuntimeError("a mistake in the program")
-
-    monkeypatch.setattr(cli, "app", ended)
-    with pytest.raises(RuntimeError, match="a mistake"):
-        cli.main()

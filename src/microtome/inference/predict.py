@@ -308,9 +308,7 @@ def layout_for(
             value_bytes=volume.pixels.dtype.itemsize,
             chunk_rows=min(volume.chunk_vox[0], shape[0]),
             out_bytes=wanted.voxel_bytes(classes),
-            engine_bytes=max(
-                0, round(tile.voxel_bytes * (math.prod(side) - math.prod(choose_tile(grid[sections:], plan, network, grow=False))))
-            ),
+            engine_bytes=max(0, round(tile.voxel_bytes * (math.prod(side) - math.prod(patch)))),
         )
 
     brick = tuple(min(side, size) for side, size in zip(bricks, shape, strict=True)) if bricks else None
