@@ -264,7 +264,7 @@ def densify(
     terminal.say(f"labels: {out}")
 
 
-app.registered_commands += cli_predict.commands.registered_commands
+app.registered_commands += cli_predict.commands.registered_commands + cli_models.commands.registered_commands
 
 
 @app.command()
@@ -296,9 +296,6 @@ def report(run: Run) -> None:
     from microtome.terminal import Terminal
 
     Terminal().say(f"report: {build_report(run)}")
-
-
-app.registered_commands += cli_models.commands.registered_commands
 
 
 @app.command()
