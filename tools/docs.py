@@ -1,4 +1,4 @@
-"""Writes what the documentation takes from the code: README's map of files, docs/cli.md, docs/settings.md, docs/networks, docs/errors.
+"""Writes what the documentation takes from the code: README's map of files, docs/cli.md, settings.md, networks, errors, guarantees.md.
 
 `python -m tools.docs` writes them, `python -m tools.docs --check` says which of them are not current.
 """
@@ -189,10 +189,10 @@ def pages() -> dict[Path, str]:
 
 def main(words: list[str]) -> int:
     """Write the pages, or with `--check` name those that are not current; 1 when there are any."""
-    from tools import errors
+    from tools import errors, guarantees
     from tools.gallery import network_pages
 
-    made = pages() | network_pages() | errors.pages()
+    made = pages() | network_pages() | errors.pages() | guarantees.pages()
     stale = [path for path, text in made.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     for path in stale:
         print(f"{path.relative_to(REPOSITORY)}: {'not current; run `make docs`' if '--check' in words else 'written'}")
