@@ -340,7 +340,7 @@ def main() -> None:
     try:
         with leaving():
             app()
-    except BaseException as error:
+    except BaseException as error:  # Ctrl-C and exits too; what means nothing to a person is raised again
         end = None if debug and isinstance(error, Exception) else ending(error)
         if end is None:
             raise
