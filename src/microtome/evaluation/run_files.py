@@ -68,8 +68,8 @@ class _Spread(_Form):
 
 
 class _Bin(_Form):
-    confidence: Share
-    accuracy: Share
+    confidence: Share | None
+    accuracy: Share | None
     share: Share
 
 
