@@ -196,7 +196,7 @@ def test_a_process_that_has_not_said_who_it_is_is_waited_for_and_then_refused(tm
             pass
 
 
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_folder_that_cannot_be_written_is_one_line(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any, **__: Any) -> int:
         raise OSError(number, os.strerror(number))
@@ -207,6 +207,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(number: int, tmp_path: Path
     ) as caught:
         run_lock(tmp_path).__enter__()
     assert caught.value.code == "R001"
+
+
+def test_a_disk_with_no_room_for_the_lock_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "open", full)
+    with pytest.raises(RunError, match=r"\.lock: expected room for what is still to be written, got No space left on device"):
+        run_lock(tmp_path).__enter__()
 
 
 def test_a_disk_that_is_full_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
