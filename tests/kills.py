@@ -18,6 +18,7 @@ from microtome.data.synthetic import DemoConfig, write_demo_data
 from microtome.inference.graphs import find_graph
 from microtome.training.checkpoint import _read, previous_checkpoint
 from microtome.training.folder import RunFolder, read_plan
+from tests.faults import TAKING
 from tests.forks import End, Kill, Nursery, Order
 from tests.small import TINY_3D, small_plan, small_plan_3d
 
@@ -189,11 +190,18 @@ def calls_of(nursery: Nursery, setup: Setup) -> list[tuple[str, str, str]]:
 
 
 def faults_at(calls: Sequence[tuple[str, str, str]], kinds: Sequence[str]) -> Iterator[tuple[int, str]]:
-    """Each call with each fault that it can have."""
+    """Each call with each fault that it can have, and that leaves something else than one before it."""
+    before = ""
     for number, (name, _, _) in enumerate(calls, start=1):
-        for kind in kinds:
-            if kind != "half" or name in ("write", "pwrite"):
-                yield number, kind
+        can = {
+            # What a flush changes outlives a power cut, and a kill all the same.
+            "before": before != "fsync",
+            "half": name in ("write", "pwrite"),
+            # What takes no room is done on a full disk too.
+            "full": name in (*TAKING, "fsync"),
+        }
+        yield from ((number, kind) for kind in kinds if can.get(kind, True))
+        before = name
 
 
 def survive(nursery: Nursery, setup: Setup, wanted: Mapping[str, Any], fault: tuple[int, str], tally: Tally) -> None:

@@ -34,7 +34,7 @@ def _started(**plan: int) -> Iterator[tuple[Nursery, tuple[Setup, Setup]]]:
 
 
 def run(seconds: float, most: int = KILLS) -> Rows:
-    """Kill trainings of pictures and of volumes at random instants, until it was so often, or the time is over.
+    """Kill trainings of pictures and of volumes at random instants, until that was so often, or the time is over.
 
     Returns:
         a row for pictures and one for volumes: part, what, tried (kills), failed, seconds, and what was found.
@@ -66,13 +66,16 @@ def run_faults(seconds: float) -> Rows:
     with _started(steps=2, validations=2) as (nursery, both):
         for setup in both:
             wanted, _ = kills.unbroken(nursery, setup, ALWAYS)
-            faults = list(kills.faults_at(kills.calls_of(nursery, setup), tuple(WORDS)))
+            calls = kills.calls_of(nursery, setup)
+            # The start and the end of volumes are those of pictures, but for the predictions.
+            places = ("",) if setup is both[0] else ("checkpoints", "model/.", "validation")
+            faults = [fault for fault in kills.faults_at(calls, tuple(WORDS)) if calls[fault[0] - 1][1].startswith(places)]
             rng.shuffle(faults)
             tallies, spent = {kind: Tally() for kind in WORDS}, dict.fromkeys(WORDS, 0.0)
             for fault in faults:
                 begun = time.monotonic()
-                # A tenth of the time is for volumes, whatever pictures take.
-                if begun > end - (0.1 * seconds if setup is both[0] else 0.0):
+                # A third of the time is for volumes, whatever pictures take.
+                if begun > end - (seconds / 3 if setup is both[0] else 0.0):
                     break
                 kills.survive(nursery, setup, wanted, fault, tallies[fault[1]])
                 spent[fault[1]] += time.monotonic() - begun
@@ -89,5 +92,5 @@ def _row(part: str, what: str, tally: Tally, seconds: float) -> dict[str, Any]:
         "tried": tally.tried,
         "failed": len(tally.wrong),
         "seconds": round(seconds, 1),
-        "found": tally.wrong[:5],
+        "findings": tally.wrong[:5],
     }
