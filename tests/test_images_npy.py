@@ -2,6 +2,7 @@
 
 import io
 import os
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -124,6 +125,15 @@ def test_a_header_that_claims_more_than_the_file_has_is_an_error(tmp_path, shape
     (tmp_path / "a.npy").write_bytes(stream.getvalue() + bytes(1000))
     with pytest.raises(DataError, match=r"a\.npy"):
         open_volume(tmp_path / "a.npy")
+
+
+def test_a_header_whose_length_is_a_claim_of_gigabytes_takes_no_memory(tmp_path):
+    (tmp_path / "a.npy").write_bytes(b"\x93NUMPY\x02\x00" + b"\xff" * 4 + b"{'descr'")
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"a\.npy: expected a whole NPY file"):
+        open_volume(tmp_path / "a.npy")
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
 
 
 def test_limits_are_for_sides_by_part_and_for_voxels_of_the_whole(tmp_path):

@@ -1,5 +1,6 @@
 """NumPy's own file of one array <-> Volume, Image: mapped into memory, whatever its size."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from microtome.images.image import Header, Image, Limits, decoding, native
 from microtome.images.parts import Mapped, limits_of_parts, mapped
 from microtome.images.volume import Volume
 
+_MOST_HEADER_BYTES = 2**16
 _MOST_AXES = 4
 _MOST_SAMPLES = 4
 
@@ -71,7 +73,9 @@ def write_npy(path: Path, image: Image) -> None:
 
 def _mapped(path: Path) -> np.ndarray:
     """The array where it lies in the file. NumPy's own way to map one counts bytes in 64 bits, where claims may overflow."""
-    with path.open("rb") as file:
+    with path.open("rb") as start:
+        # Of the header's length that the file claims, NumPy would take the memory before it reads.
+        file = io.BytesIO(start.read(_MOST_HEADER_BYTES))
         version = np.lib.format.read_magic(file)
         # Version 3 differs from 2 in names of fields alone, which are refused.
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
