@@ -186,6 +186,7 @@ LAYERS = (
     "training.initial",
     "training.folder",
     "training.provenance",
+    "training.refusals",
     "training.run",
     "interop.unpickling",
     "interop.nnunet",

@@ -99,7 +99,7 @@ def _of_safetensors(path: Path, header_bytes: int) -> Weights:
         got = f"an unreadable file ({' '.join(str(error).split())[:200]})"
         raise DataError(path, expected=EXPECTED, got=got, do=DO, code="D232") from None
     if not tensors:
-        raise DataError(path, expected=EXPECTED, got="no tensor in it", do=DO, code="D232")
+        raise DataError(path, expected=EXPECTED, got=f"{header_bytes} bytes that name no tensor", do=DO, code="D232")
     arrays = {name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy() for name, tensor in tensors.items()}
     return Weights(arrays=arrays, source=str(path), hash=_hash(path))
 

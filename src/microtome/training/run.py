@@ -14,19 +14,16 @@ from microtome.bundle import Bundle, load_bundle, save_bundle
 from microtome.config import Plan
 from microtome.data.dataset import Dataset
 from microtome.data.split import leaks, split_dataset
-from microtome.errors import ConfigError, DataError, RunError
+from microtome.errors import DataError, RunError
 from microtome.evaluation.report import build_report
 from microtome.files import remove_folder, write_json
-from microtome.geometry import format_shape
 from microtome.inference.devices import pick_device, to_device
 from microtome.inference.predictor import Predictor
 from microtome.inference.restore import arrays_of
 from microtome.inference.torch_engine import trained_engine
 from microtome.lock import run_lock
 from microtome.machine import recycle_memory
-from microtome.models.network import Network
 from microtome.models.registry import build
-from microtome.plan import step_bytes
 from microtome.training.checkpoint import TrainState, digest, load_latest, new_state, previous_checkpoint, save_checkpoint
 from microtome.training.clock import Clock, stopped_at
 from microtome.training.completion import complete_model
@@ -34,8 +31,8 @@ from microtome.training.folder import RunFolder, check_folder, environment
 from microtome.training.initial import FILE, Start, Weights, begin_with, keep_initial, kept_initial
 from microtome.training.loop import Event, Hooks, train_steps, validate_now
 from microtome.training.provenance import origin
-from microtome.training.ranks import ALONE, Ranks, most_at_once
-from microtome.training.rehearsal import free_memory
+from microtome.training.ranks import ALONE, Ranks
+from microtome.training.refusals import check_memory, check_patch, check_plan
 from microtome.training.store import store_cases
 from microtome.training.validation import Validation
 
@@ -100,46 +97,6 @@ def train(
     return session.folder
 
 
-def _check_plan(dataset: Dataset, plan: Plan) -> None:
-    """Refuse a plan that was made for other data."""
-    if plan.classes != dataset.legend.names:
-        got = f"a plan for {', '.join(plan.classes)}"
-        raise ConfigError(
-            dataset.root, expected=f"the classes {', '.join(dataset.legend.names)}", got=got, do="plan anew for this data", code="C041"
-        )
-    axes = {len(header.shape_vox) for header in dataset.headers.values()}
-    if axes - {len(plan.spacing_mm)}:
-        got = f"images with {sorted(axes)} axes"
-        raise ConfigError(
-            dataset.root, expected=f"{len(plan.spacing_mm)} axes as in the plan", got=got, do="plan anew for this data", code="C041"
-        )
-    if dataset.channel_names and len(dataset.channel_names) != plan.channels:
-        got = f"{len(dataset.channel_names)}"
-        raise ConfigError(
-            dataset.root, expected=f"{plan.channels} channels as in the plan", got=got, do="plan anew for this data", code="C041"
-        )
-
-
-def _check_patch(network: Network, plan: Plan) -> None:
-    """Refuse a patch that the network cannot take, before any image is prepared for it."""
-    for axis, size in enumerate(plan.patch_vox):
-        if not network.valid_size(size, axis):
-            near = " or ".join(map(str, sorted(set(network.nearest_sizes(size, axis)))))
-            raise ConfigError(
-                "patch_vox", expected=f"{near} along axis {axis} for {plan.network.name}", got=str(size), do="change the plan", code="C036"
-            )
-
-
-def _check_memory(plan: Plan, device: torch.device, ranks: Ranks) -> None:
-    """Refuse a plan that would fill the memory and be ended by the system, without a word, in its first step."""
-    free = free_memory(device) // (ranks.beside if device.type == "cpu" else 1)
-    needed = step_bytes(plan.model_copy(update={"micro_batch": most_at_once(plan.batch, plan.micro_batch, ranks.count)}))
-    if needed > free:
-        got = f"about {needed / 2**30:.1f} GB for {plan.batch} patches of {format_shape(plan.patch_vox)}"
-        do = "make micro_batch, batch or patch_vox smaller, or set checkpointing: true"
-        raise ConfigError("plan", expected=f"at most the {free / 2**30:.1f} GB that are free", got=got, do=do, code="C042")
-
-
 class _Session:
     """One process's work on a run folder."""
 
@@ -151,7 +108,7 @@ class _Session:
         device: str,
         on_event: Callable[[Event], None],
         *,
-        initial: Weights | None,
+        initial: Weights | None = None,
         ranks: Ranks = ALONE,
     ) -> None:
         self.dataset, self.plan, self.folder, self.ranks = dataset, plan, folder, ranks
@@ -159,7 +116,7 @@ class _Session:
         self.files = RunFolder(folder)
         self.device = pick_device(device)
         self.started = time.perf_counter()
-        _check_plan(dataset, plan)
+        check_plan(dataset, plan)
         self.split = split_dataset(dataset, plan.fold, plan.seed, plan.holdout)
         self.leaks = leaks(self.split)
         self.validation = Validation(
@@ -168,8 +125,8 @@ class _Session:
         self.clock, self.seconds_before = Clock(), 0.0
         torch.manual_seed(plan.seed)
         network = build(plan.network.name, dims=plan.dims, in_channels=plan.channels, classes=len(plan.classes), config=plan.network)
-        _check_patch(network, plan)
-        _check_memory(plan, self.device, ranks)
+        check_patch(network, plan)
+        check_memory(plan, self.device, ranks)
         self.initial = begin_with(network, initial)
         self.state = new_state(to_device(network, self.device, plan.dims), plan)
         self.hooks = Hooks(log=self.log, validate=self.validation.score, save=self.save, seconds_left=self.seconds_left, replan=self.replan)
