@@ -56,7 +56,7 @@ def test_a_name_near_to_none_is_refused_with_the_list() -> None:
     [
         ({"name": "unet", "dims": 3}, "unet: expected 2D images, got 3D; use one of .*unet3d"),
         ({"name": "unet3d", "dims": 2}, "unet3d: expected 3D images, got 2D; use one of .*unet_same"),
-        ({"name": "modern_unet", "dims": 4}, "modern_unet: expected 2D or 3D images, got 4D; images are 2D or 3D"),
+        ({"name": "modern_unet", "dims": 4}, "modern_unet: expected 2D or 3D images, got 4D; give 2D or 3D"),
         ({"name": "unet", "dims": 2, "variant": "no_bn"}, "one of the variants paper, release, got `no_bn`"),
         ({"name": "unet_same", "dims": 2, "variant": "paper"}, "expected no variant, got `paper`"),
         ({"name": "unet", "dims": 2, "in_channels": 0}, "at least one channel and one class, .*, got 0 channels and 2 classes"),

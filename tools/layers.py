@@ -184,6 +184,7 @@ LAYERS = (
     "training.golden",
     "training.completion",
     "training.initial",
+    "training.deterministic",
     "training.folder",
     "training.provenance",
     "training.refusals",

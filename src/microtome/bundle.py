@@ -164,7 +164,7 @@ def _loaded(path: Path) -> Bundle:
         raise DataError(
             path,
             expected="a bundle written by microtome",
-            got="weights without a description",
+            got=f"{len(tensors.names)} tensors without a description",
             do="use a run folder of `microtome train`",
             code="D052",
         )

@@ -158,6 +158,10 @@ def train(
         Path | None, typer.Option(help="Begin with these: a run folder, .safetensors, or a PyTorch checkpoint; what does not fit is said.")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint of --out, with its plan.")] = False,
+    deterministic: Annotated[
+        bool,
+        typer.Option("--deterministic", help="The same bits each time on a GPU too, or an error; on a CPU they always are."),
+    ] = False,
 ) -> None:
     """Train, validate, keep the best, write the report."""
     import time
@@ -208,7 +212,7 @@ def train(
         terminal.say_plan(chosen)
         with terminal.training(chosen) as on_event:
             words: dict[str, Any] = {"device": device, "resume": resume, "on_event": on_event, "ranks": ranks}
-            folder = train_run(dataset, chosen, out, start=Start(started, initial), **words)
+            folder = train_run(dataset, chosen, out, start=Start(started, initial, deterministic), **words)
         if ranks.is_first:
             terminal.say_result(folder)
 

@@ -45,6 +45,13 @@ FAULTS = MappingProxyType(
             "Start with `torchrun --nproc-per-node 2 -m microtome train ...`, or set all that the line names in the job script. "
             "For a training in one process run `unset WORLD_SIZE`.",
         ),
+        "C052": Fault(
+            "No fixed order of sums on this GPU",
+            "`--deterministic` asks for the same bits each time. An operation of this network (3D max-pooling and linear upsampling are the usual "
+            "ones) exists on a GPU only in a form that adds in no fixed order, or the environment asks cuBLAS for such forms.",
+            "Leave out `--deterministic`, choose a network without that operation (the default one has none that we know of), or train with "
+            "`--device cpu`.",
+        ),
         "R130": Fault(
             "One of several processes was lost",
             "A process of a training in several ended before the others: it was killed, memory ran out, its machine is gone, or it met an "

@@ -140,7 +140,7 @@ def _warm_up(forward: Forward, image_BCS: Tensor) -> None:
 def _kernels_by_measurement() -> Iterator[None]:
     """Let cuDNN time its kernels for each size it meets and keep the fastest: right where there is one size."""
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
         yield
     finally:

@@ -23,14 +23,14 @@ def fast_kernels(device: torch.device) -> Iterator[None]:
     """For training on a GPU, inside of the body: cuDNN times its kernels and keeps the fastest, float32 convolutions are TF32.
 
     Patches are all of one size, so the timing is done once. Which kernel wins may differ from run to run, and some add up
-    gradients in no fixed order: on a GPU a resumed run ends near the unbroken one, not bit for bit on it as on a CPU.
-    Nothing happens on other devices.
+    gradients in no fixed order: on a GPU a resumed run ends near the unbroken one, not bit for bit on it as on a CPU, but within
+    `deterministic.same_bits`, where nothing is timed. Nothing happens on other devices.
     """
     if device.type != "cuda":
         yield
         return
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     try:
         with tensor_float32(True):
             yield
@@ -41,8 +41,9 @@ def fast_kernels(device: torch.device) -> Iterator[None]:
 def training_call(network: nn.Module, plan: Plan, device: torch.device, job_seconds: float | None) -> TrainingCall:
     """The network as training calls it: compiled where that pays, else itself.
 
-    Not compiled are a network whose activations are computed twice, which is arranged in Python as it runs, and one whose last
-    micro-batch has another size: it would be compiled again, in the middle of the first step.
+    Not compiled are a network that is to give the same bits each time, one whose activations are computed twice,
+    which is arranged in Python as it runs, and one whose last micro-batch has another size: it would be compiled again, in the middle
+    of the first step.
 
     Args:
         network: in training mode, on the device. Its weights and statistics are as before afterwards.
@@ -51,7 +52,8 @@ def training_call(network: nn.Module, plan: Plan, device: torch.device, job_seco
         job_seconds: that training may still take; None: not known.
     """
     size = plan.micro_batch or plan.batch
-    if plan.checkpointing or plan.batch % size or not compiling_pays(device, job_seconds):
+    fixed = torch.are_deterministic_algorithms_enabled()
+    if fixed or plan.checkpointing or plan.batch % size or not compiling_pays(device, job_seconds):
         return network
     image_BCS = torch.zeros(size, plan.channels, *plan.patch_vox, device=device)
     layout = torch.channels_last if plan.dims == 2 else torch.channels_last_3d

@@ -188,6 +188,7 @@ def environment(device: torch.device) -> dict[str, str | int | bool]:
         "threads": torch.get_num_threads(),
         "compiled_warp": compiled(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "deterministic": device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }

@@ -57,10 +57,12 @@ class Start:
     Attributes:
         clock: `time.perf_counter()` from which its minutes count; None: now.
         weights: that it begins with, where they fit its network; None: drawn ones.
+        deterministic: the same bits each time on a GPU too, or an error (`deterministic.same_bits`).
     """
 
     clock: float | None = None
     weights: Weights | None = None
+    deterministic: bool = False
 
 
 @dataclass(frozen=True)

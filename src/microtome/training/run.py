@@ -27,6 +27,7 @@ from microtome.models.registry import build
 from microtome.training.checkpoint import TrainState, digest, load_latest, new_state, previous_checkpoint, save_checkpoint
 from microtome.training.clock import Clock, stopped_at
 from microtome.training.completion import complete_model
+from microtome.training.deterministic import same_bits
 from microtome.training.folder import RunFolder, check_folder, environment
 from microtome.training.initial import FILE, Start, Weights, begin_with, keep_initial, kept_initial
 from microtome.training.loop import Event, Hooks, train_steps, validate_now
@@ -66,7 +67,7 @@ def train(
         device: "auto", "cpu", "cuda".
         resume: go on from the last checkpoint in `out`.
         on_event: sees each line of `log.jsonl` as it is written.
-        start: from when the minutes count, and weights to begin with; a run that is resumed has a copy of those.
+        start: from when the minutes count, weights to begin with (a run that is resumed has a copy), whether bits must be the same.
         ranks: the processes that train together (`processes.joined`), each of which calls this; the first one writes `out`.
 
     Raises:
@@ -79,7 +80,8 @@ def train(
     began = time.perf_counter() if start.clock is None else start.clock
     if ranks.is_first:
         check_folder(Path(out), resume=resume)
-    with run_lock(Path(out)) if ranks.is_first else nullcontext() as killed:
+    same = same_bits(pick_device(ranks.device(device)), wanted=start.deterministic)
+    with same, run_lock(Path(out)) if ranks.is_first else nullcontext() as killed:
         initial = kept_initial(Path(out) / FILE) if resume else start.weights
         session = _Session(dataset, plan, Path(out), ranks.device(device), on_event, initial=initial, ranks=ranks)
         session.started = began
