@@ -399,9 +399,9 @@ def test_what_is_no_bundle_is_refused(tmp_path: Path) -> None:
 
 def test_weights_of_others_are_refused(tmp_path: Path) -> None:
     save_file({"a": np.zeros(3)}, tmp_path / "model.safetensors")
-    assert "tensors without a description" in refusal(tmp_path)
+    assert "got weights without a description (1 tensors)" in refusal(tmp_path)
     save_file({"a": np.zeros(3)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert "tensors without a description" in refusal(tmp_path)
+    assert "got weights without a description (1 tensors)" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", "{}", '{"schema": null}', '{"schema": "new"}', "[" * 20_000])

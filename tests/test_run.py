@@ -430,7 +430,7 @@ def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(cells: Dataset
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_module, "save_checkpoint", full)
-    with pytest.raises(RunError, match=r"last\.safetensors: expected room for \d{5} bytes, got No space left on device after \d{5} bytes"):
+    with pytest.raises(RunError, match=r"last\.safetensors: expected room for \d+ bytes, got No space left on device after \d+ bytes"):
         train(cells, plan_for(cells), tmp_path / "run")
     state = fresh(plan_for(cells))
     load_checkpoint(tmp_path / "run" / "checkpoints" / "last.safetensors", state)

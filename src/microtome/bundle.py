@@ -164,7 +164,7 @@ def _loaded(path: Path) -> Bundle:
         raise DataError(
             path,
             expected="a bundle written by microtome",
-            got=f"{len(tensors.names)} tensors without a description",
+            got=f"weights without a description ({len(tensors.names)} tensors)",
             do="use a run folder of `microtome train`",
             code="D052",
         )
