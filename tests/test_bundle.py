@@ -370,6 +370,28 @@ def test_a_copy_for_people_that_is_none_is_changed(run: Path, text: str) -> None
     assert fault_of_copy(bundle) == CHANGED
 
 
+def test_a_copy_for_people_of_more_bytes_than_any_has_is_changed_and_not_read_to_its_end(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = load_bundle(run)
+    with (run / "model" / "model.json").open("a") as file:
+        file.write(" " * 50_000)
+    monkeypatch.setattr(module, "MOST_HEADER_BYTES", 50_000)
+    # Spaces behind it change nothing of what it says.
+    assert fault_of_copy(bundle) == CHANGED
+    monkeypatch.setattr(module, "MOST_HEADER_BYTES", 500_000)
+    assert fault_of_copy(bundle) == ""
+
+
+def test_a_model_that_may_not_be_read_is_refused_in_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, *_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refused)
+    with pytest.raises(DataError, match="Permission denied"):
+        load_bundle(run)
+
+
 def test_the_copy_of_schema_1_is_held_to_its_hash_too(tmp_path: Path) -> None:
     for file in SCHEMA_1.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

@@ -1,5 +1,6 @@
 """A folder is opened, its cases are read, and what is wrong with them is an error or a finding that names the file."""
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from folders import nifti, png, text, tiff
 
 from microtome.data import labels, reading
 from microtome.data.dataset import Case, Dataset, fit_channels, open_dataset, read_case_image
+from microtome.data.inputs import list_images
 from microtome.errors import ConfigError, DataError, DataWarning
 from microtome.geometry import affine_from_spacing, same_grid
 from microtome.images.files import read_image, write_image
@@ -203,6 +205,15 @@ def test_sections_are_cut_from_image_and_label_alike(tmp_path: Path) -> None:
     # Section 1 begins one voxel of 3 mm further along Z.
     assert (image.affine @ [0, 0, 0, 1])[2] == 3
     assert same_grid(read_case_image(part).affine, image.affine, image.shape_vox)
+
+
+def test_a_file_name_in_another_encoding_is_refused_before_anything_is_trained_or_predicted(tmp_path: Path) -> None:
+    for folder in ("images", "masks"):
+        png(tmp_path / folder / "b.png", np.eye(4))
+        (tmp_path / folder / "b.png").rename(os.fsdecode(os.fsencode(tmp_path / folder) + b"/b\xe4r.png"))
+    for read in (open_dataset, list_images):
+        with pytest.raises(DataError, match=r"images/b\\udce4r.png: expected a name in UTF-8"):
+            read(tmp_path)
 
 
 def test_pictures_and_volumes_do_not_go_together(tmp_path: Path) -> None:

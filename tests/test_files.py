@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from microtome.errors import RunError
-from microtome.files import atomic_path, is_leftover, scratch_folder, write_json, write_text
+from microtome.errors import DataError, RunError
+from microtome.files import atomic_path, is_leftover, make_folder, scratch_folder, write_json, write_text
 
 
 def full_disk(*_: object, **__: object) -> None:
@@ -127,6 +127,12 @@ def test_two_writers_of_one_file_have_two_temporary_files(tmp_path: Path) -> Non
 def test_missing_folders_are_made(tmp_path: Path) -> None:
     write_text(tmp_path / "a" / "b" / "c.txt", "ä\n")
     assert (tmp_path / "a" / "b" / "c.txt").read_bytes() == b"\xc3\xa4\n"
+
+
+def test_a_folder_with_a_name_in_another_encoding_is_refused_and_not_made(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"run\\udce4: expected a name in UTF-8"):
+        make_folder(Path(os.fsdecode(os.fsencode(tmp_path / "run") + b"\xe4")))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_is_a_file_is_a_run_error_that_names_the_target(tmp_path: Path) -> None:

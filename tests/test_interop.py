@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from microtome.bundle import load_bundle
@@ -275,6 +276,12 @@ def nothing(path: Path) -> Path:
     return path
 
 
+def eighths(path: Path) -> Path:
+    """A safetensors file of numbers of 8 bits that NumPy does not have."""
+    save_file({"a": torch.zeros(4).to(torch.float8_e4m3fn)}, path)
+    return path
+
+
 def words(path: Path) -> Path:
     """A text."""
     path.write_text("weights of a network\n" * 100)
@@ -300,6 +307,7 @@ HOSTILE = {
     nothing: "cannot read",
     words: "no checkpoint",
     damaged: "an unreadable file",
+    eighths: "unreadable file (Got unsupported ScalarType",
 }
 
 
@@ -316,6 +324,34 @@ def test_what_is_not_there_or_a_folder_without_a_model_is_one_line(tmp_path: Pat
     assert "No such file" in refusal(tmp_path / "nowhere.pth")
     (tmp_path / "folder.pth").mkdir()
     assert "got no model" in refusal(tmp_path / "folder.pth")
+    os.mkfifo(tmp_path / "pipe.pth")
+    assert "got what is no plain file (prw" in refusal(tmp_path / "pipe.pth")
+
+
+def test_a_file_that_notes_a_million_names_of_its_million_tensors_is_not_searched_for_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Listed(list[str]):
+        def __contains__(self, name: object) -> bool:
+            raise AssertionError(f"all names were gone through for {name}")
+
+    class File:
+        def __init__(self, path: Path, framework: str) -> None:
+            self.file = safe_open(path, framework=framework)
+
+        def __enter__(self) -> "File":
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.__exit__(None, None, None)
+
+        def __getattr__(self, name: str) -> Any:
+            return (lambda: Listed(self.file.keys())) if name == "keys" else getattr(self.file, name)
+
+    noted = json.dumps({"names": ["other", "last.weight", "first.bias"]})
+    save_file(STATE, tmp_path / "a.safetensors", metadata={"found": noted})
+    monkeypatch.setattr(checkpoints, "safe_open", File)
+    assert list(read_weights(tmp_path / "a.safetensors").arrays) == ["last.weight", "first.bias", "first.weight"]
 
 
 # ---- what holds the process that reads ----
@@ -330,6 +366,8 @@ def test_what_is_not_there_or_a_folder_without_a_model_is_one_line(tmp_path: Pat
         ("import socket; socket.create_connection(('127.0.0.1', 9), 1)", "while a checkpoint is read"),
         ("import pickle; pickle.loads(b'cos\\nsystem\\n.')", "pickle.find_class while a checkpoint is read"),
         ("torch.zeros(1 << 31)", "larger than the file"),
+        ("import errno; raise OSError(errno.ENOSPC, 'No space')", "the disk of temporary files has no room"),
+        ("import os; os._exit(0)", "one that nothing whole was made of"),
         ("import faulthandler; faulthandler._sigsegv()", "ended the process that read it (SIGSEGV)"),
         ("import resource, signal; [signal.raise_signal(signal.SIGXCPU)]", "ended the process that read it (SIGXCPU)"),
     ],
@@ -358,6 +396,7 @@ def test_the_limits_are_set_before_the_file_is_read(tmp_path: Path, forks: Forks
 
 def test_a_checkpoint_is_read_in_a_process_of_its_own_without_our_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "hunter2")
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/opt/python/lib")
     started: list[dict[str, Any]] = []
     run = subprocess.run
 
@@ -370,7 +409,7 @@ def test_a_checkpoint_is_read_in_a_process_of_its_own_without_our_environment(tm
     assert same(read_weights(saved(tmp_path / "a.pth", STATE)).arrays, STATE)
     [words] = started
     assert words["command"] == [sys.executable, "-P", "-m", "microtome.interop.unpickling"]
-    assert words["env"].keys() == {"PYTHONPATH", "OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE", "HOME"}
+    assert words["env"].keys() == {"PYTHONPATH", "OMP_NUM_THREADS", "PYTHONDONTWRITEBYTECODE", "HOME", "LD_LIBRARY_PATH"}
     assert words["env"]["HOME"] == str(words["cwd"])
     assert words["seen"] == []
     assert not Path(words["cwd"]).exists()

@@ -17,6 +17,7 @@ from microtome.data.case import Case
 from microtome.data.dataset import open_dataset
 from microtome.data.split import split_dataset
 from microtome.evaluation.report import build_report
+from microtome.json_files import parse_json
 from microtome.training import provenance
 from microtome.training.provenance import COVERS, END_BYTES, command, fingerprint_of, origin
 from microtome.training.run import train
@@ -154,6 +155,11 @@ def test_a_file_that_is_gone_when_the_model_is_saved_does_not_cost_the_model(dat
 def test_the_command_is_said_without_the_folder_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/home/somebody/.venv/bin/microtome", "train", "cells", "--steps", "6"])
     assert command() == "microtome train cells --steps 6"
+
+
+def test_a_name_in_another_encoding_among_the_words_leaves_a_command_that_json_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["microtome", "train", "cells", "--plan", os.fsdecode(b"pl\xe4ne.yaml")])
+    assert parse_json(json.dumps(command())) == r"microtome train cells --plan pl\udce4ne.yaml"
 
 
 # ---- in a model ----

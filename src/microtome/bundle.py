@@ -31,6 +31,7 @@ from microtome.data.legend import Legend
 from microtome.errors import DataError, DataWarning
 from microtome.files import atomic_path, write_json
 from microtome.geometry import Sizes
+from microtome.json_files import parse_json, read_limited
 
 FILE = "model.safetensors"
 COPY = "model.json"
@@ -142,14 +143,14 @@ def fault_of_copy(bundle: Bundle) -> str:
     if not path.is_file():
         return ""
     try:
-        document = json.loads(path.read_bytes())
+        document = parse_json(read_limited(path, MOST_HEADER_BYTES))
         recorded = document.pop("hash", None)
         if "weights_hash" in document:
             # Of the first bundles of all, whose description nothing held.
             return "" if document["weights_hash"] == bundle.hash else OF_ANOTHER
         arrays = bundle.weights if document["schema"] == 1 else {}
         found = _hash(arrays, document)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return CHANGED
     if recorded != found:
         return CHANGED
@@ -204,7 +205,7 @@ class _Tensors:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        _check_header(path)
+        self._readable(lambda: _check_header(path))
         self.file = self._readable(lambda: safe_open(path, framework="np"))
         self.names = tuple(self.read(lambda file: file.keys()))
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from microtome.errors import RunError
+from microtome.errors import DataError, RunError
 
 # The name of a temporary file or folder: the process that writes it, and what no other has drawn.
 _PART = re.compile(r"\.part-([0-9a-f]{1,8})-[0-9a-f]{8}-")
@@ -105,12 +105,27 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
+def check_name(path: Path) -> None:
+    """Refuse a path whose bytes are no text: no list of files, model or report that names it could be read again.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        do = "rename it, or all at once: convmv -f latin1 -t utf-8 --notest -r FOLDER"
+        raise DataError(path, expected="a name in UTF-8", got=repr(str(path))[-200:], do=do, code="D050") from None
+
+
 def make_folder(path: Path) -> None:
     """Make a folder, and those above it, that a power cut does not take away again.
 
     Raises:
         RunError: the disk is full, or the folder cannot be made.
+        DataError: its name is not UTF-8.
     """
+    check_name(path)
     try:
         _make(path)
     except OSError as error:

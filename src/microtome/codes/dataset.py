@@ -121,6 +121,13 @@ FAULTS = MappingProxyType(
             "that the line gives: its file is packed as a whole, its label is in several files, or border weights are asked for.",
             "Remove that reason: store image and label as OME-Zarr or HDF5, train without border weights, or cut the volume into parts.",
         ),
+        "D050": Fault(
+            "A name that is not UTF-8",
+            "The name of a file or folder was written in another encoding, as old archives have it. Reports, models and lists of predictions "
+            "are UTF-8 and could not name it.",
+            "Rename it. `convmv -f latin1 -t utf-8 -r FOLDER` shows how it would rename all, and does so with `--notest`; "
+            "`unzip -O cp1252 FILE` unpacks an archive with the right names.",
+        ),
         "C016": Fault(
             "`validation` in microtome.yaml cannot be",
             "`validation` or `validation_sections` names cases without labels, leaves nothing to train on, or sections that the stack does "

@@ -38,6 +38,7 @@ from microtome.data.reading import (
     with_spacing,
 )
 from microtome.errors import DataError, DataWarning
+from microtome.files import check_name
 from microtome.images.files import probe_image
 from microtome.images.image import Header, Image
 from microtome.images.volume import Volume
@@ -234,7 +235,7 @@ def open_dataset(path: Path) -> Dataset:
     in the folder, or beside the single file, says what cannot be seen.
 
     Raises:
-        DataError: no such folder; nothing in it that pairs; not one label that can be read.
+        DataError: no such folder; nothing in it that pairs; not one label that can be read; a name that is not UTF-8.
         ConfigError: `microtome.yaml` says something that cannot be.
 
     Warns:
@@ -288,6 +289,8 @@ def open_pair(image: Path, label: Path, config: DatasetConfig, named_by: str) ->
 
 def _opened(root: Path, layout: Layout, config: DatasetConfig, named_by: str) -> Dataset:
     """The dataset of files that are paired: every label read once for its classes, every header for its geometry."""
+    for path in (root, *(file for case in layout.cases for file in (*case.images, *case.labels))):
+        check_name(path)
     labelled = [case for case in layout.cases if case.labels]
     declared = _declared(config, layout, named_by)
     with warnings.catch_warnings(record=True) as caught:

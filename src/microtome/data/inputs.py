@@ -10,6 +10,7 @@ from microtome.data.documents import channel_groups
 from microtome.data.layouts import image_side
 from microtome.data.names import is_image_place, natural, outer_of, stem_of, unique_names
 from microtome.errors import DataError
+from microtome.files import check_name
 from microtome.images.volume import url_of
 
 
@@ -22,9 +23,10 @@ def list_images(path: Path, channels: int = 1) -> tuple[Case, ...]:
         channels: files `x_0000`, `x_0001`, ... are one case where there are as many of them as channels.
 
     Raises:
-        DataError: nothing there, or no image.
+        DataError: nothing there, no image, or a name that is not UTF-8.
     """
     path = Path(path)
+    check_name(path)
     if url_of(path) is not None or is_image_place(path):
         name = stem_of(outer_of(path))
         return (Case(name=name, images=(path if url_of(path) else image_of(path),), group=name),)
@@ -33,6 +35,8 @@ def list_images(path: Path, channels: int = 1) -> tuple[Case, ...]:
         got = "no image in it" if path.is_dir() else "nothing there"
         do = "give pictures or volumes, such as PNG, TIFF, NIfTI, DICOM, HDF5 or OME-Zarr"
         raise DataError(path, expected="an image file or a folder of images", got=got, do=do, code="D001")
+    for file in files:
+        check_name(file)
     stated = load_description(path)[0].images
     inner = stated if are_inner(path, stated) else None
     members = _channel_files(files, channels)

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -47,6 +48,10 @@ def read_weights(path: Path) -> Weights:
     if path.is_dir():
         return _of_bundle(path)
     try:
+        # A pipe would wait for a writer for ever, and could not be read twice.
+        if path.exists() and not path.is_file():
+            got = f"what is no plain file ({stat.filemode(path.stat().st_mode)})"
+            raise DataError(path, expected=EXPECTED, got=got, do="write it into one", code="D232")
         with path.open("rb") as file:
             start, size = file.read(9), os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -92,16 +97,25 @@ def _of_safetensors(path: Path, header_bytes: int) -> Weights:
             if "microtome" in metadata:
                 return _of_bundle(path)
             noted = json.loads(metadata.get("found", "{}"))
-            names = list(file.keys())
+            # In a dictionary: a file may have a million names, and note a million others.
+            names = dict.fromkeys(file.keys())
             order = [name for name in noted.get("names", []) if name in names]
-            tensors = {name: file.get_tensor(name) for name in dict.fromkeys((*order, *names))}
+            arrays = {name: _array(file.get_tensor(name)) for name in dict.fromkeys((*order, *names))}
     except (SafetensorError, OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         got = f"an unreadable file ({' '.join(str(error).split())[:200]})"
         raise DataError(path, expected=EXPECTED, got=got, do=DO, code="D232") from None
-    if not tensors:
+    if not arrays:
         raise DataError(path, expected=EXPECTED, got=f"{header_bytes} bytes that name no tensor", do=DO, code="D232")
-    arrays = {name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy() for name, tensor in tensors.items()}
     return Weights(arrays=arrays, source=str(path), hash=_hash(path))
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """A tensor as an array; bfloat16, which NumPy has not, as float32.
+
+    Raises:
+        TypeError: numbers of 8 bits or fewer, of a kind that NumPy has not either.
+    """
+    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
 def _of_checkpoint(path: Path, size: int) -> Weights:
@@ -114,18 +128,25 @@ def _of_checkpoint(path: Path, size: int) -> Weights:
         if code != 0:
             refused = _refusal(code, words)
             raise DataError(path, expected=EXPECTED, got=refused["got"], do=refused["do"], code="D232")
-        with safe_open(target, framework="np") as file:
-            found = json.loads(file.metadata()["found"])
-            # Read, not mapped: the folder goes.
-            arrays = {name: np.array(file.get_tensor(name)) for name in found["names"]}
-    left_out = tuple(map(str, found["left_out"]))
-    return Weights(arrays=arrays, source=str(path), hash=_hash(path), place=found["place"], left_out=left_out, shared=int(found["shared"]))
+        try:
+            with safe_open(target, framework="np") as file:
+                found = json.loads(file.metadata()["found"])
+                # Read, not mapped: the folder goes.
+                arrays = {name: np.array(file.get_tensor(name)) for name in found["names"]}
+            left_out, place, shared = tuple(map(str, found["left_out"])), str(found["place"]), int(found["shared"])
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+            # Nor is the reader believed that a stranger's file may have taken over.
+            got = f"one that nothing whole was made of ({type(error).__name__})"
+            raise DataError(path, expected=EXPECTED, got=got, do=DO, code="D232") from None
+    return Weights(arrays=arrays, source=str(path), hash=_hash(path), place=place, left_out=left_out, shared=shared)
 
 
 def _converted(source: Any, out: Any, said: Any, folder: Path, seconds: float) -> int | None:
-    """Run the reader on open files, in an empty folder, with nothing of our environment but where modules lie; None: it took too long."""
+    """Run the reader on open files, in an empty folder, with nothing of our environment but where code lies; None: it took too long."""
     places = os.pathsep.join(os.path.abspath(place) for place in sys.path if place)
     environment = {"PYTHONPATH": places, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "HOME": str(folder)}
+    # Without it Python itself does not start where a cluster's modules brought it.
+    environment |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     command = [sys.executable, "-P", "-m", unpickling.__name__]
     try:
         done = subprocess.run(

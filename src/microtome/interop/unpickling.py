@@ -10,6 +10,7 @@ that refuses files to write, processes and connections. What comes back is a saf
     stderr   where it is refused (exit code REFUSED): {"got": ..., "do": ...} in the last line
 """
 
+import errno
 import io
 import json
 import os
@@ -68,6 +69,8 @@ def main() -> int:
         return _say(_objects(str(error)), "where it was made, save only the weights: torch.save(model.state_dict(), ...)")
     except Exception as error:  # noqa: BLE001 - a stranger's bytes raise anything, and all of it means the same
         words = " ".join(str(error).split())
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return _say("one that the disk of temporary files has no room for", "free space there, or set TMPDIR to a folder on another")
         if "memory" in words or "alloc" in words:
             return _say("tensors that are larger than the file", "ask for the weights in another form")
         return _say(f"what torch cannot read ({type(error).__name__}: {words[:150]})", "copy it again, or save it with a newer torch")

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from microtome.errors import DataError
+from microtome.errors import DataError, in_one_line
 from microtome.files import atomic_path
 from microtome.geometry import format_shape
 from microtome.inference.restore import arrays_of
@@ -168,13 +168,14 @@ def kept_initial(path: Path) -> Weights | None:
 def _record(weights: Weights, found: Fit) -> dict[str, Any]:
     """What a model's provenance says of the weights that it began with."""
     total = len(found.taken) + len(found.left)
-    words = f"{len(found.taken)} of {total} tensors from {weights.source}, by {'order' if found.by_order else 'name'}"
+    file = in_one_line(weights.source)
+    words = f"{len(found.taken)} of {total} tensors from {file}, by {'order' if found.by_order else 'name'}"
     if found.left:
         words += f"; {len(found.left)} stay as initialised ({_named([f'{name}: {why}' for name, why in found.left.items()])})"
     if found.unused:
         words += f"; {len(found.unused)} of the file fit nowhere"
     return {
-        "file": weights.source,
+        "file": file,
         "hash": weights.hash,
         "by": "order" if found.by_order else "name",
         "taken": len(found.taken),

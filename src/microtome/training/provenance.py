@@ -13,6 +13,7 @@ from microtome.data.case import Case
 from microtome.data.dataset import Dataset
 from microtome.data.names import place_of
 from microtome.data.split import Split
+from microtome.errors import in_one_line
 from microtome.training.folder import versions
 
 # Read of each end of an image file, whose bytes may be more than anybody waits for.
@@ -28,7 +29,7 @@ def origin(dataset: Dataset, split: Split, plan: Plan) -> dict[str, Any]:
     """What a bundle says of where it comes from, apart from step and score."""
     return {
         "made_by": "microtome train",
-        "data": str(dataset.root),
+        "data": in_one_line(str(dataset.root)),
         "training_cases": len(split.train),
         "validation_cases": len(split.validation),
         "training_data": fingerprint_of(dataset.root, split.train),
@@ -43,7 +44,7 @@ def origin(dataset: Dataset, split: Split, plan: Plan) -> dict[str, Any]:
 
 def command() -> str:
     """The words that started this process, its program without its folder."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return in_one_line(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
 
 
 def fingerprint_of(root: Path, cases: Iterable[Case]) -> dict[str, Any]:
