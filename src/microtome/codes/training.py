@@ -12,7 +12,8 @@ FAULTS = MappingProxyType(
             "The checkpoint cannot be read",
             "The file in RUN/checkpoints is damaged. microtome writes it in one step, so that a kill does not leave half of one; a failing "
             "disk or an interrupted copy does.",
-            "Copy the run folder again if it was copied. Otherwise start again into a new folder, without --resume.",
+            "Nothing needs to be done where the line says that the run goes on from the checkpoint before it. Where both are damaged, copy the run "
+            "folder again if it was copied, or start again into a new folder, without --resume.",
         ),
         "D061": Fault(
             "The checkpoint belongs to another plan",

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from types import MappingProxyType
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from microtome.doctor.facts import Facts, plain
+from microtome.doctor.facts import Facts, plain, without_home
 from microtome.doctor.findings import Check, Level, Line, Result, is_well
 from microtome.terminal import Terminal
 
@@ -75,20 +74,25 @@ def print_diagnosis(lines: Sequence[Line], verdict: str) -> None:
 
 
 def as_document(facts: Facts, lines: Sequence[Line], verdict: str, result: Result | None) -> dict[str, Any]:
-    """Everything, to be pasted into a report of a fault; no name of the machine or of its user is in it.
+    """Everything, to be pasted into a report of a fault; the machine is not named, and the user's own folder is `~`.
 
     `schema`, `ok`, `verdict`, `lines` (`what`, `finding`, `do`, `level`), `facts` as `facts.Facts` has them, `self_test`: null, or
     `checks`, `tile_seconds`, `step_seconds`.
     """
     tested = None
     if result is not None:
-        checks = [{**asdict(check), "seconds": round(check.seconds, 2)} for check in result.checks]
+        checks = [{**_shown(check), "seconds": round(check.seconds, 2)} for check in result.checks]
         tested = {"checks": checks, "tile_seconds": result.tile_seconds, "step_seconds": result.step_seconds}
     return {
         "schema": SCHEMA,
         "ok": is_well(lines),
         "verdict": verdict,
-        "lines": [{name: getattr(line, name) for name in ("what", "finding", "do", "level")} for line in lines],
+        "lines": [_shown(line) for line in lines],
         "facts": plain(facts),
         "self_test": tested,
     }
+
+
+def _shown(line: Line) -> dict[str, Any]:
+    """A line for JSON."""
+    return {"what": line.what, "finding": without_home(line.finding), "do": without_home(line.do), "level": line.level}
