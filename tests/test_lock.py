@@ -188,6 +188,38 @@ def test_without_locks_the_thread_that_holds_it_may_take_it_again(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_on_a_network_drive_which_locks_only_what_is_open_for_writing_a_killed_process_is_recognised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = fcntl.flock
+
+    def flock(handle: int, how: int) -> None:
+        # As NFS has it, which makes a lock of bytes of it (flock(2), "NFS details").
+        if fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        local(handle, how)
+
+    document(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    refuse_if_used(tmp_path)
+    with run_lock(tmp_path) as before:
+        assert before is not None
+
+
+def test_a_lock_on_a_windows_share_which_nobody_else_may_read_is_waited_for_and_then_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pread(*_: Any) -> bytes:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(lock, "_MOST_SECONDS", 0.05)
+    with held_elsewhere(tmp_path):
+        monkeypatch.setattr(os, "pread", pread)
+        refuse_if_used(tmp_path)
+        with pytest.raises(RunError, match="got a process that has not said which; wait until it ends"), run_lock(tmp_path):
+            pass
+
+
 def test_a_process_that_has_not_said_who_it_is_is_waited_for_and_then_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lock, "_MOST_SECONDS", 0.05)
     with (tmp_path / NAME).open("wb") as file:

@@ -106,7 +106,8 @@ def refuse_if_used(folder: Path) -> None:
     """
     path = folder / NAME
     try:
-        handle = os.open(path, os.O_RDONLY)
+        # Not for reading alone: network drives lock only what is open for writing.
+        handle = os.open(path, os.O_RDWR)
     except OSError:
         return
     try:
@@ -223,11 +224,14 @@ def boot() -> str:
 
 
 def _read(handle: int) -> Holder | None:
-    """What stands in the file; None where nothing does, or what is not ours."""
+    """What stands in the file; None where nothing does, or what is not ours, or where it cannot be read.
+
+    A Windows share lets nobody read a file that somebody else has locked.
+    """
     try:
         found = json.loads(os.pread(handle, 1 << 16, 0))
         return Holder(**{field.name: field.type(found[field.name]) for field in fields(Holder)})  # type: ignore[operator]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
