@@ -315,7 +315,8 @@ def test_a_request_after_the_last_look_for_one_waits_for_the_next_step_and_saves
     assert state.progress.step == 21
 
 
-def test_a_second_request_leaves_at_once() -> None:
+def test_a_second_request_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock_module, "_SAME_SECONDS", -1.0)
     with stop_requests() as stopped:
         assert not stopped()
         signal.raise_signal(signal.SIGINT)

@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import distributed
 
 from microtome.config import Plan, dump_yaml
 from microtome.data.dataset import Dataset, open_dataset
 from microtome.data.synthetic import DemoConfig, write_demo_data
-from microtome.errors import ConfigError, DataError, RunError
+from microtome.errors import ConfigError, DataError, RunError, StoppedError
+from microtome.training.clock import stopped_at
 from microtome.training.folder import RunFolder
-from microtome.training.processes import Place
+from microtome.training.processes import LostError, Place, Processes
 from microtome.training.run import train
-from microtome.training.watch import Fallen, error_of, parts_of
+from microtome.training.watch import Fallen, Watch, error_of, parts_of
 from tests.small import TINY_2D, TINY_3D, one_thread, small_plan, small_plan_3d
 
 __all__ = ["one_thread"]
@@ -249,6 +251,30 @@ def test_an_error_comes_whole_from_another_process() -> None:
     assert type(told) is DataError
     assert str(told) == "case_07: expected a, got b (on rank 2); c"
     assert told.code == "D012"
+
+
+@pytest.fixture
+def two(monkeypatch: pytest.MonkeyPatch) -> list[Processes]:
+    """Two that have found each other, without a network between them."""
+    monkeypatch.setattr(Watch, "wait_for_first", lambda self, seconds: None)
+    store, found = distributed.HashStore(), []
+    for rank in range(2):
+        ranks = Processes(Place(rank=rank, count=2, local=rank, address="", port=1, hosted=True), "cpu")
+        ranks.watch = Watch(store, rank, 2)
+        ranks.watch._tell()
+        found.append(ranks)
+    return found
+
+
+@pytest.mark.parametrize("asked", [0, 1])
+def test_a_request_to_stop_that_reaches_one_alone_ends_the_other_with_the_same_code(asked: int, two: list[Processes]) -> None:
+    # Of it the other, which waits until images are prepared, hears only that nobody is there any more.
+    request = stopped_at(0, 36)
+    endings = {asked: two[asked].end(request), 1 - asked: two[1 - asked].end(LostError("Connection closed by peer"))}
+    assert isinstance(endings[0], StoppedError)
+    assert "step 0: expected 36 steps, got a request to stop" in str(endings[0])
+    assert isinstance(endings[1], SystemExit)
+    assert endings[1].code == 75
 
 
 def test_the_first_cause_is_told_and_not_what_followed_from_it() -> None:

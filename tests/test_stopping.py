@@ -1,11 +1,13 @@
 """Requests to stop, sent to real processes: what is saved, the exit codes that a job script acts on, and how soon."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,9 @@ from microtome import cli
 from microtome.config import dump_yaml
 from microtome.data.dataset import Dataset, open_dataset
 from microtome.data.synthetic import DemoConfig, write_demo_data
-from microtome.training.clock import ASKING, leaving
+from microtome.errors import LeftAtOnceError
+from microtome.training import clock
+from microtome.training.clock import ASKING, leaving, stop_requests
 from microtome.training.run import train
 from tests.small import one_thread, small_plan
 from tests.test_run import assert_same_weights, lines
@@ -23,12 +27,13 @@ from tests.test_run import assert_same_weights, lines
 __all__ = ["one_thread"]
 pytestmark = pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IGN, reason="whoever started the tests has Ctrl-C ignored")
 
-# The command as it is; before the named event it says so and waits to be told to go on, so that a signal comes exactly there.
+# The command as it is; before the named event it says so and waits to be told to go on, so that a signal comes exactly there. It says
+# when a signal was heard, and takes the next one for a second request, however soon it comes.
 COMMAND = """
 import sys, torch
 torch.set_num_threads(1)
 from microtome import cli
-from microtome.training import folder, store
+from microtome.training import clock, folder, store
 here = sys.argv.pop(1)
 def wait(name):
     if name == here:
@@ -41,7 +46,12 @@ def appended(self, event):
 def chosen(*words):
     wait("preparing")
     return choose(*words)
+heard = clock.Requests.on_signal
+def hearing(self, number, frame):
+    heard(self, number, frame)
+    print("heard", flush=True)
 folder.RunFolder.append, store._choose_kind = appended, chosen
+clock.Requests.on_signal, clock._SAME_SECONDS = hearing, -1.0
 sys.argv[0] = "microtome"
 cli.main()
 """
@@ -118,17 +128,45 @@ def test_a_request_ends_the_step_saves_exits_with_75_and_resume_gives_the_unbrok
     assert_same_weights(resumed(cells, plan_file, run), unbroken)
 
 
-def test_a_second_ctrl_c_leaves_at_once_and_resume_gives_the_unbroken_run(
-    cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_ctrl_c_or_sigterm_leaves_at_once_and_resume_gives_the_unbroken_run(
+    number: int, code: int, cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with started(COMMAND, "step 5", "train", cells.root, "--plan", plan_file, "--out", run, "--device", "cpu") as process:
-        process.send_signal(signal.SIGINT)
-        code, said = stopped(process, signal.SIGINT)
-    # One that is handled before the other is sent is two; two at the same instant are one to the kernel.
-    assert code in (130, 75)
+        # It waits in the middle of a step until it is told to go on, which it never is.
+        process.send_signal(number)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "heard\n"
+        process.send_signal(number)
+        process.wait(120)
+        assert process.stderr is not None
+        said = process.stderr.read()
+    assert process.returncode == code
+    assert said.endswith("microtome: stopped; a training goes on with --resume, a prediction into a store with the same command\n")
     assert "Traceback" not in said
     assert_same_weights(resumed(cells, plan_file, run), unbroken)
+
+
+def test_a_request_that_comes_by_two_ways_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "_SAME_SECONDS", math.inf)
+    with stop_requests() as stopped:
+        assert not stopped()
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stopped()
+
+
+def test_of_two_requests_only_ctrl_c_and_sigterm_insist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "_SAME_SECONDS", -1.0)
+    with stop_requests() as stopped:
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGHUP)
+        assert stopped()
+        with pytest.raises(LeftAtOnceError) as caught:
+            signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == 143
 
 
 def test_a_request_while_images_are_prepared_is_heard_then_and_the_run_goes_on(
@@ -145,14 +183,13 @@ def test_a_request_while_images_are_prepared_is_heard_then_and_the_run_goes_on(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_is_asked_twice_while_deep_in_a_library_is_gone_in_seconds(number: int) -> None:
     with started(STUCK) as process:
-        process.send_signal(number)
-        # The kernel keeps one signal of a kind, so the second is sent until it arrives.
+        end = time.monotonic() + 120
+        # The kernel keeps one signal of a kind, and what comes right after the first is the same request.
         while process.poll() is None:
+            assert time.monotonic() < end, "it does not end"
             process.send_signal(number)
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(0.05)
-            except subprocess.TimeoutExpired:
-                continue
         assert process.returncode == 128 + number
         assert process.stderr is not None
         assert "left at once; what was saved is good" in process.stderr.read()

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from microtome.errors import MicrotomeError, RunError, StoppedError, in_one_line
+from microtome.errors import LeftAtOnceError, MicrotomeError, RunError, StoppedError, in_one_line
 from microtome.machine import is_short_of_memory
 
 _INTERRUPTED = 130
@@ -29,13 +29,14 @@ def ending(error: BaseException) -> End | None:
 def _stopped(error: BaseException) -> End | None:
     """The end of a program that was asked to stop: by Ctrl-C 130, by whatever else 75, for which a job script starts it again.
 
-    Typer makes an exit of Ctrl-C, in silence; `leaving` one of other requests, from 128 on, where no training answered them.
+    Typer makes an exit of Ctrl-C, in silence; `leaving` one of other requests, from 128 on, where no training answered them. Who asked
+    twice wants the program gone, and no script to start it again.
     """
     code = getattr(error, "code", _INTERRUPTED)
     if not isinstance(code, int) or code < 128:
         return None
     line = "stopped; a training goes on with --resume, a prediction into a store with the same command"
-    return End(line, _INTERRUPTED if code == _INTERRUPTED else StoppedError.exit_code)
+    return End(line, code if code == _INTERRUPTED or isinstance(error, LeftAtOnceError) else StoppedError.exit_code)
 
 
 def _memory_ended(error: Exception) -> RunError:

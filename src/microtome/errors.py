@@ -77,6 +77,10 @@ class StoppedError(RunError):
     exit_code = 75
 
 
+class LeftAtOnceError(SystemExit):
+    """Somebody asked a second time to stop: what was not saved is given up. Its code is the one of a process that the signal ended."""
+
+
 class ShortOfMemoryError(RunError):
     """Memory was not enough in another process; whoever sent it the work may try with less at a time."""
 

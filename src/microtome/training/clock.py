@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from microtome.errors import StoppedError
+from microtome.errors import LeftAtOnceError, StoppedError
 
 # Ctrl-C; what job schedulers and machines that shut down send; a terminal that was closed; SLURM's `--signal=USR1@60`.
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 # Of these a second one means it: a closed terminal may send several, and schedulers repeat a warning.
 INSISTING = (signal.SIGINT, signal.SIGTERM)
+# One request may come by two ways: `timeout` signals a process and its group, SLURM a torchrun, which hands it on, and its processes.
+_SAME_SECONDS = 0.5
 # A program that was asked twice and is deep in a library has so long to end by itself.
 _PATIENCE_SECONDS = 1.0
 
@@ -63,25 +65,42 @@ class Clock:
         return time.perf_counter() - self.last_save
 
 
+class Insistence:
+    """Tells somebody who asks a second time to stop from one request that came by two ways."""
+
+    def __init__(self) -> None:
+        self.asked: float | None = None
+
+    def __call__(self, number: int) -> bool:
+        """Take a signal; whether it is a second request, which is meant."""
+        now = time.monotonic()
+        if self.asked is None:
+            self.asked = now if number in ASKING else None
+            return False
+        return number in INSISTING and now - self.asked > _SAME_SECONDS
+
+
 class Requests:
     """Whether somebody asked to stop; the first request is noted, one that insists leaves at once."""
 
     def __init__(self) -> None:
-        self.number = 0
+        self.number, self.insists = 0, Insistence()
 
     def __call__(self) -> bool:
         """Whether a request came."""
         return self.number != 0
 
-    def on_signal(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, _: FrameType | None) -> None:
         """Take a request.
 
         Raises:
             KeyboardInterrupt: a second Ctrl-C.
-            SystemExit: a second SIGTERM, with the exit code 143.
+            LeftAtOnceError: a second SIGTERM, with the exit code 143.
         """
-        if self.number and number in INSISTING:
-            leave(number, frame)
+        if self.insists(number):
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            raise LeftAtOnceError(128 + number)
         self.number = self.number or number
 
 
@@ -89,9 +108,10 @@ class Requests:
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """A function that tells whether Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 came; who asks it ends what it does and saves.
 
-    A second Ctrl-C or SIGTERM leaves at once. Within another one of this process, what that one heard counts. Only the main thread
-    can listen to signals; one that is handled by a program around this one, outside of Python, is left to it: its handler could not be
-    put back. SIGHUP stays ignored under `nohup`, and SIGUSR1 with whoever listens to it already.
+    A second Ctrl-C or SIGTERM leaves at once, unless it comes within half a second of the first: that is one request by two ways.
+    Within another one of this process, what that one heard counts. Only the main thread can listen to signals; one that is handled by a
+    program around this one, outside of Python, is left to it: its handler could not be put back. SIGHUP stays ignored under `nohup`, and
+    SIGUSR1 with whoever listens to it already.
     """
     requests = Requests()
     if threading.current_thread() is not threading.main_thread():
@@ -116,7 +136,7 @@ def leave(number: int, _: FrameType | None) -> None:
     Raises:
         KeyboardInterrupt: for Ctrl-C, as Python has it.
         SystemExit: else, with the exit code that shells give a process which the signal ended; the command line makes that of a
-            StoppedError of it, unless it was asked twice.
+            StoppedError of it.
     """
     if number == signal.SIGINT:
         raise KeyboardInterrupt
@@ -149,13 +169,16 @@ def leaving() -> Iterator[None]:
 
 def _leave_when_insisted(heard: socket.socket, ended: threading.Event) -> None:
     """Count requests; end the process some time after the second, unless `ended` says that it is over."""
-    asked = 0
+    insists, number = Insistence(), 0
     with heard:
-        # Each byte is the number of a signal; none are left when the other side is closed.
-        while asked < 2 and (numbers := heard.recv(64)):
-            for number in numbers:
-                asked += number in (INSISTING if asked else ASKING)
-    if asked > 1 and not ended.wait(_PATIENCE_SECONDS):
+        # Each byte is the number of a signal; none is left when the other side is closed.
+        while said := heard.recv(1):
+            number = said[0]
+            if insists(number):
+                break
+        else:
+            return
+    if not ended.wait(_PATIENCE_SECONDS):
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"\nmicrotome: left at once; what was saved is good\n")
         os._exit(128 + number)
 

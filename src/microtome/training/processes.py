@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from microtome.config import Plan
-from microtome.errors import ConfigError, MicrotomeError, RunError, StoppedError
+from microtome.errors import ConfigError, MicrotomeError, RunError
 from microtome.inference.devices import pick_device
 from microtome.training.checkpoint import Progress
 from microtome.training.losses import Total, own_sums
@@ -174,7 +174,7 @@ class Processes(Ranks):
         own = isinstance(error, MicrotomeError)
         found = error if own else self.watch.verdict(3.0 if isinstance(error, LostError) else 0.5)
         told = found if isinstance(found, MicrotomeError) else _ended(self.rank, error)
-        self.watch.leave(None if isinstance(error, StoppedError) else told)
+        self.watch.leave(told)
         if self.control is not None and distributed.is_initialized():
             # Whoever waits for this one is told by its connection that it will not come.
             distributed.destroy_process_group(self.control)

@@ -14,7 +14,7 @@ from microtome.bundle import Bundle, load_bundle, save_bundle
 from microtome.config import Plan
 from microtome.data.dataset import Dataset
 from microtome.data.split import leaks, split_dataset
-from microtome.errors import DataError, RunError
+from microtome.errors import DataError, LeftAtOnceError, RunError
 from microtome.evaluation.report import build_report
 from microtome.files import remove_folder, write_json
 from microtome.inference.devices import pick_device, to_device
@@ -75,6 +75,7 @@ def train(
         DataError: weights to begin with fit nowhere.
         RunError: the loss is not finite, the disk is full, the minutes are too few to train in, another process uses `out`,
             somebody stopped the run (StoppedError); what was saved is good.
+        LeftAtOnceError: somebody asked twice; KeyboardInterrupt where it was by Ctrl-C.
     """
     recycle_memory()
     began = time.perf_counter() if start.clock is None else start.clock
@@ -93,6 +94,8 @@ def train(
         try:
             session.train()
             session.finish()
+        except LeftAtOnceError:
+            raise
         except SystemExit as error:
             # Of a request to stop that came beside the steps: what was prepared and saved is kept.
             raise stopped_at(session.state.progress.step, session.state.progress.steps) from error

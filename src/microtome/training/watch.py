@@ -222,7 +222,7 @@ class Watch:
                 if cause is not None and self.speaks():
                     sys.stderr.write(f"microtome: {cause.line}\n")
                     sys.stderr.flush()
-                os._exit(1)
+                os._exit(cause.exit_code if cause is not None else 1)
 
     def _key(self, rank: int) -> str:
         """Under which a process tells of itself."""
