@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,25 @@ def test_whatever_the_body_raises_the_folder_stays_as_it_was(target: Path, fault
     with pytest.raises(RunError if isinstance(fault, OSError) else type(fault)):
         write()
     assert state(target) == before
+
+
+def test_a_drive_that_cannot_flush_folders_is_written_to_and_a_file_that_cannot_be_flushed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, refused = os.fsync, [stat.S_IFDIR]
+
+    def fsync(handle: int) -> None:
+        if stat.S_IFMT(os.fstat(handle).st_mode) in refused:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        plain(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "new" / "a.txt", "kept")
+    assert (tmp_path / "new" / "a.txt").read_text() == "kept"
+    refused.append(stat.S_IFREG)
+    with pytest.raises(RunError, match="got Invalid argument"):
+        write_text(tmp_path / "new" / "a.txt", "lost")
+    assert (tmp_path / "new" / "a.txt").read_text() == "kept"
 
 
 @pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.touch"])

@@ -527,6 +527,18 @@ def test_a_disk_that_fills_is_an_error_that_says_what_is_missing_and_the_run_goe
     assert prepared == [case.name for case in (*cells.labelled[:3], *cells.labelled[2:])]
 
 
+def test_a_disk_that_fails_while_images_are_prepared_is_not_said_to_be_full(
+    cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(np, "save", broken)
+    with pytest.raises(RunError, match=r"\.image\.npy: expected a folder that can be written, got Input/output error") as caught:
+        store_cases(cells, cells.labelled, small_plan(), tmp_path)
+    assert caught.value.code == "R001"
+
+
 def test_what_is_not_of_this_run_is_left_alone(cells: Dataset, tmp_path: Path) -> None:
     for name in ("notes.txt", "00001.nii.gz", "00000-0123456.image.npy"):
         text(tmp_path / name, "mine")

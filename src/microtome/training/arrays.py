@@ -17,7 +17,7 @@ import numpy as np
 import tensorstore as ts
 
 from microtome.errors import RunError
-from microtome.files import atomic_folder, atomic_path
+from microtome.files import atomic_folder, atomic_path, not_written
 from microtome.geometry import Shape
 from microtome.tiling import blocks_of
 
@@ -261,9 +261,7 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         # The library has one type for all that goes wrong below it.
-        got = " ".join(str(getattr(error, "strerror", None) or error).split())[-300:]
-        do = "free space or choose another --out"
-        raise RunError(path, expected="a folder that can be written", got=got, do=do, code="R001") from error
+        raise not_written(path, error, "a folder that can be written") from error
 
 
 def packed_bytes(array: np.ndarray, dims: int) -> int:

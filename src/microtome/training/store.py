@@ -156,6 +156,9 @@ def store_cases(
     try:
         run_within(int(MEMORY_SHARE * free_memory_bytes()), sizes, store, done)
     except RunError as error:
+        # Of a full disk alone; what else is wrong with it is said as it is.
+        if error.code != "R102":
+            raise
         raise _stopped(dataset, [cases[number] for number in sorted(left) if roads[number] != "direct"], plan, error) from error
     arrays = Arrays()
     stored = [_open(dataset, case, stem, arrays) for case, stem in zip(cases, stems, strict=True)]
@@ -243,7 +246,7 @@ def _lying_bytes(stem: Path) -> int:
 
 
 def _stopped(dataset: Dataset, cases: Sequence[Case], plan: Plan, error: RunError) -> RunError:
-    """The error of a write that failed, with the room that the cases still to be prepared take."""
+    """The error of a disk that became full, with the room that the cases still to be prepared take."""
     needed = sum(stored_bytes(dataset, case, plan) for case in cases)
     expected = f"room for {len(cases)} more prepared cases, at most {needed} bytes ({_gb(needed)})"
     return RunError(error.where, expected=expected, got=error.got, do="free space, then --resume: what was prepared is kept", code="R002")
