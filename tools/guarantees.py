@@ -17,6 +17,7 @@ TITLES: Mapping[str, str] = MappingProxyType(
         "kills": "Trainings, killed",
         "faults": "Trainings, with a fault at a call to the disk",
         "predictions": "Predictions, killed",
+        "processes": "Trainings of several processes",
         "fuzz": "Hostile files, read",
     }
 )

@@ -43,14 +43,24 @@ def faults(seconds: float) -> Rows:
 
 
 def predictions(seconds: float) -> Rows:
-    """Predictions into stores, their schedulers and their workers, killed; what is begun is brought to its end, however long it takes."""
+    """Predictions into stores, their schedulers and their workers, killed."""
+    return tests("predictions", "tests/test_resume_prediction.py", seconds)
+
+
+def processes(seconds: float) -> Rows:
+    """Trainings of several processes: volumes, and jobs that are asked to stop."""
+    return tests("processes", "tests/test_processes.py", seconds)
+
+
+def tests(part: str, file: str, seconds: float) -> Rows:
+    """The tests of a file that are for a soak; what is begun is brought to its end, however long it takes."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = [sys.executable, "-m", "pytest", "-n", "0", "-m", "soak", "-q", f"--junitxml={report}", "tests/test_resume_prediction.py"]
+        words = [sys.executable, "-m", "pytest", "-n", "0", "-m", "soak", "-q", f"--junitxml={report}", file]
         done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=4 * seconds + 300, check=False)
-        rows = _rows_of(ElementTree.parse(report)) if report.exists() else []
+        rows = _rows_of(part, ElementTree.parse(report)) if report.exists() else []
     if done.returncode and not any(row["failed"] for row in rows):
-        rows.append(_row("predictions", "tests", found=[done.stdout[-2000:]]))
+        rows.append(_row(part, "tests", found=[done.stdout[-2000:]]))
     return rows
 
 
@@ -68,7 +78,13 @@ class Part(NamedTuple):
 
 
 # The longest first; the shares of a lane add up to 1.
-PARTS = (Part("fuzz", 1.0, fuzzing), Part("faults", 0.6, faults), Part("kills", 0.2, kills), Part("predictions", 0.2, predictions))
+PARTS = (
+    Part("fuzz", 1.0, fuzzing),
+    Part("faults", 0.5, faults),
+    Part("kills", 0.2, kills),
+    Part("predictions", 0.2, predictions),
+    Part("processes", 0.1, processes),
+)
 
 
 def main() -> int:
@@ -143,7 +159,7 @@ def table(rows: Rows) -> str:
     return "\n".join(lines)
 
 
-def _rows_of(report: "ElementTree.ElementTree[Any]") -> Rows:
+def _rows_of(part: str, report: "ElementTree.ElementTree[Any]") -> Rows:
     """The rows of tests: what each says that it tried, or that it failed."""
     rows = []
     for case in report.iter("testcase"):
@@ -152,7 +168,7 @@ def _rows_of(report: "ElementTree.ElementTree[Any]") -> Rows:
         told = [(str(each.get("name")), int(str(each.get("value")))) for each in case.iter("property")]
         for name, count in told or [(str(case.get("name")), 1)]:
             if wrong or case.find("skipped") is None:
-                rows.append(_row("predictions", name, tried=count, seconds=seconds, found=wrong))
+                rows.append(_row(part, name, tried=count, seconds=seconds, found=wrong))
     return rows
 
 
