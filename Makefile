@@ -80,7 +80,7 @@ $(STAMP): requirements.lock pyproject.toml setup.py src/microtome/training/_warp
 	  { echo "make: Python 3.11 or newer is needed, '$(PYTHON)' is $$($(PYTHON) -V 2>&1); name another: make PYTHON=python3.11"; exit 2; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { echo "making .venv with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear .venv; }
 	@echo "installing $(TORCH) (some minutes the first time)"; $(PIP) install -qq "$(TORCH)"
-	@echo "installing $$(grep -c == requirements.lock) pinned packages"; $(PIP) install -qq --no-deps --require-hashes -r requirements.lock
+	@echo "installing $$(grep -c == requirements.lock) pinned packages (some minutes the first time)"; $(PIP) install -qq --no-deps --require-hashes -r requirements.lock
 	@echo "installing microtome from this folder"; $(PIP) install -qq --no-deps --no-build-isolation -e .
 	@$(PIP) check >/dev/null || { $(PIP) check; echo "make: the packages do not fit together; see the lines above"; exit 1; }
 	@touch $@

@@ -143,7 +143,7 @@ def test_a_second_ctrl_c_or_sigterm_leaves_at_once_and_resume_gives_the_unbroken
         assert process.stderr is not None
         said = process.stderr.read()
     assert process.returncode == code
-    assert said.endswith("microtome: stopped; a training goes on with --resume, a prediction into a store with the same command\n")
+    assert said.endswith("microtome: stopped; give the same command again, for a training that has begun with --resume\n")
     assert "Traceback" not in said
     assert_same_weights(resumed(cells, plan_file, run), unbroken)
 
@@ -205,7 +205,7 @@ def test_a_request_beside_any_training_is_one_line_and_a_code(
         cli.main()
     assert caught.value.code == code
     assert capsys.readouterr().err == (
-        "microtome: stopped; a training goes on with --resume, a prediction into a store with the same command\n"
+        "microtome: stopped; give the same command again, for a training that has begun with --resume\n"
     )
     assert [signal.getsignal(asking) for asking in ASKING] == before
 

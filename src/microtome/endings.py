@@ -35,7 +35,7 @@ def _stopped(error: BaseException) -> End | None:
     code = getattr(error, "code", _INTERRUPTED)
     if not isinstance(code, int) or code < 128:
         return None
-    line = "stopped; a training goes on with --resume, a prediction into a store with the same command"
+    line = "stopped; give the same command again, for a training that has begun with --resume"
     return End(line, code if code == _INTERRUPTED or isinstance(error, LeftAtOnceError) else StoppedError.exit_code)
 
 
