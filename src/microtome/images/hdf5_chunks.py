@@ -3,6 +3,7 @@
 import math
 import zlib
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from microtome.errors import DataError
@@ -10,7 +11,7 @@ from microtome.images.parts import MOST_CHUNK_BYTES
 
 # Filters that pack, by their numbers, and the most bytes that come of one: of szip the chunk says it, and it is held to that.
 _DEFLATE, _SZIP, _LZF = 1, 4, 32000
-_GROWTH = {_DEFLATE: 1032, _LZF: 88}
+_GROWTH = MappingProxyType({_DEFLATE: 1032, _LZF: 88})
 # Chunks that cannot become more than this are not looked into.
 _UNSUSPECTED_BYTES = 2**29
 _PIECE_BYTES = 2**22
