@@ -204,9 +204,7 @@ def test_a_request_beside_any_training_is_one_line_and_a_code(
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == code
-    assert capsys.readouterr().err == (
-        "microtome: stopped; give the same command again, for a training that has begun with --resume\n"
-    )
+    assert capsys.readouterr().err == ("microtome: stopped; give the same command again, for a training that has begun with --resume\n")
     assert [signal.getsignal(asking) for asking in ASKING] == before
 
 
