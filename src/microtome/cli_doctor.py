@@ -21,7 +21,7 @@ def doctor(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What this machine has, a self-test of the whole road (a minute or some), and what to install for what is missing. Exit code 1: it failed."""
+    """What this machine has, a self-test of the whole road, and what to install for what is missing. Exit code 1 if it fails."""
     import tempfile
 
     from microtome.doctor.advice import lines as lines_of
