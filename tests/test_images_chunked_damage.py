@@ -1,9 +1,12 @@
 """Stores that are damaged, hostile, too large or not what they say."""
 
+import gzip
 import json
 import shutil
+import struct
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
 import tensorstore as ts
@@ -13,7 +16,9 @@ from microtome.errors import DataError
 from microtome.images.chunked import open_chunked
 from microtome.images.files import open_volume
 from microtome.images.image import Limits
+from microtome.images.stores import read_json
 from tests.chunked_stores import AXES, STACK, everything, put_array, put_stack, write_json
+from tests.resident import grows_by_at_most, packed_zeros
 
 
 def test_a_part_is_limited_and_the_store_is_not(tmp_path):
@@ -31,7 +36,7 @@ def test_a_part_is_limited_and_the_store_is_not(tmp_path):
 @pytest.mark.parametrize(
     ("shape", "chunks", "dtype", "words"),
     [
-        ([8, 8], [2**20, 2**20], "|u1", "chunks of at most 2147483648 values, got 1099511627776 values"),
+        ([8, 8], [2**20, 2**20], "|u1", "chunks of at most 1073741824 bytes, got 1099511627776 bytes"),
         ([8, 0], [8, 8], "|u1", "at least one voxel"),
         ([8, 8], [8, 8], "<c8", "whole or real numbers, got complex64"),
         ([8], [8], "|u1", "axes without names of 8"),
@@ -59,6 +64,82 @@ def test_hostile_metadata_of_arrays_are_refused(tmp_path, shape, chunks, dtype, 
         open_volume(tmp_path / "a.zarr")
     assert "a.zarr" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def made(path: Path, driver: str, metadata) -> Path:
+    """An empty array written by tensorstore."""
+    ts.open({"driver": driver, "kvstore": {"driver": "file", "path": f"{path}/"}, "metadata": metadata}, create=True).result()
+    return path
+
+
+def zarr3(chunk: list[int], *codecs):
+    """An array of float64 of format 3."""
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+    return {"shape": [2**15, 2**15], "data_type": "float64", "chunk_grid": grid, "codecs": list(codecs)}
+
+
+def sharding(inner: list[int], *codecs):
+    """The codec of shards."""
+    plain = {"name": "bytes", "configuration": {"endian": "little"}}
+    return {"name": "sharding_indexed", "configuration": {"chunk_shape": inner, "codecs": list(codecs or (plain,))}}
+
+
+LARGE, SMALL = [2**14, 2**14], [64, 64]
+PLAIN = {"name": "bytes", "configuration": {"endian": "little"}}
+SHAPE = [2**15, 2**15]
+TOO_LARGE = {
+    "zarr 2": ("zarr", {"shape": SHAPE, "chunks": LARGE, "dtype": "<f8"}),
+    "zarr 3": ("zarr3", zarr3(LARGE, PLAIN)),
+    "inner chunk": ("zarr3", zarr3(LARGE, sharding(LARGE))),
+    "inner chunk of an inner shard": ("zarr3", zarr3(SHAPE, sharding(LARGE, sharding(LARGE)))),
+    "n5": ("n5", {"dimensions": SHAPE, "blockSize": LARGE, "dataType": "float64", "compression": {"type": "gzip"}}),
+}
+SMALL_ENOUGH = {
+    "shard": ("zarr3", zarr3(LARGE, sharding(SMALL))),
+    "shard of shards": ("zarr3", zarr3(SHAPE, sharding(LARGE, sharding(SMALL)))),
+    "a gigabyte": ("zarr", {"shape": SHAPE, "chunks": [2**13, 2**14], "dtype": "<f8"}),
+}
+
+
+@pytest.mark.parametrize(("driver", "metadata"), TOO_LARGE.values(), ids=TOO_LARGE)
+def test_a_chunk_that_decodes_to_more_than_a_gigabyte_is_refused(tmp_path, driver, metadata):
+    path = made(tmp_path / "a.store", driver, metadata)
+    with pytest.raises(DataError, match=r"a\.store: expected chunks of at most 1073741824 bytes, got 2147483648 bytes"):
+        open_volume(path)
+
+
+@pytest.mark.parametrize(("driver", "metadata"), SMALL_ENOUGH.values(), ids=SMALL_ENOUGH)
+def test_what_is_decoded_at_once_counts_and_not_the_shard(tmp_path, driver, metadata):
+    assert open_volume(made(tmp_path / "a.store", driver, metadata)).shape_vox == tuple(SHAPE)
+
+
+@pytest.mark.parametrize("packing", ["zlib", "zstd", "n5"])
+def test_a_chunk_file_that_becomes_a_quarter_of_a_gigabyte_is_refused_before_it_does(tmp_path, packing):
+    path = tmp_path / "a.store"
+    if packing == "n5":
+        made(path, "n5", {"dimensions": SMALL, "blockSize": SMALL, "dataType": "uint8", "compression": {"type": "gzip"}})
+        (path / "0").mkdir()
+        (path / "0" / "0").write_bytes(struct.pack(">HHII", 0, 2, *SMALL) + packed_zeros(256, 31))
+    else:
+        compressor = {"id": packing, "level": 1}
+        made(path, "zarr", {"shape": SMALL, "chunks": SMALL, "dtype": "|u1", "compressor": compressor})
+        (path / "0.0").write_bytes(packed_zeros(256) if packing == "zlib" else imagecodecs.zstd_encode(bytes(2**28)))
+    with grows_by_at_most(2**26), pytest.raises(DataError, match=r"a\.store: expected a whole chunked store") as caught:
+        everything(open_volume(path).pixels)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_block_of_n5_that_claims_to_be_larger_than_the_blocks_is_refused(tmp_path):
+    path = made(tmp_path / "a.n5", "n5", {"dimensions": SMALL, "blockSize": SMALL, "dataType": "uint8", "compression": {"type": "gzip"}})
+    (path / "0").mkdir()
+    (path / "0" / "0").write_bytes(struct.pack(">HHII", 0, 2, 2**31 - 1, 2**31 - 1) + gzip.compress(bytes(64)))
+    with grows_by_at_most(2**26), pytest.raises(DataError, match=r"a\.n5: .* exceeds blockSize of \{64, 64\}"):
+        everything(open_volume(path).pixels)
+
+
+def test_the_folder_of_all_folders_is_looked_at_like_any_other():
+    # Groups above a store are asked for its name, up to there.
+    assert read_json(Path("/"), "there-is-no-such-document.json") is None
 
 
 def test_a_shard_of_too_many_chunks_is_refused(tmp_path):

@@ -16,6 +16,7 @@ from microtome.geometry import affine_from_spacing
 from microtome.images import hdf5
 from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
 from microtome.images.image import Image, Limits
+from tests.resident import grows_by_at_most, packed_zeros
 
 RNG = np.random.default_rng(0)
 STACK = RNG.integers(0, 60_000, (6, 20, 25)).astype(np.uint16)
@@ -257,6 +258,79 @@ def test_a_volume_that_is_not_there_takes_no_memory_until_it_is_read(tmp_path):
         read_image(tmp_path / "a.h5")
     with pytest.raises(DataError, match="max_side"):
         open_volume(tmp_path / "a.h5", limits=Limits(max_side=2**18))
+
+
+def bomb(path, **options):
+    """A dataset `raw` of 4 chunks of 1024 bytes, of which one becomes a gigabyte."""
+    with h5py.File(path, "w") as file:
+        values = np.arange(64 * 64, dtype=np.uint8).reshape(64, 64)
+        dataset = file.create_dataset("raw", data=values, chunks=(32, 32), compression="gzip", **options)
+        dataset.id.write_direct_chunk((0, 32), packed_zeros(1024))
+    return values
+
+
+@pytest.mark.parametrize("options", [{}, {"shuffle": True, "fletcher32": True}])
+def test_a_chunk_that_becomes_a_gigabyte_is_refused_before_it_does_and_the_others_are_read(tmp_path, options):
+    values = bomb(tmp_path / "a.h5", **options)
+    volume = open_volume(tmp_path / "a.h5")
+    np.testing.assert_array_equal(volume.pixels[:, 32:, :][0], values[32:])
+    with grows_by_at_most(2**26), pytest.raises(DataError, match=r"a\.h5: expected a chunk at \[0, 32\] of at most") as caught:
+        volume.pixels[:, :, 20:40]
+    assert "\n" not in str(caught.value)
+    with grows_by_at_most(2**26), pytest.raises(DataError, match=r"a\.h5: expected a chunk at \[0, 32\]"):
+        read_image(tmp_path / "a.h5")
+
+
+def test_a_large_chunk_that_is_what_it_should_be_is_read(tmp_path):
+    values = RNG.integers(0, 256, (1000, 1000)).astype(np.uint8)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("raw", data=values, chunks=values.shape, compression="gzip", fletcher32=True)
+        # So large that it is looked into: deflate could make half a gigabyte of it.
+        assert dataset.id.get_chunk_info(0).size * 1032 > 2**29
+    np.testing.assert_array_equal(read_image(tmp_path / "a.h5").array[0], values)
+
+
+def test_a_virtual_dataset_of_such_chunks_is_refused_too(tmp_path):
+    bomb(tmp_path / "a.h5")
+    with h5py.File(tmp_path / "a.h5", "a") as file:
+        for name, source in (("twice", "raw"), ("again", "twice")):
+            layout = h5py.VirtualLayout((2, *file[source].shape), "u1")
+            layout[0] = layout[1] = h5py.VirtualSource(file[source])
+            file.create_virtual_dataset(name, layout)
+    with grows_by_at_most(2**26), pytest.raises(DataError, match=r"a\.h5/again: expected a chunk at \[0, 32\]"):
+        open_volume(tmp_path / "a.h5" / "again").pixels[:, :1, :1, :1]
+
+
+@pytest.mark.parametrize("packing", ["gzip", "lzf", None])
+def test_chunks_that_claim_more_than_a_gigabyte_are_refused(tmp_path, packing):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("raw", (2**15, 2**16), "u1", chunks=(2**15, 2**15 + 1), compression=packing)
+    with pytest.raises(DataError, match=r"a\.h5: expected chunks of at most 1073741824 bytes, got 1073774592 bytes"):
+        open_volume(tmp_path / "a.h5")
+
+
+def test_chunks_that_are_packed_twice_are_refused(tmp_path):
+    packing = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+    packing.set_chunk((4, 4))
+    packing.set_deflate(9)
+    packing.set_deflate(9)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        h5py.h5d.create(file.id, b"raw", h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple((8, 8)), packing)
+    with pytest.raises(DataError, match=r"a\.h5: expected chunks that are packed once, got 2 \(filters 1, 1\)"):
+        open_volume(tmp_path / "a.h5")
+
+
+def test_virtual_datasets_upon_each_other_are_each_looked_at_once(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["v0"] = np.arange(16, dtype=np.uint8).reshape(4, 4)
+        # Each by four names: 4**14 ways lead down.
+        for level in range(14):
+            layout = h5py.VirtualLayout((4, 4), "u1")
+            for row in range(4):
+                file[f"v{level}_{row}"] = file[f"v{level}"]
+                layout[row] = h5py.VirtualSource(".", f"v{level}_{row}", (4, 4))[row]
+            file.create_virtual_dataset(f"v{level + 1}", layout)
+    assert open_volume(tmp_path / "a.h5" / "v14").shape_vox == (4, 4)
 
 
 def test_many_threads_read_one_dataset(tmp_path):

@@ -15,6 +15,7 @@ from microtome.errors import ConfigError, DataError
 from microtome.geometry import affine_from_spacing
 from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
 from microtome.images.image import Image, Limits
+from tests.resident import grows_by_at_most, packed_zeros
 
 RNG = np.random.default_rng(0)
 ARRAY = RNG.integers(0, 60_000, (5, 6, 7)).astype(np.uint16)
@@ -321,6 +322,89 @@ def test_limits_are_for_sides_by_part_and_for_voxels_of_the_whole(tmp_path):
     huge = nrrd(tmp_path / "c.nrrd", gzip.compress(VALUES.tobytes()), encoding="gzip", sizes="2000 2000 2000")
     with pytest.raises(DataError, match="max_expansion"):
         open_volume(huge)
+
+
+TURNED = {"space_dimension": "3", "space_directions": "(1,0,0) (0,1,0) (0,0,1)"}
+NO_PLACES = [
+    {"spacings": "0 1 1"},
+    {"spacings": "nan 1 1"},
+    {"spacings": "1 inf 1"},
+    {"spacings": "1 1 -inf"},
+    TURNED | {"space_directions": "(0,0,0) (0,1,0) (0,0,1)"},
+    TURNED | {"space_directions": "(1,0,0) (0,nan,0) (0,0,1)"},
+    TURNED | {"space_directions": "(1,0,0) (0,1,0) (0, 0, inf)"},
+    TURNED | {"space_origin": "(nan,0,0)"},
+    TURNED | {"space_origin": "(0,-inf,0)"},
+    TURNED | {"space_directions": "(1,0,0) (0,1,0) (1,1,0)"},
+]
+NO_META_PLACES = [
+    {"ElementSpacing": "0 1 1"},
+    {"ElementSpacing": "nan 1 1"},
+    {"ElementSpacing": "1 1e999 1"},
+    {"ElementSize": "0 0 0"},
+    {"Offset": "inf 0 0"},
+    {"Offset": "0 0 -1e999"},
+    {"TransformMatrix": "nan 0 0 0 1 0 0 0 1"},
+    {"TransformMatrix": "1 0 0 0 0 0 0 0 1"},
+]
+
+
+def refused_everywhere(path, words):
+    """Each way to look at a file says the same, in one line with its name."""
+    for read in (probe_image, open_volume, read_image):
+        with pytest.raises(DataError, match=words) as caught:
+            read(path)
+        assert caught.value.where == str(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["raw", "gzip"])
+@pytest.mark.parametrize("fields", NO_PLACES)
+def test_a_nrrd_whose_place_is_not_finite_or_whose_voxels_have_no_size_is_refused(tmp_path, fields, encoding):
+    data = {"raw": bytes, "gzip": gzip.compress}[encoding](VALUES.tobytes())
+    path = nrrd(tmp_path / "a.nrrd", data, encoding=encoding, **fields)
+    refused_everywhere(path, r"expected finite (spacings, not 0|space directions, not 0|space origin|voxel sizes above 0)")
+
+
+@pytest.mark.parametrize("fields", NO_META_PLACES)
+def test_a_metaimage_whose_place_is_not_finite_or_whose_voxels_have_no_size_is_refused(tmp_path, fields):
+    head, _, name = META.format("LOCAL").partition("ElementType")
+    lines = "".join(f"{field} = {value}\n" for field, value in fields.items())
+    (tmp_path / "a.mha").write_bytes(f"{head}{lines}ElementType{name}".encode() + VALUES.tobytes())
+    refused_everywhere(tmp_path / "a.mha", r"expected (finite voxel sizes above 0|NDims first, then \d finite numbers)")
+
+
+def test_an_axis_of_channels_needs_no_voxel_size(tmp_path):
+    fields = {"dimension": "4", "sizes": "2 4 3 1", "kinds": "vector domain domain domain", "spacings": "nan 2 3 4"}
+    image = read_image(nrrd(tmp_path / "a.nrrd", VALUES.tobytes(), **fields))
+    assert (image.channels, image.spacing_mm) == (2, (4.0, 3.0, 2.0))
+
+
+def packed_volume(folder, kind, sizes, data):
+    """A NRRD or MetaImage of bytes that are packed by deflate."""
+    if kind == "nrrd":
+        return nrrd(folder / "a.nrrd", data, encoding="gzip", sizes=sizes)
+    head = META.format("LOCAL").replace("4 3 2", sizes).replace("BinaryData = True\n", "BinaryData = True\nCompressedData = True\n")
+    (folder / "a.mha").write_bytes(head.encode() + data)
+    return folder / "a.mha"
+
+
+@pytest.mark.parametrize("kind", ["nrrd", "metaimage"])
+def test_voxels_that_unpack_to_a_gigabyte_are_unpacked_no_further_than_the_header_says(tmp_path, kind):
+    path = packed_volume(tmp_path, kind, "4 3 2", packed_zeros(1024, 31 if kind == "nrrd" else 15))
+    with grows_by_at_most(2**26):
+        assert read_image(path).array.shape == (1, 2, 3, 4)
+
+
+@pytest.mark.parametrize("kind", ["nrrd", "metaimage"])
+def test_a_tiny_packed_file_that_claims_a_gigabyte_is_refused_before_memory_is_taken(tmp_path, kind):
+    path = packed_volume(tmp_path, kind, "1024 1024 1024", packed_zeros(1, 31 if kind == "nrrd" else 15))
+    with grows_by_at_most(2**26):
+        for read in (open_volume, read_image):
+            with pytest.raises(
+                DataError, match=r"a\.\w+: expected a file of \d+ bytes to hold at most 2000 times as many \(max_expansion\)"
+            ):
+                read(path)
 
 
 def attempt(path):

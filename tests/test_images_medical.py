@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from microtome.errors import DataError, DataWarning
 from microtome.geometry import affine_from_spacing
-from microtome.images.files import probe_image, read_image, write_image, write_labels
+from microtome.images.files import open_volume, probe_image, read_image, write_image, write_labels
 from microtome.images.image import Image, Limits
 
 MM = {"mm": 1.0, "micron": 1e-3, "meter": 1e3, "unknown": 1.0}
@@ -288,6 +288,29 @@ def test_a_header_that_cannot_be_is_an_error_with_the_files_name(tmp_path, field
     with pytest.raises(DataError, match=message) as caught:
         read_image(path)
     assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sform_code": 1, "srow_x": [np.nan, 0, 0, 0], "srow_y": [0, 1, 0, 0], "srow_z": [0, 0, 1, 0]},
+        {"sform_code": 1, "srow_x": [1, 0, 0, 0], "srow_y": [0, np.inf, 0, 0], "srow_z": [0, 0, 1, 0]},
+        {"sform_code": 1, "srow_x": [1, 0, 0, -np.inf], "srow_y": [0, 1, 0, 0], "srow_z": [0, 0, 1, 0]},
+        {"qform_code": 1, "quatern_b": np.nan},
+        {"qform_code": 1, "qoffset_z": np.inf},
+        {"pixdim": [1, 1, np.nan, 1, 0, 0, 0, 0]},
+        {"pixdim": [1, 1, 1, -np.inf, 0, 0, 0, 0]},
+    ],
+)
+def test_a_place_that_is_not_finite_is_refused_by_each_way_to_look_at_the_file(tmp_path, fields, packed):
+    path = header_with(tmp_path, **fields)
+    if packed:
+        path.write_bytes(gzip.compress(path.read_bytes()))
+    for read in (probe_image, open_volume, read_image):
+        with pytest.raises(DataError, match=r"case_07\.nii: expected (a finite [sq]form|finite voxel sizes)") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from microtome.errors import DataError, DataWarning
 from microtome.geometry import affine_from_spacing
-from microtome.images.files import label_suffix, probe_image, read_image, write_image, write_labels
+from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
 from microtome.images.image import Image, Limits
 
 RNG = np.random.default_rng(0)
@@ -300,6 +300,47 @@ def test_pages_that_form_a_circle_are_an_error(tmp_path):
     (tmp_path / "a.tif").write_bytes(whole)
     with pytest.raises(DataError, match=r"a\.tif: expected pages in a row"):
         read_image(tmp_path / "a.tif")
+
+
+OME = (
+    '<?xml version="1.0" encoding="UTF-8"?><OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" UUID="urn:uuid:1"><Image ID="i">'
+    '<Pixels ID="p" DimensionOrder="XYZCT" Type="uint8" SizeX="8" SizeY="8" SizeZ="2" SizeC="1" SizeT="1">'
+    '<TiffData IFD="0" FirstZ="0" PlaneCount="1"><UUID FileName="{}">urn:uuid:1</UUID></TiffData>'
+    '<TiffData IFD="0" FirstZ="1" PlaneCount="1"><UUID FileName="{}">urn:uuid:2</UUID></TiffData></Pixels></Image></OME>'
+)
+
+
+def pair(folder, second, own="a.ome.tif"):
+    """An OME-TIFF of zeros whose second section is in another file."""
+    folder.mkdir(exist_ok=True)
+    tifffile.imwrite(folder / "a.ome.tif", np.zeros((8, 8), np.uint8), description=OME.format(own, second), metadata=None)
+    return folder / "a.ome.tif"
+
+
+@pytest.mark.parametrize("second", ["../x.tif", "{}/x.tif", "link.tif", "linked/x.tif", "../in/../x.tif"])
+def test_planes_outside_of_the_folder_are_refused_before_their_file_is_opened(tmp_path, monkeypatch, second):
+    tifffile.imwrite(tmp_path / "x.tif", np.full((8, 8), 7, np.uint8))
+    path = pair(tmp_path / "in", second.format(tmp_path))
+    (tmp_path / "in" / "link.tif").symlink_to(tmp_path / "x.tif")
+    (tmp_path / "in" / "linked").symlink_to(tmp_path)
+    opened = []
+
+    def noting(self, file, *arguments, _original=tifffile.TiffFile.__init__, **options):
+        opened.append(str(file))
+        _original(self, file, *arguments, **options)
+
+    monkeypatch.setattr(tifffile.TiffFile, "__init__", noting)
+    for read in (probe_image, open_volume, read_image):
+        with pytest.raises(DataError, match=r"a\.ome\.tif: expected planes in files of its folder, got '.*(x|link)\.tif'") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
+    assert set(opened) == {str(path)}
+
+
+@pytest.mark.parametrize("own", ["a.ome.tif", "/where/it/was/written/a.ome.tif"])
+def test_planes_in_a_file_of_the_folder_are_read(tmp_path, own):
+    tifffile.imwrite(tmp_path / "b.tif", np.full((8, 8), 7, np.uint8))
+    assert read_image(pair(tmp_path, "b.tif", own)).array[0, :, 0, 0].tolist() == [0, 7]
 
 
 def test_a_tiff_bomb_is_refused_before_memory_is_taken(tmp_path):

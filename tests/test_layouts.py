@@ -431,6 +431,7 @@ def test_stated_side_that_is_empty_is_an_error(tmp_path: Path) -> None:
         ("clases: [a, b]", "unknown name `clases`; did you mean `classes`"),
         ("group_by: '('", "group_by: a regular expression"),
         ("group_by: 'abc'", "bracket around the group"),
+        ("group_by: '(a+)+b'", "which could take for ever"),
         ("spacing_mm: [1, 0]", "two or three positive numbers"),
         ("classes: {a: 1, b: 1}", "one class for 1, not both 'a' and 'b'"),
         ("classes: [a, a]", "each name once"),

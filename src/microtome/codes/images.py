@@ -25,7 +25,8 @@ FAULTS = MappingProxyType(
         "D003": Fault(
             "Larger than may be read at once",
             "The header claims more voxels, channels or bytes than the limits allow, or a size of 0. A damaged header or a file made to fill "
-            "the memory looks like that; so does a very large true image that is asked for in one piece.",
+            "the memory looks like that; so does a very large true image that is asked for in one piece. In HDF5 a chunk that is decoded at "
+            "once may be too large, or unpack to more than a chunk.",
             "If the image is not that large, export it again. A true large volume is read part by part when it is predicted or trained on from "
             "OME-Zarr, HDF5 or uncompressed NIfTI and TIFF. From Python, `read_image` takes other `Limits`.",
         ),
@@ -81,7 +82,7 @@ FAULTS = MappingProxyType(
         "D012": Fault(
             "The voxels lie in another file",
             "This is a header whose voxels are in a second file that is not beside it, lies outside of the folder, or is one of several: "
-            ".hdr with .img, .nhdr, .mhd with .raw, or HDF5 with external data.",
+            ".hdr with .img, .nhdr, .mhd with .raw, OME-TIFF that names planes elsewhere, or HDF5 with external data.",
             "Copy both files side by side, or write one file that holds both: .nii.gz, .nrrd or .mha. For HDF5, `h5repack OLD.h5 NEW.h5` "
             "or `h5copy` bring the values into one file.",
         ),

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from microtome.config import Config, load_yaml, parse_config
 from microtome.data.case import LabelValue
 from microtome.data.names import some
+from microtome.data.patterns import quick_pattern
 from microtome.errors import ConfigError, DataError
 
 NAMES = ("microtome.yaml", "microtome.yml")
@@ -78,7 +79,9 @@ class DatasetConfig(Config):
     groups: Annotated[Mapping[str, tuple[str, ...]], BeforeValidator(_words)] = Field(
         default_factory=dict, description="group: [cases] that a split keeps together (a patient)"
     )
-    group_by: str | None = Field(default=None, description="regular expression on a case's name; its first bracket is the group")
+    group_by: str | None = Field(
+        default=None, description="regular expression on a case's name, with at most three `+` or `*`; its first bracket is the group"
+    )
     validation: tuple[str, ...] = Field(default=(), description="the cases that validate, instead of a fold")
     validation_sections: tuple[int, int] | None = Field(
         default=None, description="of a single stack: first section that validates, and past the last"
@@ -94,10 +97,7 @@ class DatasetConfig(Config):
     @field_validator("group_by")
     @classmethod
     def _has_group(cls, value: str | None) -> str | None:
-        try:
-            brackets = 1 if value is None else re.compile(value).groups
-        except re.error as error:
-            raise ValueError(f"a regular expression ({error})") from None
+        brackets = 1 if value is None else quick_pattern(value).groups
         if brackets < 1:
             raise ValueError("a regular expression with a bracket around the group, such as `(patient\\d+)_`")
         return value

@@ -19,11 +19,12 @@ from microtome.geometry import Shape, affine_from_spacing, format_shape
 from microtome.images import stores
 from microtome.images.image import Limits
 from microtome.images.metadata import FINDERS, MM_PER_UNIT, Found, kind_of
+from microtome.images.parts import MOST_CHUNK_BYTES
 from microtome.images.stores import name_of, reading, writing
 from microtome.images.volume import Volume, url_of
 
-# What a chunk may hold, since a reader decodes it as a whole; chunks in a shard, since it reads the list of them as a whole.
-_MOST_CHUNK_VALUES, _MOST_SHARD_CHUNKS = 2**31, 2**24
+# A reader has the list of the chunks in a shard as a whole.
+_MOST_SHARD_CHUNKS = 2**24
 
 
 class ChunkedArray:
@@ -221,12 +222,13 @@ def _check(pixels: ChunkedArray, store: ts.TensorStore, path: Path, limits: Limi
         DataError: no voxel, no number, or a size beyond a limit.
     """
     outer, inner = (math.prod(_sides(grid)) for grid in (store.chunk_layout.write_chunk, store.chunk_layout.read_chunk))
+    decoded = inner * pixels.dtype.itemsize
     wrong = (
         (min(pixels.shape) < 1, "at least one voxel along each axis", format_shape(pixels.shape)),
         (pixels.dtype.kind not in "biuf", "whole or real numbers", str(pixels.dtype)),
         (max(pixels.shape[1:]) > limits.max_side, f"at most {limits.max_side} voxels along an axis (max_side)", format_shape(pixels.shape)),
         (pixels.shape[0] > limits.max_channels, f"at most {limits.max_channels} channels (max_channels)", format_shape(pixels.shape)),
-        (inner > _MOST_CHUNK_VALUES, f"chunks of at most {_MOST_CHUNK_VALUES} values", f"{inner} values"),
+        (decoded > MOST_CHUNK_BYTES, f"chunks of at most {MOST_CHUNK_BYTES} bytes", f"{decoded} bytes"),
         (outer // inner > _MOST_SHARD_CHUNKS, f"shards of at most {_MOST_SHARD_CHUNKS} chunks", f"{outer // inner} chunks"),
     )
     for refused, expected, got in wrong:

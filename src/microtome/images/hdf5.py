@@ -16,6 +16,7 @@ import numpy as np
 from microtome.errors import DataError, DataWarning, missing_extra
 from microtome.files import atomic_path
 from microtome.geometry import Shape, Spacing, affine_from_spacing, format_shape
+from microtome.images.hdf5_chunks import Chunks, check_claims
 from microtome.images.image import Header, Image, Limits, decoding
 from microtome.images.npy import image_type, samples_last
 from microtome.images.parts import bounds, limits_of_parts
@@ -53,6 +54,7 @@ def open_hdf5(path: Path, limits: Limits) -> Volume:
     file_path, name = split(path)
     with decoding(path, "HDF5"):
         dataset = _dataset(path, h5py.File(file_path, "r", locking="best-effort"), name)
+        sources = _sources(path, dataset)
         dtype = image_type(path, dataset.dtype)
         axes = _arranged(path, dataset)
         sizes = tuple(1 if axis is None else int(dataset.shape[axis]) for axis in axes)
@@ -61,7 +63,7 @@ def open_hdf5(path: Path, limits: Limits) -> Volume:
     limits_of_parts(limits).check(file_path, header)
     plane = (*(1,) * (len(sizes) - 3), *sizes[-2:])
     return Volume(
-        pixels=_Dataset(path, dataset, axes, sizes, dtype),
+        pixels=_Dataset(path, dataset, axes, shape=sizes, dtype=dtype, sources=sources),
         spacing_mm=spacing,
         affine=affine_from_spacing(spacing),
         axes="CZYX" if len(sizes) == 4 else "CYX",
@@ -115,13 +117,17 @@ class _Dataset:
         dataset: of an open file.
         axes: its axes in the order of the image's; None for channels that it has no axis of. All others are of length 1.
         shape, dtype: of the image, (C, *S).
+        sources: the datasets that hold its values.
     """
 
-    def __init__(self, path: Path, dataset: Any, axes: tuple[int | None, ...], shape: Shape, dtype: np.dtype[Any]) -> None:
+    def __init__(
+        self, path: Path, dataset: Any, axes: tuple[int | None, ...], *, shape: Shape, dtype: np.dtype[Any], sources: list[Any]
+    ) -> None:
         self.path, self.shape, self.dtype = path, shape, dtype
         # The dataset is open as long as its file is.
         self._dataset, self._file, self._axes = dataset, dataset.file, axes
         self._lock = threading.Lock()
+        self._chunks = [Chunks(path, one) for one in sources]
 
     def __getitem__(self, part: Any) -> np.ndarray:
         limits = bounds(part, self.shape)
@@ -129,9 +135,11 @@ class _Dataset:
         if 0 in sizes:
             return np.empty(sizes, self.dtype)
         ours = [(axis, slice(*ends)) for axis, ends in zip(self._axes, limits, strict=True) if axis is not None]
-        theirs = [dict(ours).get(axis, slice(None)) for axis in range(self._dataset.ndim)]
+        theirs = tuple(dict(ours).get(axis, slice(0, 1)) for axis in range(self._dataset.ndim))
         with decoding(self.path, "HDF5"), self._lock:
-            array = np.asarray(self._dataset[tuple(theirs)])
+            for chunks in self._chunks:
+                chunks.check(None if self._dataset.is_virtual else theirs)
+            array = np.asarray(self._dataset[theirs])
         order = [axis for axis, _ in ours]
         single = [axis for axis in range(array.ndim) if axis not in order]
         return np.ascontiguousarray(array.transpose(*single, *order).reshape(sizes), self.dtype)
@@ -159,10 +167,10 @@ def _listed(file: Any) -> dict[str, Shape]:
 
 
 def _dataset(path: Path, file: Any, name: str) -> Any:
-    """The dataset that is meant, whose values are in this file and can be unpacked.
+    """The dataset that is meant.
 
     Raises:
-        DataError: there is none, there are several, or its values are elsewhere.
+        DataError: there is none, or there are several.
     """
     if not name:
         found = _listed(file)
@@ -173,7 +181,6 @@ def _dataset(path: Path, file: Any, name: str) -> Any:
     item = _follow(path, file, name)
     if not hasattr(item, "chunks") or not _LEAST_AXES <= item.ndim <= _MOST_AXES:
         raise _no_choice(path, _listed(file))
-    _check_inside(path, file, item, _MOST_LINKS)
     return item
 
 
@@ -212,16 +219,30 @@ def _follow(path: Path, file: Any, name: str) -> Any:
     return node
 
 
-def _check_inside(path: Path, file: Any, dataset: Any, depth: int) -> None:
-    """Refuse a dataset whose values would be read from other files, or unpacked by what is not here."""
+def _sources(path: Path, dataset: Any) -> list[Any]:
+    """The datasets that hold the values: itself, or those of which a virtual one is made.
+
+    Raises:
+        DataError: values would be read from other files, or unpacked by what is not here or to more than they should be.
+    """
+    checked: dict[Any, tuple[int, Any]] = {}
+    _check_inside(path, dataset, _MOST_LINKS, checked)
+    return [one for _, one in checked.values() if not one.is_virtual]
+
+
+def _check_inside(path: Path, dataset: Any, depth: int, checked: dict[Any, tuple[int, Any]]) -> None:
+    """Check a dataset and, each once, those of which it is made; `checked` has the depth that was left at each, and the dataset."""
     from h5py.h5z import filter_avail
 
+    if dataset.id in checked and checked[dataset.id][0] <= depth:
+        return
     if dataset.external:
         raise _elsewhere(path, f"values in the file {dataset.external[0][0]}")
+    check_claims(path, dataset)
     for source in dataset.virtual_sources() if dataset.is_virtual else ():
         if source.file_name != "." or depth == 0:
             raise _elsewhere(path, f"values in the file {source.file_name}")
-        _check_inside(path, file, _follow(path, file, source.dset_name), depth - 1)
+        _check_inside(path, _follow(path, dataset.file, source.dset_name), depth - 1, checked)
     packing = dataset.id.get_create_plist()
     for number, _, _, name in (packing.get_filter(i) for i in range(packing.get_nfilters())):
         if not filter_avail(number):
@@ -229,6 +250,7 @@ def _check_inside(path: Path, file: Any, dataset: Any, depth: int) -> None:
             raise DataError(
                 path, expected="a compression that h5py has", got=got, do="repack it: h5repack -f GZIP=1 OLD.h5 NEW.h5", code="D014"
             )
+    checked[dataset.id] = depth, dataset
 
 
 def _elsewhere(path: Path, got: str) -> DataError:

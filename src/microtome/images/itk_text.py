@@ -1,5 +1,6 @@
 """The text at the start of NRRD and MetaImage files: checked line by line before a library sees it, as it may name any file."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -66,6 +67,7 @@ def nrrd_text(path: Path) -> Text:
             fields[" ".join(name.lower().split())] = value.strip()
             seen["".join(name.lower().split()) if separator == ":" else ""] += 1
     _check_once(path, seen)
+    _check_measures(path, fields)
     names = [name for name in fields if name.replace(" ", "") == "datafile"]
     data = _beside(path, fields[names[0]]) if names else path
     skips = [fields.get(name, "0") for name in ("byte skip", "byteskip", "line skip", "lineskip")]
@@ -148,6 +150,28 @@ def _check_once(path: Path, seen: Counter[str]) -> None:
         raise _unclear(path, f"`{twice[0][:40]}` {seen[twice[0]]} times")
 
 
+def _check_measures(path: Path, fields: dict[str, str]) -> None:
+    """Refuse voxel sizes, directions and an origin of a NRRD that cannot be; some of them its library takes for none given.
+
+    Raises:
+        DataError: names the field and its value.
+    """
+    kinds = fields.get("kinds", "").lower().split()
+    for name in ("spacings", "space directions", "space origin"):
+        vectors = re.findall(r"\(([^)]*)\)", fields.get(name, "")) if name != "spacings" else fields.get(name, "").split()
+        for axis, vector in enumerate(vectors):
+            try:
+                numbers = [float(number) for number in re.split(r"[\s,]+", vector.strip())]
+            except ValueError:
+                # Its library says what is wrong with it.
+                continue
+            # An axis of channels has no voxel size.
+            unmeasured = name == "spacings" and axis < len(kinds) and kinds[axis] not in ("domain", "space")
+            if not unmeasured and not (all(map(math.isfinite, numbers)) and (any(numbers) or name == "space origin")):
+                expected, do = f"finite {name}" + ", not 0" * (name != "space origin"), "set its spacing, and export it again"
+                raise DataError(path, expected=expected, got=f"`{fields[name][:80]}`", do=do, code="D010")
+
+
 def _check_meta(path: Path, lines: list[str], fields: dict[str, str]) -> None:
     """Refuse numbers of a MetaImage that are missing, too many, or none."""
     if max(map(len, lines), default=0) > _META_LONGEST:
@@ -161,8 +185,10 @@ def _check_meta(path: Path, lines: list[str], fields: dict[str, str]) -> None:
     for name in lengths.keys() & fields.keys():
         whole = name in ("dimsize", *_META_COUNTS)
         numbers = re.findall(r"-?\d{1,18}" if whole else _META_NUMBER, fields[name])
-        if len(numbers) != lengths[name] or fields[name].split() != numbers or names.index(name) < names.index("ndims"):
-            expected = f"NDims first, then {lengths[name]} {'whole ' * whole}numbers as {name}"
+        finite = all(math.isfinite(float(number)) for number in numbers)
+        early = names.index(name) < names.index("ndims")
+        if len(numbers) != lengths[name] or fields[name].split() != numbers or early or not finite:
+            expected = f"NDims first, then {lengths[name]} {'whole' if whole else 'finite'} numbers as {name}"
             raise DataError(path, expected=expected, got=f"`{fields[name][:80]}`", do="export it again", code="D221")
 
 

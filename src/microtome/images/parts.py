@@ -16,6 +16,9 @@ from microtome.errors import DataError
 from microtome.geometry import Shape
 from microtome.images.image import Limits, native
 
+# Of what is decoded at once, however small the part that is asked for.
+MOST_CHUNK_BYTES = 2**30
+
 
 def limits_of_parts(limits: Limits) -> Limits:
     """What a header may claim of an image that is never decoded as a whole: sides and channels count, the number of voxels does not."""

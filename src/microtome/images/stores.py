@@ -51,7 +51,8 @@ def kvstore_of(place: Path) -> dict[str, Any]:
     """
     url = url_of(place)
     if url is None:
-        return {"driver": "file", "path": f"{os.path.abspath(place)}/"}
+        # The root of all folders ends in a slash already.
+        return {"driver": "file", "path": os.path.join(os.path.abspath(place), "")}
     try:
         if url.startswith("s3://"):
             spec = _s3(url)

@@ -1,14 +1,13 @@
 """TIFF, ImageJ's TIFF and OME-TIFF <-> Image: pictures and stacks, with a scale where the file has one."""
 
 import math
-import struct
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,7 +16,7 @@ from microtome.errors import DataError, DataWarning
 from microtome.files import atomic_path
 from microtome.geometry import Shape, Spacing, affine_from_spacing, format_shape
 from microtome.images.image import Header, Image, Limits, Palette, decoding, native
-from microtome.images.parts import cut_off
+from microtome.images.tiff_checks import check_companions, check_pages, check_whole
 
 _MM_PER_UNIT = MappingProxyType(
     {"pm": 1e-9, "å": 1e-7, "angstrom": 1e-7, "nm": 1e-6, "nanometer": 1e-6, "nanometre": 1e-6}
@@ -29,10 +28,6 @@ _TAG_UNITS_MM = MappingProxyType({2: 25.4, 3: 10.0})
 _PRINT_DPI = (1, 72, 75, 90, 96, 100, 120, 144, 150, 180, 200, 220, 240, 300, 350, 360, 400, 600, 720, 1200, 2400)
 _ALPHA = (1, 2)  # ExtraSamples: associated and unassociated alpha
 _CMYK, _PALETTE = 5, 3  # PhotometricInterpretation
-_MAX_PAGES = 2**22
-_TYPE_BYTES = MappingProxyType({1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 16: 8})
-# Description (OME's and ImageJ's metadata), strips, tiles, resolution, palette: without them it is another image.
-_VITAL_TAGS = (270, 273, 279, 324, 325, 282, 283, 320)
 _MOST_SAMPLES = 4
 _IMAGEJ_TYPES = ("uint8", "uint16", "float32")
 _IMAGEJ_MAX_BYTES = 2**31  # ImageJ's own TIFF has 32-bit offsets
@@ -143,45 +138,15 @@ def opened_tiff(path: Path) -> Iterator[Any]:
 
     with decoding(path, "TIFF"):
         with path.open("rb") as file:
-            _check_pages(path, file)
+            check_pages(path, file)
         with tifffile.TiffFile(path) as tiff:
             yield tiff
 
 
-def _check_pages(path: Path, file: IO[bytes]) -> None:
-    """Follow the offsets from page to page until 0, and those of the tags that say where and how large the pixels are.
-
-    Raises:
-        DataError: an offset behind the end of the file, a circle, or absurdly many pages.
-    """
-    order = "<" if (head := file.read(16))[:2] == b"II" else ">"
-    big = head[2:4] in (b"+\0", b"\0+")
-    number, link, entry = (struct.Struct(order + form) for form in (("Q", "Q", "HHQ8s") if big else ("H", "I", "HHI4s")))
-    size = path.stat().st_size
-    offset = link.unpack_from(head, 8 if big else 4)[0]
-    seen: set[int] = set()
-    while offset:
-        if offset in seen or len(seen) >= _MAX_PAGES:
-            raise DataError(path, expected="pages in a row", got=f"page {len(seen)} before page 0", do="export it again", code="D011")
-        seen.add(offset)
-        file.seek(offset)
-        count = number.unpack(_exactly(path, file, number.size, size))[0]
-        for tag, kind, values, place in entry.iter_unpack(_exactly(path, file, count * entry.size, size)):
-            length = values * _TYPE_BYTES.get(kind, 1)
-            if tag in _VITAL_TAGS and length > len(place) and link.unpack(place)[0] + length > size:
-                raise cut_off(path, link.unpack(place)[0] + length, size)
-        offset = link.unpack(_exactly(path, file, link.size, size))[0]
-
-
-def _exactly(path: Path, file: IO[bytes], length: int, size: int) -> bytes:
-    """The next `length` bytes of a file of `size` bytes."""
-    if (end := file.tell() + length) > size:
-        raise cut_off(path, end, size)
-    return file.read(length)
-
-
 def describe_tiff(path: Path, tiff: Any, palette: Palette) -> Plan:
     """What the first series of a file holds and how to arrange it."""
+    # Before tifffile looks for the series, as it opens each file that the metadata name.
+    check_companions(path, tiff)
     series = tiff.series[0]
     page = series.keyframe
     dtype = _result_type(path, series.dtype)
@@ -232,17 +197,6 @@ def _check_complete(path: Path, tiff: Any, series: Any) -> None:
     if series.kind != "imagej" and promised > len(tiff.pages):
         got = f"{len(tiff.pages)} of the {promised} that its ImageJ metadata name"
         raise DataError(path, expected="all planes", got=got, do="copy or export it again: it was cut off", code="D002")
-
-
-def check_whole(path: Path, series: Any) -> None:
-    """Refuse a file that ends before its pixels do: some decoders fill the rest with grey."""
-    for page in series.pages:
-        if page is None:
-            raise DataError(path, expected="all planes", got="a plane that its OME-XML names is missing", do="export it again", code="D002")
-        size = page.parent.filehandle.size
-        end = max((start + length for start, length in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
-        if end > size:
-            raise cut_off(path, end, size)
 
 
 def _axis_names(series: Any) -> tuple[str, list[str]]:

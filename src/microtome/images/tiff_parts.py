@@ -11,7 +11,8 @@ from microtome.errors import DataWarning
 from microtome.geometry import Shape, affine_from_spacing
 from microtome.images.image import Limits, decoding
 from microtome.images.parts import Bytes, Lazy, Mapped, bounds, limits_of_parts, mapped
-from microtome.images.tiff import Plan, check_whole, decode_tiff, describe_tiff, opened_tiff
+from microtome.images.tiff import Plan, decode_tiff, describe_tiff, opened_tiff
+from microtome.images.tiff_checks import check_whole
 from microtome.images.volume import Pixels, Volume
 
 # Kinds of series whose pages are the planes of the array one after the other.

@@ -1,0 +1,89 @@
+"""What is checked of a TIFF file before and after tifffile looks at it: its chain of pages, its ends, and the files that it names."""
+
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any
+from xml.etree import ElementTree
+
+from microtome.errors import DataError
+from microtome.images.parts import cut_off
+
+_MAX_PAGES = 2**22
+_TYPE_BYTES = MappingProxyType({1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 16: 8})
+# Description (OME's and ImageJ's metadata), strips, tiles, resolution, palette: without them it is another image.
+_VITAL_TAGS = (270, 273, 279, 324, 325, 282, 283, 320)
+
+
+def check_pages(path: Path, file: IO[bytes]) -> None:
+    """Follow the offsets from page to page until 0, and those of the tags that say where and how large the pixels are.
+
+    Raises:
+        DataError: an offset behind the end of the file, a circle, or absurdly many pages.
+    """
+    order = "<" if (head := file.read(16))[:2] == b"II" else ">"
+    big = head[2:4] in (b"+\0", b"\0+")
+    number, link, entry = (struct.Struct(order + form) for form in (("Q", "Q", "HHQ8s") if big else ("H", "I", "HHI4s")))
+    size = path.stat().st_size
+    offset = link.unpack_from(head, 8 if big else 4)[0]
+    seen: set[int] = set()
+    while offset:
+        if offset in seen or len(seen) >= _MAX_PAGES:
+            raise DataError(path, expected="pages in a row", got=f"page {len(seen)} before page 0", do="export it again", code="D011")
+        seen.add(offset)
+        file.seek(offset)
+        count = number.unpack(_exactly(path, file, number.size, size))[0]
+        for tag, kind, values, place in entry.iter_unpack(_exactly(path, file, count * entry.size, size)):
+            length = values * _TYPE_BYTES.get(kind, 1)
+            if tag in _VITAL_TAGS and length > len(place) and link.unpack(place)[0] + length > size:
+                raise cut_off(path, link.unpack(place)[0] + length, size)
+        offset = link.unpack(_exactly(path, file, link.size, size))[0]
+
+
+def _exactly(path: Path, file: IO[bytes], length: int, size: int) -> bytes:
+    """The next `length` bytes of a file of `size` bytes."""
+    if (end := file.tell() + length) > size:
+        raise cut_off(path, end, size)
+    return file.read(length)
+
+
+def check_companions(path: Path, tiff: Any) -> None:
+    """Refuse OME-XML that names files outside of the folder, before tifffile opens them.
+
+    Raises:
+        DataError: names the file that is elsewhere.
+    """
+    if not tiff.is_ome:
+        return
+    root = ElementTree.fromstring(tiff.ome_metadata or "")
+    # Of the file itself the name does not count.
+    others = (element for element in root.iter() if element.get("FileName") and element.text != root.get("UUID", ""))
+    _check_beside(path, (Path(str(element.get("FileName"))) for element in others))
+
+
+def _check_beside(path: Path, files: Iterable[Path]) -> None:
+    """Refuse a file outside of the folder, by its name or by a link that leads out."""
+    # As tifffile has it: a link to the first file stands for that file.
+    folder = path.resolve().parent
+    for file in files:
+        if not (folder / file).resolve().is_relative_to(folder):
+            got = repr(str(file))[:200]
+            raise DataError(path, expected="planes in files of its folder", got=got, do="save all planes in one file", code="D012")
+
+
+def check_whole(path: Path, series: Any) -> None:
+    """Refuse a file that ends before its pixels do, as some decoders fill the rest with grey, and pages of files that are elsewhere.
+
+    Raises:
+        DataError: cut off, without a plane that it names, or with planes outside of its folder.
+    """
+    # Other metadata than OME's (Micro-Manager's) lead to further files too.
+    _check_beside(path, {Path(page.parent.filehandle.path) for page in series.pages if page is not None})
+    for page in series.pages:
+        if page is None:
+            raise DataError(path, expected="all planes", got="a plane that its OME-XML names is missing", do="export it again", code="D002")
+        size = page.parent.filehandle.size
+        end = max((start + length for start, length in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
+        if end > size:
+            raise cut_off(path, end, size)
