@@ -125,7 +125,7 @@ FAULTY: dict[str, tuple[str, Callable[[Path], Words]]] = {
     "an empty folder": ("D031", lambda p: ("inspect", p)),
     "a label of another shape": ("D077", lambda p: ("evaluate", png(p / "a.png"), png(p / "t" / "a.png", SQUARE))),
     "labels with fractions": ("D039", lambda p: ("evaluate", tiff(p / "a.tif", SQUARE / 7), tiff(p / "t" / "a.tif", SQUARE))),
-    "a dataset.json that is no JSON": ("D041", lambda p: ("inspect", written(p / "dataset.json", "{,}").parent)),
+    "a dataset.json that is no JSON": ("D240", lambda p: ("inspect", written(p / "dataset.json", "{,}").parent)),
     "a name that leads out of the folder": ("D042", lambda p: ("inspect", cells(p, "pairs: {../a.png: masks/0.png}"))),
     "a file that is named and not there": ("D043", lambda p: ("inspect", cells(p, "pairs: {images/9.png: masks/0.png}"))),
     "one class alone": ("D044", lambda p: ("densify", *volume(p, (1,)), "--out", p / "d.tif", "--not-annotated", 255)),

@@ -130,7 +130,7 @@ def test_a_missing_library_is_named_with_what_installs_it(monkeypatch: pytest.Mo
     monkeypatch.setattr(openvino_engine, "openvino_core", openvino_engine.openvino_core.__wrapped__)
     monkeypatch.setitem(__import__("sys").modules, module, None)
     with pytest.raises(
-        ConfigError, match=rf'--engine {name}: expected the package {module}, got none installed; pip install "microtome\[fast\]"'
+        ConfigError, match=rf'--engine {name}: expected the package {module}, got none installed; run: pip install "microtome\[fast\]"'
     ):
         OpenVinoEngine(Path("graph.onnx"), name) if name == "openvino" else OnnxRuntimeEngine(Path("graph.onnx"))
 

@@ -136,5 +136,5 @@ def test_a_bundle_without_calibration_samples_is_refused(tmp_path: Path) -> None
 def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = save_bundle(tmp_path / "model", bundle_of())
     monkeypatch.setattr(module, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'expected the package nncf, got none installed; pip install "microtome\[int8\]"'):
+    with pytest.raises(ConfigError, match=r'expected the package nncf, got none installed; run: pip install "microtome\[int8\]"'):
         write_int8(bundle)
