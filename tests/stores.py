@@ -16,10 +16,19 @@ from microtome.models.registry import build
 from tests.small import small_plan, small_plan_3d
 
 
-def small_bundle(folder: Path, *, dims: int, normalisation: NormalisationConfig | None = None, background: int | None = 0) -> Path:
+def small_bundle(
+    folder: Path,
+    *,
+    dims: int,
+    normalisation: NormalisationConfig | None = None,
+    background: int | None = 0,
+    patch_vox: tuple[int, ...] | None = None,
+) -> Path:
     """A run folder with a network of random weights that calls about half of a noisy image an object; the folder."""
     plan: Plan = small_plan() if dims == 2 else small_plan_3d(patch_vox=(8, 16, 16), spacing_mm=(1.0, 1.0, 1.0), batch=1)
-    plan = plan.model_copy(update={"normalisation": normalisation or NormalisationConfig(kind="image")})
+    plan = plan.model_copy(
+        update={"normalisation": normalisation or NormalisationConfig(kind="image"), "patch_vox": patch_vox or plan.patch_vox}
+    )
     torch.manual_seed(0)
     network = build(plan.network.name, dims=dims, in_channels=1, classes=2, config=plan.network).eval()
     with torch.inference_mode():

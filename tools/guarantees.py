@@ -11,6 +11,7 @@ from tools.layers import REPOSITORY
 PAGE = REPOSITORY / "docs" / "guarantees.md"
 RESULT = REPOSITORY / "benchmarks" / "results" / "soak.json"
 BEGIN, END = "<!-- made by `make docs` from benchmarks/results/soak.json -->\n", "<!-- end of what was made -->\n"
+NONE = "`make soak` writes this table. It has not been run to its end yet.\n"
 # The parts of a soak, in the words of the page.
 TITLES: Mapping[str, str] = MappingProxyType(
     {
@@ -29,7 +30,8 @@ def pages() -> dict[Path, str]:
     _, end, after = rest.partition(END)
     if not (start and end):
         raise ValueError(f"{PAGE} has no lines {BEGIN.strip()!r} and {END.strip()!r} around its table")
-    return {PAGE: before + start + (_made(json.loads(RESULT.read_text(encoding="utf-8"))) if RESULT.exists() else "") + end + after}
+    made = _made(json.loads(RESULT.read_text(encoding="utf-8"))) if RESULT.exists() else NONE
+    return {PAGE: before + start + made + end + after}
 
 
 def _made(result: Mapping[str, Any]) -> str:
