@@ -408,4 +408,4 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 130
-    assert "goes on with --resume" in capsys.readouterr().err
+    assert "give the same command again, for a training that has begun with --resume" in capsys.readouterr().err
