@@ -153,6 +153,17 @@ def test_a_block_that_was_begun_goes_on_at_its_first_missing_brick(run: Path, im
     assert [(path.stat().st_mtime_ns, path.stat().st_ino) for path in files] == before
 
 
+def test_what_a_cluster_halted_and_one_process_ended_is_halted_no_more(run: Path, image: Path, tmp_path: Path) -> None:
+    place = tmp_path / "a.ome.zarr"
+    options = Options(uncertainty=True)
+    predictor, case = Predictor(load_bundle(run), engine="torch"), Case(name="a", images=(image,))
+    bricks, _ = stored.open_store(predictor, case, place, Wanted(uncertainty=True), request={"clean-up and instances": options.words})
+    bricks.halt(True)
+    assert list((place / ".microtome").glob("halt*")) != []
+    predict(run, image, place, "", options)
+    assert list((place / ".microtome").glob("halt*")) == []
+
+
 def test_nothing_is_started_where_nothing_is_missing(run: Path, image: Path, tmp_path: Path) -> None:
     job, bricks = begun(run, image, tmp_path / "a.ome.zarr")
     stored.fill_here(stored.Worker(job))

@@ -1,6 +1,7 @@
 """Mutated files of every format are read or refused in one line; and what watches over that finds what it is there to find."""
 
 import ctypes
+import gzip
 import json
 import random
 import struct
@@ -230,6 +231,20 @@ def test_a_soak_counts_what_it_read_and_keeps_what_it_found(monkeypatch: pytest.
     rows = fuzz_soak.run(20, ["NPY", "predictions.json"], guided=False)
     assert [(row["part"], row["what"]) for row in rows] == [("fuzz", "NPY"), ("fuzz", "predictions.json")]
     assert all(row["tried"] >= 300 and row["failed"] == 0 and row["seconds"] > 0 for row in rows)
+
+
+def test_a_soak_that_finds_something_says_which_input_and_goes_on_with_the_other_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    formats = {"bad letters": (lambda: letters(b"gdvgdg"),), "good letters": (lambda: letters(b"gdgdgd"),)}
+    monkeypatch.setattr(fuzz_soak, "FORMATS", formats)
+    monkeypatch.setattr(fuzz_soak, "INPUTS", 6)
+    bad, good = fuzz_soak.run(20, guided=False)
+    assert [(row["what"], row["tried"], row["failed"]) for row in (bad, good)] == [("bad letters", 6, 1), ("good letters", 6, 0)]
+    assert good["findings"] == []
+    [finding] = bad["findings"]
+    # What repeats it: the seed, the number, the bytes.
+    seed = int(finding.partition(",")[0].removeprefix("seed "))
+    assert f"seed {seed}, input 2: raised ValueError" in finding
+    assert gzip.decompress(bytes.fromhex(finding.rpartition(": ")[2])) == b"v" == letters(b"gdvgdg").mutant(seed, 2)
 
 
 def test_a_format_that_nobody_knows_is_no_soak() -> None:

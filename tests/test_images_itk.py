@@ -266,6 +266,23 @@ def test_voxels_outside_of_the_folder_are_refused(tmp_path, kind, name):
         read_image(path)
 
 
+@pytest.mark.parametrize("kind", ["nrrd", "metaimage"])
+def test_a_link_to_voxels_outside_of_the_folder_is_refused_and_one_within_it_is_followed(tmp_path, kind):
+    folder = tmp_path / "sub"
+    folder.mkdir()
+    for place in (tmp_path / "secret", folder / "a.raw"):
+        place.write_bytes(VALUES.tobytes())
+    path = nrrd(folder / "a.nhdr", b"", data_file="link") if kind == "nrrd" else folder / "a.mhd"
+    if kind == "metaimage":
+        path.write_text(META.format("link"))
+    (folder / "link").symlink_to(tmp_path / "secret")
+    with pytest.raises(DataError, match=r"a\.(nhdr|mhd): expected voxels in one file beside it, got `link`, a link to another folder;"):
+        read_image(path)
+    (folder / "link").unlink()
+    (folder / "link").symlink_to("a.raw")
+    np.testing.assert_array_equal(read_image(path).array.ravel(), VALUES)
+
+
 @pytest.mark.parametrize("field", ["data_file", "datafile", "Data_File", "DATAFILE"])
 def test_each_way_to_write_the_name_of_the_data_is_seen(tmp_path, field):
     with pytest.raises(DataError, match="voxels in one file beside it"):

@@ -1,6 +1,7 @@
 """The list of predictions: what it holds while files are written, after a kill, and how seldom it is written."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from microtome.data import listing as module
 from microtome.data.case import Case
 from microtome.data.legend import Legend
-from microtome.data.listing import LISTING, Entry, Listing, continued_listing, read_listing, recording, write_listing
+from microtome.data.listing import LISTING, Entry, Listing, continued_listing, forget_empty, read_listing, recording, write_listing
 from microtome.errors import DataError
 
 LEGEND = Legend(names=("ground", "cell"), values=((0,), (7,)), background=0, reason="seen")
@@ -54,6 +55,51 @@ def test_the_list_is_written_when_five_seconds_have_gone(tmp_path: Path, monkeyp
         for name in "abc":
             record.add(tmp_path / f"{name}.png", case_of(name))
     assert written == [0, 2, 3]
+
+
+def entries_of(folder: Path) -> set[str]:
+    found = read_listing(folder)
+    assert found is not None
+    assert found.writing == frozenset()
+    return set(found.entries)
+
+
+def test_two_calls_into_one_folder_list_what_both_wrote(tmp_path: Path) -> None:
+    write_listing(tmp_path, Listing(legend=LEGEND, entries={"0.png": Entry(case="0", image="in/0.png")}))
+    with recording(tmp_path, LEGEND, ["a"]) as first:
+        with recording(tmp_path, LEGEND, ["b"]) as second:
+            assert json.loads((tmp_path / LISTING).read_text())["writing"] == ["a", "b"]
+            first.add(tmp_path / "a.png", case_of("a"))
+            second.add(tmp_path / "b.png", case_of("b"))
+        # The one that still writes is not forgotten.
+        assert json.loads((tmp_path / LISTING).read_text())["writing"] == ["a"]
+    assert entries_of(tmp_path) == {"0.png", "a.png", "b.png"}
+
+
+def test_writers_at_the_same_time_lose_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FILES_BETWEEN", 1)
+
+    def write(writer: int) -> None:
+        with recording(tmp_path, LEGEND, []) as record:
+            for number in range(15):
+                record.add(tmp_path / f"{writer}-{number}.png", case_of(str(number)))
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(write, range(3)))
+    assert entries_of(tmp_path) == {f"{writer}-{number}.png" for writer in range(3) for number in range(15)}
+    assert [path.name for path in tmp_path.iterdir()] == [LISTING]
+
+
+def test_a_call_that_could_do_nothing_takes_away_its_own_list_alone(tmp_path: Path) -> None:
+    with recording(tmp_path / "none", LEGEND, ["a"]):
+        pass
+    forget_empty(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with recording(tmp_path / "two", LEGEND, ["a"]):
+        with recording(tmp_path / "two", LEGEND, ["b"]):
+            pass
+        forget_empty(tmp_path / "two")
+        assert json.loads((tmp_path / "two" / LISTING).read_text())["writing"] == ["a"]
 
 
 def test_a_list_goes_on_with_the_same_values_only(tmp_path: Path) -> None:

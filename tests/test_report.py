@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
+from microtome import json_files
 from microtome.config import NetworkConfig, Plan, dump_yaml
 from microtome.data.case import NOT_ANNOTATED, Case
 from microtome.data.dataset import Dataset, open_dataset
@@ -46,6 +48,7 @@ from microtome.evaluation.gallery import (
     worst_section,
 )
 from microtome.evaluation.report import build_report, cautions, format_setting, lead, plan_rows, read_run
+from microtome.evaluation.run_files import MOST_LINE_BYTES, ScoresForm, read_file
 from microtome.evaluation.scores import score_case, summarise
 from microtome.files import write_json, write_text
 from microtome.geometry import affine_from_spacing
@@ -361,6 +364,33 @@ def test_history_of_no_log_and_of_an_empty_one_is_empty(tmp_path: Path) -> None:
         history = read_history(path)
         assert (history.last_step, history.total_seconds, history.end, history.best) == (0, None, None, None)
         assert charts(history, {"cell": (1, 2, 3)}) == ()
+
+
+def test_a_log_of_any_length_is_read_and_a_line_without_end_is_none(tmp_path: Path) -> None:
+    step = '{"event": "step", "step": %d, "loss": 1.0, "learning_rate": 0.1, "seconds": %d.0}\n'
+    with (tmp_path / "log.jsonl").open("w") as file:
+        file.writelines((step % (1, 1), "0" * 3 * MOST_LINE_BYTES + "\n", step % (2, 2)))
+        # 300 MB that take no room on the disk, as a power cut may leave them.
+        file.truncate(300 * 2**20)
+        file.seek(0, 2)
+        file.write("\n" + step % (3, 3))
+    history = read_history(tmp_path / "log.jsonl")
+    assert history.steps.tolist() == history.seconds.tolist() == [1, 2, 3]
+
+
+def test_scores_of_more_cases_than_a_document_of_strangers_may_list_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.json"
+    document: dict[str, Any] = {
+        "cases": [{"case": "a", "class": "cell", "dice": 0.5, "iou": None}],
+        "conventions": {"foreground": ["cell"]},
+    }
+    # As long as 40 MB of rows.
+    write_text(path, json.dumps(document) + " " * 40_000_000)
+    assert path.stat().st_size > json_files.MOST_BYTES
+    assert read_file(path, ScoresForm) == document
+    os.truncate(path, json_files.MOST_OWN_BYTES + 1)
+    with pytest.raises(DataError, match=r"metrics\.json: expected valid JSON, got 268435457 bytes, of at most 268435456"):
+        read_file(path, ScoresForm)
 
 
 def test_history_leaves_out_a_line_that_was_cut_off(tmp_path: Path) -> None:

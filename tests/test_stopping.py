@@ -30,8 +30,10 @@ pytestmark = pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IG
 # The command as it is; before the named event it says so and waits to be told to go on, so that a signal comes exactly there. It says
 # when a signal was heard, and takes the next one for a second request, however soon it comes.
 COMMAND = """
-import sys, torch
+import signal, sys, torch
 torch.set_num_threads(1)
+# Whoever started the tests may have it ignored (nohup).
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from microtome import cli
 from microtome.training import clock, folder, store
 here = sys.argv.pop(1)
@@ -114,13 +116,14 @@ def resumed(cells: Dataset, plan_file: Path, run: Path) -> Path:
     return train(cells, read_plan(plan_file), run, resume=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+# The last is what SLURM does: a warning, then the end.
+@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM)])
 def test_a_request_ends_the_step_saves_exits_with_75_and_resume_gives_the_unbroken_run(
-    number: int, cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
+    numbers: tuple[int, ...], cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with started(COMMAND, "step 4", "train", cells.root, "--plan", plan_file, "--out", run, "--device", "cpu") as process:
-        code, said = stopped(process, number)
+        code, said = stopped(process, *numbers)
     assert code == 75
     assert said.splitlines()[-1].endswith("step 4: expected 6 steps, got a request to stop; continue with --resume [MT-R004]")
     assert lines(run)[-1]["step"] == 4
@@ -164,9 +167,19 @@ def test_of_two_requests_only_ctrl_c_and_sigterm_insist(monkeypatch: pytest.Monk
         signal.raise_signal(signal.SIGUSR1)
         signal.raise_signal(signal.SIGHUP)
         assert stopped()
+        # The first of its kind says the same in another word.
+        signal.raise_signal(signal.SIGTERM)
         with pytest.raises(LeftAtOnceError) as caught:
             signal.raise_signal(signal.SIGTERM)
     assert caught.value.code == 143
+
+
+def test_two_different_requests_during_a_long_validation_are_one_and_it_is_ended() -> None:
+    # As SLURM sends them, minutes apart.
+    insists, before = clock.Insistence(), iter([0.0, 120.0, 120.4, 121.0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(clock.time, "monotonic", lambda: next(before))
+        assert [insists(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM)] == [False] * 3 + [True]
 
 
 def test_a_request_while_images_are_prepared_is_heard_then_and_the_run_goes_on(
@@ -174,7 +187,7 @@ def test_a_request_while_images_are_prepared_is_heard_then_and_the_run_goes_on(
 ) -> None:
     run = tmp_path / "run"
     with started(COMMAND, "preparing", "train", cells.root, "--plan", plan_file, "--out", run, "--device", "cpu") as process:
-        code, said = stopped(process, signal.SIGTERM)
+        code, said = stopped(process, signal.SIGHUP)
     assert (code, (run / "log.jsonl").exists()) == (75, False)
     assert "step 0: expected 6 steps, got a request to stop; continue with --resume [MT-R004]" in said
     assert_same_weights(resumed(cells, plan_file, run), unbroken)
@@ -195,7 +208,7 @@ def test_who_is_asked_twice_while_deep_in_a_library_is_gone_in_seconds(number: i
         assert "left at once; what was saved is good" in process.stderr.read()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_request_beside_any_training_is_one_line_and_a_code(
     number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

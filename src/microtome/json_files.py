@@ -16,6 +16,8 @@ from microtome.errors import DataError
 
 # Values take up to 25 times the bytes of their text. A dataset.json of 100,000 cases has 20 million.
 MOST_BYTES = 2**25
+# Of what this program writes itself, which grows with the cases: a million rows of scores. Such values take about five times their text.
+MOST_OWN_BYTES = 2**28
 # Brackets in brackets: what we read has up to nine.
 MOST_DEPTH = 64
 # Whole numbers of 64 bits, with or without a sign.
@@ -61,13 +63,13 @@ def load_json(path: Path, *, do: str, most_bytes: int = MOST_BYTES) -> Any:
         raise DataError(path, expected="valid JSON", got=reason(error), do=do, code="D240") from None
 
 
-def load_object(path: Path, *, do: str) -> Mapping[str, Any]:
-    """The object of a JSON file: names with values.
+def load_object(path: Path, *, do: str, most_bytes: int = MOST_BYTES) -> Mapping[str, Any]:
+    """The object of a JSON file: names with values; its arguments are those of `load_json`.
 
     Raises:
         DataError: as `load_json`, or another kind of value.
     """
-    value = load_json(path, do=do)
+    value = load_json(path, do=do, most_bytes=most_bytes)
     if not isinstance(value, dict):
         raise DataError(path, expected="names with values", got=f"a {type(value).__name__}", do=do, code="D240")
     return value

@@ -23,9 +23,13 @@ from microtome.errors import RunError
 from microtome.files import make_folder, not_written
 
 NAME = ".lock"
+# Of what is changed by several processes, one at a time.
+TURN = ".turn"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 # A document is written right after its file is locked; so long is waited for it.
 _MOST_SECONDS = 1.0
+# Whoever waits for its turn looks so often, so many seconds apart: what is done in a turn takes a fraction of a second.
+_LOOKS, _LOOK_SECONDS = 6000, 0.01
 # What a file system says that knows no locks, or has no server for them.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -96,6 +100,37 @@ def run_lock(folder: Path) -> Iterator[Holder | None]:
         if made:
             with suppress(OSError):
                 folder.rmdir()
+
+
+@contextmanager
+def taking_turns(folder: Path) -> Iterator[None]:
+    """Inside of it no other process and no other thread is inside of it, for one folder; waits for its turn, for a minute.
+
+    For reading and writing anew what several may add to. On a file system that knows no locks nobody waits.
+
+    Raises:
+        RunError: the folder cannot be written to, or another process keeps its turn.
+    """
+    path = folder / TURN
+    make_folder(folder)
+    try:
+        for _ in range(_LOOKS):
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            # Its last holder may have removed it since it was opened.
+            if _lock(handle) is not False and _is_named(handle, path):
+                break
+            os.close(handle)
+            time.sleep(_LOOK_SECONDS)
+        else:
+            raise in_use(path, None)
+    except OSError as error:
+        raise not_written(path, error, "a file that can be locked", "check the rights, or choose another --out") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            path.unlink()
+        os.close(handle)
 
 
 def refuse_if_used(folder: Path) -> None:

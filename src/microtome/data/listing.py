@@ -1,8 +1,8 @@
-"""`predictions.json`: which case each prediction in a folder is of, and the legend of their values."""
+"""`predictions.json`: which case each prediction in a folder is of, and the legend of their values; several calls may add to one."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from microtome.data.description import inside
 from microtome.data.legend import Legend, LegendForm
 from microtome.errors import ConfigError, DataError
 from microtome.files import write_json
-from microtome.json_files import load_json
+from microtome.json_files import MOST_OWN_BYTES, load_json
+from microtome.lock import taking_turns
 
 LISTING = "predictions.json"
 # The list is written anew after so many files or seconds: with every file, many files would cost the square of their number.
@@ -73,7 +74,7 @@ def read_listing(folder: Path) -> Listing | None:
         got, do = error.strerror or str(error), "give another --out, or the right to read it"
         raise DataError(path, expected="a folder that can be read", got=got, do=do, code="D001") from None
     try:
-        form = parse_config(_Form, load_json(path, do=_DO), path)
+        form = parse_config(_Form, load_json(path, do=_DO, most_bytes=MOST_OWN_BYTES), path)
     except ConfigError as error:
         got = error.got[:300]
         raise DataError(
@@ -118,32 +119,41 @@ class Recorder:
     """Notes predictions as they are written; `recording` makes it."""
 
     def __init__(self, folder: Path, legend: Legend, names: Iterable[str]) -> None:
-        before, own = continued_listing(folder, legend), frozenset(names)
-        self.folder, self.legend, self.entries = folder, legend, dict(before.entries)
-        # What a kill left behind is ours for as long as nobody has written it anew.
-        self.left = before.writing - own
-        self.own = own
-        self._write(self.left | own)
+        self.folder, self.legend, self.own = folder, legend, frozenset(names)
+        self.added: dict[str, Entry] = {}
+        # As this call wrote it last, and the file by which it is seen that nobody else did since.
+        self.known: tuple[Listing, tuple[int, int] | None] | None = None
+        self._write(self.own)
 
     def add(self, path: Path, case: Case) -> None:
         """Note that `path`, a file in the folder that is complete, is a prediction of this case."""
-        self.entries[path.relative_to(self.folder).as_posix()] = Entry(case=case.name, image=str(case.images[0]))
+        self.added[path.relative_to(self.folder).as_posix()] = Entry(case=case.name, image=str(case.images[0]))
         self.waiting += 1
         if self.waiting >= FILES_BETWEEN or time.monotonic() - self.written > SECONDS_BETWEEN:
-            self._write(self.left | self.own)
+            self._write(self.own)
 
     def close(self) -> None:
-        """Write the whole list: nothing is under way any more."""
-        self._write(self.left)
+        """Write the whole list: nothing of this call is under way any more."""
+        self._write(frozenset())
 
-    def _write(self, writing: frozenset[str]) -> None:
-        write_listing(self.folder, Listing(legend=self.legend, entries=self.entries, writing=writing))
+    def _write(self, own: frozenset[str]) -> None:
+        """Add what this call wrote to what others did, in the list as it is now; `own` are names that this call is about to write."""
+        with taking_turns(self.folder):
+            if self.known is None or self.known[1] != _seen(self.folder):
+                now = continued_listing(self.folder, self.legend)
+            else:
+                now = self.known[0]
+            # What a kill left behind is ours for as long as nobody has written it anew.
+            writing = (now.writing - self.own) | own
+            listing = Listing(legend=self.legend, entries={**now.entries, **self.added}, writing=writing)
+            write_listing(self.folder, listing)
+            self.known = listing, _seen(self.folder)
         self.waiting, self.written = 0, time.monotonic()
 
 
 @contextmanager
 def recording(folder: Path, legend: Legend, names: Iterable[str]) -> Iterator[Recorder]:
-    """A recorder of the predictions that the body writes into a folder; entries of earlier calls stay.
+    """A recorder of the predictions that the body writes into a folder; entries of other calls, earlier or at the same time, stay.
 
     All names are listed before the first file is written, so that what a kill leaves behind is known as ours.
 
@@ -158,6 +168,31 @@ def recording(folder: Path, legend: Legend, names: Iterable[str]) -> Iterator[Re
     recorder = Recorder(folder, legend, names)
     yield recorder
     recorder.close()
+
+
+def forget_empty(folder: Path) -> None:
+    """Remove a list that lists nothing, and the folder if nothing else lies there: what is left of a call that could do nothing.
+
+    Raises:
+        DataError: the list is none that `predict` wrote.
+    """
+    if not (folder / LISTING).exists():
+        return
+    with taking_turns(folder):
+        found = read_listing(folder)
+        if found is not None and not found.entries and not found.writing:
+            (folder / LISTING).unlink()
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def _seen(folder: Path) -> tuple[int, int] | None:
+    """What tells a list from another that was put in its place; None where there is none."""
+    try:
+        found = (folder / LISTING).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
 
 
 def _codes(legend: Legend) -> tuple[Any, ...]:

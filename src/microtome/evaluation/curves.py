@@ -1,6 +1,7 @@
 """`log.jsonl` -> the course of a run -> charts: positions and words that a page draws as SVG."""
 
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ Colour = tuple[int, int, int]
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1080, 52, 30, 10, 56
 # More points than this are not seen at that width.
 MOST_POINTS = 540
+_STEP_FIELDS = ("step", "loss", "learning_rate", "seconds")
 INK: Colour = (28, 36, 48)
 BLUE: Colour = (43, 92, 147)
 
@@ -76,21 +78,29 @@ def read_history(path: Path) -> History:
     Raises:
         DataError: it holds something else than training logs.
     """
-    events = read_events(path)
-    steps = [event for event in events if event["event"] == "step"]
-    columns = [np.array([_float(event.get(name)) for event in steps]) for name in ("step", "loss", "learning_rate", "seconds")]
-    seconds = [_float(event.get("seconds")) for event in events]
-    planned = [event.get("steps") for event in events if event["event"] == "schedule"]
-    ends = [event for event in events if event["event"] == "end"]
+    # One event at a time, four numbers of each step: millions of steps fit into memory so.
+    columns = [array("d") for _ in _STEP_FIELDS]
+    validations, total = [], -math.inf
+    last: dict[str, dict[str, Any]] = {}
+    for event in read_events(path):
+        seconds = _float(event.get("seconds"))
+        total = max(total, seconds if math.isfinite(seconds) else total)
+        if event["event"] == "step":
+            for column, name in zip(columns, _STEP_FIELDS, strict=True):
+                column.append(_float(event.get(name)))
+        elif event["event"] == "validation":
+            validations.append(_validation(event))
+        elif event["event"] in ("schedule", "end"):
+            last[event["event"]] = event
     return History(
-        steps=columns[0],
-        losses=columns[1],
-        rates=columns[2],
-        seconds=columns[3],
-        validations=tuple(_validation(event) for event in events if event["event"] == "validation"),
-        total_seconds=max((value for value in seconds if math.isfinite(value)), default=None),
-        planned_steps=planned[-1] if planned else None,
-        end=ends[-1] if ends else None,
+        steps=np.array(columns[0]),
+        losses=np.array(columns[1]),
+        rates=np.array(columns[2]),
+        seconds=np.array(columns[3]),
+        validations=tuple(validations),
+        total_seconds=total if math.isfinite(total) else None,
+        planned_steps=last.get("schedule", {}).get("steps"),
+        end=last.get("end"),
     )
 
 

@@ -1,6 +1,6 @@
 """The JSON files of a run folder, checked as they are read: `report` and `compare` take folders that strangers give."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -9,11 +9,11 @@ from pydantic import ConfigDict, Field, StrictStr, model_validator
 from microtome.config import Config, parse_config
 from microtome.data.legend import LegendForm
 from microtome.errors import ConfigError, DataError
-from microtome.json_files import load_object, parse_json, reason
+from microtome.json_files import MOST_OWN_BYTES, load_object, parse_json, reason
 
 DO = "copy the run folder again, or run `train` again"
-# Of a metrics.json: a row a case and class, with ten numbers each; of a log: a line a step.
-MOST_LOG_BYTES = 2**28
+# A line a step: a hundred million of them. It is read line by line, of which none is longer than so many bytes.
+MOST_LOG_BYTES, MOST_LINE_BYTES = 2**34, 2**20
 # Squares of such numbers, and sums of a million of them, are still numbers.
 _LARGEST = 1e150
 
@@ -215,20 +215,19 @@ def read_file(path: Path, form: type[Config], do: str = DO) -> dict[str, Any] | 
     """
     if not path.is_file():
         return None
-    content = dict(load_object(path, do=do))
+    content = dict(load_object(path, do=do, most_bytes=MOST_OWN_BYTES))
     _check(path, content, form, do)
     return content
 
 
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The lines of a `log.jsonl` that are whole; none where there is no log. A kill may cut off a line.
+def read_events(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a `log.jsonl` that are whole, one at a time; none where there is no log. A kill may cut off a line.
 
     Raises:
         DataError: a line is JSON, and no event that training logs; or the file is too large, or cannot be read.
     """
     if not path.is_file():
-        return []
-    events = []
+        return
     for number, line in enumerate(_lines(path), start=1):
         try:
             event = parse_json(line)
@@ -236,16 +235,17 @@ def read_events(path: Path) -> list[dict[str, Any]]:
             continue
         if isinstance(event, dict) and "event" in event:
             _check(f"{path}:{number}", event, _Event, DO)
-            events.append(event)
-    return events
+            yield event
 
 
-def _lines(path: Path) -> list[str]:
-    """The lines of a log."""
+def _lines(path: Path) -> Iterator[str]:
+    """The lines of a log; what is longer than one can be, in pieces, none of which is one."""
     try:
         if (size := path.stat().st_size) > MOST_LOG_BYTES:
             raise DataError(path, expected=f"a log of at most {MOST_LOG_BYTES} bytes", got=str(size), do=DO, code="D059")
-        return path.read_text(encoding="utf-8", errors="replace").splitlines()
+        with path.open(encoding="utf-8", errors="replace") as file:
+            while line := file.readline(MOST_LINE_BYTES):
+                yield line
     except OSError as error:
         raise DataError(path, expected="a log that can be read", got=reason(error), do=DO, code="D059") from None
 

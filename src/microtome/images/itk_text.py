@@ -196,13 +196,13 @@ def _beside(path: Path, name: str) -> Path:
     """The file of the voxels, in the folder of that which names it.
 
     Raises:
-        DataError: it is elsewhere, not there, or not one.
+        DataError: it is elsewhere, by its name or by a link that leads out of the folder, not there, or not one.
     """
     pure = PurePath(name)
-    if pure.is_absolute() or ".." in pure.parts or name.split()[:1] == ["LIST"] or "%" in name or "\\" in name:
-        raise DataError(
-            path, expected="voxels in one file beside it", got=f"`{name[:200]}`", do="export it as one .nrrd or .mha file", code="D012"
-        )
+    plain = not (pure.is_absolute() or ".." in pure.parts or name.split()[:1] == ["LIST"] or "%" in name or "\\" in name)
+    if not plain or not (path.parent / pure).resolve().is_relative_to(path.parent.resolve()):
+        got = f"`{name[:200]}`{', a link to another folder' if plain else ''}"
+        raise DataError(path, expected="voxels in one file beside it", got=got, do="export it as one .nrrd or .mha file", code="D012")
     if not (path.parent / pure).is_file():
         raise DataError(path, expected=f"its voxels in {name[:200]}", got="no such file beside it", do="copy both files", code="D012")
     return path.parent / pure

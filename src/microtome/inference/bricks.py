@@ -194,6 +194,8 @@ class Bricks:
             finish(self.place, LABELS if labels else name, like=like, values=stored_names(self.legend) if labels else None, source=source)
         self.documents.write(RECORD, replace(self.record, filled=True).to_json())
         self.documents.remove("marks/")
+        # Of a cluster that had too little memory before; this call may have done without one.
+        self.halt(False)
         self.documents.write(RECORD, replace(self.record, complete=True).to_json())
 
     @property

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 from microtome.data.case import Case
 from microtome.data.inputs import list_images
-from microtome.data.listing import LISTING, Listing, continued_listing, recording
+from microtome.data.listing import Listing, continued_listing, forget_empty, recording
 from microtome.data.reading import open_case
 from microtome.errors import ConfigError, DataError
 from microtome.images.files import label_suffix, write_labels
@@ -69,11 +69,8 @@ def predict_files(
             except DataError as error:
                 failed.append(error)
             on_done(case.name, number, len(cases))
-    if not written and not listed.entries:
-        (out / LISTING).unlink(missing_ok=True)
-        with suppress(OSError):
-            # Only if it is empty: nothing is left of a call that could do nothing.
-            out.rmdir()
+    if not written and url_of(out) is None:
+        forget_empty(out)
     if failed and len(failed) < len(cases):
         more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
         first, do = failed[0], f"mend it or leave it out; the other {len(written)} are in {out}"

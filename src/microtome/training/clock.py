@@ -66,18 +66,21 @@ class Clock:
 
 
 class Insistence:
-    """Tells somebody who asks a second time to stop from one request that came by two ways."""
+    """Tells somebody who asks a second time to stop from one request that came by two ways, or in two words.
+
+    A scheduler warns by one signal and ends by another (SLURM: SIGUSR1, then SIGTERM before SIGKILL): both ask for the same.
+    """
 
     def __init__(self) -> None:
-        self.asked: float | None = None
+        self.asked: dict[int, float] = {}
 
     def __call__(self, number: int) -> bool:
-        """Take a signal; whether it is a second request, which is meant."""
+        """Take a signal; whether it is the same request a second time, which is meant."""
         now = time.monotonic()
-        if self.asked is None:
-            self.asked = now if number in ASKING else None
+        if number not in self.asked:
+            self.asked[number] = now
             return False
-        return number in INSISTING and now - self.asked > _SAME_SECONDS
+        return number in INSISTING and now - self.asked[number] > _SAME_SECONDS
 
 
 class Requests:
@@ -108,7 +111,8 @@ class Requests:
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """A function that tells whether Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 came; who asks it ends what it does and saves.
 
-    A second Ctrl-C or SIGTERM leaves at once, unless it comes within half a second of the first: that is one request by two ways.
+    A second Ctrl-C, or a second SIGTERM, leaves at once, unless it comes within half a second of the first: that is one request by two
+    ways. One after another signal is the first of its kind.
     Within another one of this process, what that one heard counts. Only the main thread can listen to signals; one that is handled by a
     program around this one, outside of Python, is left to it: its handler could not be put back. SIGHUP stays ignored under `nohup`, and
     SIGUSR1 with whoever listens to it already.

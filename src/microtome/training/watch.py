@@ -6,6 +6,9 @@ Each writes a line about itself into the store that started them, twice a second
 
 Of a process of this machine the kernel is asked as well. One that was killed is so found in a second, one whose machine is gone in a
 minute, whatever the library that adds up gradients waits for, which is half an hour and says neither who nor why.
+
+A store whose machine is gone answers nothing, and who asked it waits: a second thread counts for how long, and nobody waits for it in the
+main one but for a while.
 """
 
 import json
@@ -14,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -26,6 +30,10 @@ SECONDS_BETWEEN_LOOKS = 0.5
 MOST_SILENT_SECONDS = 60.0
 # From when a process is found to have ended until this one ends too, by force if it is waiting for the other somewhere in a library.
 MOST_SECONDS_AFTER = 10.0
+# Whoever ends has so long to tell the others, and to ask them.
+MOST_SECONDS_ASKING = 10.0
+# The rank of whoever holds the store, if that is none of the processes.
+_HOLDER = -1
 LOST = "R130"
 _KINDS = MappingProxyType({kind.__name__: kind for kind in (RunError, DataError, ConfigError, StoppedError)})
 
@@ -134,6 +142,7 @@ class Watch:
         """
         self._tell()
         self.store.wait([self._key(rank) for rank in range(self.count)])
+        threading.Thread(target=self._guard, name="guard", daemon=True).start()
         self.look()
         threading.Thread(target=self._run, name="watch", daemon=True).start()
 
@@ -160,11 +169,15 @@ class Watch:
                     self._read()
             except RuntimeError:
                 # torchrun holds the store; without it the first process does.
-                got = "the process that holds them together (torchrun, or the one of rank 0) ended"
-                self.fallen.add(-1, _lost("the training", self.count, got), silent=True)
+                self._lost_holder("ended")
                 return
             for rank, status in self.others.items():
                 self._judge(rank, status)
+
+    def _lost_holder(self, how: str) -> None:
+        """Note that the store is gone."""
+        got = f"the process that holds them together (torchrun, or the one of rank 0) {how}"
+        self.fallen.add(_HOLDER, _lost("the training", self.count, got), silent=True)
 
     def _judge(self, rank: int, status: Status) -> None:
         """Note a process that ended before its time."""
@@ -184,20 +197,30 @@ class Watch:
         """What ended another process, if one did; waits so long for news."""
         end = time.monotonic() + seconds
         while True:
-            self.look()
+            if not _done(self.look):
+                self._lost_holder(f"has not answered for {MOST_SECONDS_ASKING:.0f} s")
             cause = self.fallen.cause()
             if cause is not None or time.monotonic() > end:
                 return cause
             self.ended.wait(0.1)
 
     def speaks(self) -> bool:
-        """Whether it is on this process to tell people what happened: all before it ended without a word."""
-        return all(rank in self.fallen.silent for rank in range(self.rank))
+        """Whether it is on this process to tell people what happened: all before it ended without a word.
+
+        Without a store nobody knows that of those on other machines: the first of each machine then speaks.
+        """
+        alone = _HOLDER in self.fallen.silent
+        here = {rank for rank, status in self.others.items() if status.place == self.status.place}
+        return all(rank in self.fallen.silent or (alone and rank not in here) for rank in range(self.rank))
 
     def leave(self, error: MicrotomeError | None) -> None:
-        """Tell the others that this process ends, and why if before its time."""
+        """Tell the others that this process ends, and why if before its time, if they can be told."""
+        self.ended.set()
+        _done(lambda: self._say_left(error))
+
+    def _say_left(self, error: MicrotomeError | None) -> None:
+        """Write that this process ends."""
         with self.lock:
-            self.ended.set()
             if self.status.left is None:
                 self.status = replace(self.status, left=parts_of(error) if error else {})
                 try:
@@ -214,9 +237,20 @@ class Watch:
             time.sleep(0.05)
 
     def _run(self) -> None:
-        """Look now and then; end this process where another ended and it does not by itself."""
+        """Look now and then."""
         while not self.ended.wait(SECONDS_BETWEEN_LOOKS):
             self.look()
+
+    def _guard(self) -> None:
+        """See that the looks go on; end this process where another ended and it does not by itself.
+
+        Counted in waits of its own, not by a clock: of a process that was itself halted for long both threads stood still.
+        """
+        beat, waits = -1, 0
+        while not self.ended.wait(SECONDS_BETWEEN_LOOKS):
+            waits, beat = (waits + 1 if beat == self.status.beat else 0), self.status.beat
+            if waits * SECONDS_BETWEEN_LOOKS > MOST_SILENT_SECONDS:
+                self._lost_holder(f"has not answered for {MOST_SILENT_SECONDS:.0f} s")
             if self.fallen.errors and time.monotonic() - self.fallen.since > MOST_SECONDS_AFTER:
                 cause = self.fallen.cause()
                 if cause is not None and self.speaks():
@@ -237,6 +271,14 @@ class Watch:
         ranks = [rank for rank in range(self.count) if rank != self.rank]
         said: list[Any] = self.store.multi_get([self._key(rank) for rank in ranks])
         self.others = {rank: Status(**json.loads(text)) for rank, text in zip(ranks, said, strict=True)}
+
+
+def _done(work: Callable[[], None]) -> bool:
+    """Do some work that may wait for a machine that is gone; whether it ended in the time that it has."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(MOST_SECONDS_ASKING)
+    return not thread.is_alive()
 
 
 def _lost(where: str, count: int, got: str) -> RunError:

@@ -1,0 +1,84 @@
+"""What a process does whose store answers no more: the machine that holds it is gone, and with it whoever could say so."""
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+
+import pytest
+
+from microtome.errors import RunError
+from microtome.training import watch
+from microtome.training.watch import Watch, own_status
+
+# Two processes, of which this one is the first; its store stops to answer, while the main thread waits in some library.
+MUTE = """
+import json, threading, time
+from dataclasses import asdict
+from microtome.training import watch
+class Store:
+    def __init__(self): self.asked = 0
+    def set(self, key, value): pass
+    def wait(self, keys): pass
+    def multi_get(self, keys):
+        self.asked += 1
+        threading.Event().wait(600 if self.asked > 3 else 0)
+        return [json.dumps(asdict(watch.own_status()))] * len(keys)
+watch.SECONDS_BETWEEN_LOOKS, watch.MOST_SILENT_SECONDS, watch.MOST_SECONDS_AFTER = 0.02, 1.0, 0.1
+watch.Watch(Store(), 0, 2).start()
+time.sleep(600)
+"""
+
+
+class Mute:
+    """A store that keeps whoever asks it waiting until it is released."""
+
+    def __init__(self) -> None:
+        self.released = threading.Event()
+
+    def set(self, key: str, value: str) -> None:
+        assert self.released.wait(120)
+
+    def multi_get(self, keys: list[str]) -> list[str]:
+        return [json.dumps(asdict(own_status()))] * len(keys)
+
+
+@pytest.fixture
+def mute(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mute]:
+    monkeypatch.setattr(watch, "MOST_SECONDS_ASKING", 0.1)
+    store = Mute()
+    yield store
+    store.released.set()
+
+
+def test_a_store_that_answers_no_more_ends_the_process_with_one_line() -> None:
+    done = subprocess.run([sys.executable, "-c", MUTE], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "microtome: the training: expected 2 processes until the end, got the process that holds them together (torchrun, or the one of "
+        "rank 0) has not answered for 1 s; see its messages above for why, then continue with --resume [MT-R130]\n"
+    )
+
+
+def test_who_ends_waits_for_no_store_that_answers_no_more(mute: Mute) -> None:
+    found = Watch(mute, 1, 2)
+    cause = found.verdict(60)
+    assert isinstance(cause, RunError)
+    assert "(torchrun, or the one of rank 0) has not answered" in cause.got
+    # The look that was given up still holds the lock.
+    assert found.lock.locked()
+    found.leave(cause)
+    assert found.ended.is_set()
+
+
+def test_without_a_store_the_first_process_of_each_machine_speaks() -> None:
+    here = own_status()
+    found = Watch(Mute(), 2, 4)
+    found.others = {0: replace(here, place="elsewhere"), 1: replace(here, place="elsewhere"), 3: here}
+    assert not found.speaks()
+    found._lost_holder("ended")
+    assert found.speaks()
+    found.others[1] = here
+    assert not found.speaks()
