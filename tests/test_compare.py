@@ -368,8 +368,8 @@ def test_each_training_gets_the_same_words_but_its_name(trainings: Trainings, tm
     expected = [["train", str(data), "--out", str(out / name), "--network", name, *options] for name in TWO.networks]
     assert trainings.calls == expected
     assert said[0] == "2 to train, 2 minutes each: about 4 min in all"
-    assert said[1] == "\n1/2 unet_same: training for 2 minutes"
-    assert said[2] == "unet_same: Dice 1.000, 400 steps in 8 min"
+    assert said[1:3] == ["", "1/2 unet_same: training for 2 minutes"]
+    assert said[3] == "unet_same: Dice 1.000, 400 steps in 8 min"
     record = json.loads((out / "compare.json").read_text())
     assert [row["peak_bytes"] for row in record["rows"]] == [10, 10]
     assert record["asked"]["seed"] == 4

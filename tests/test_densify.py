@@ -335,7 +335,7 @@ def test_a_name_that_is_taken_or_does_not_fit_is_refused_before_any_work(
 
 
 def test_an_annotation_of_another_grid_is_refused(sparse: np.ndarray, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"expected the shape of kidney\.nii\.gz, 18×24×32, got 17×24×32"):
+    with pytest.raises(DataError, match=r"expected the shape of \S+/kidney\.nii\.gz, 18×24×32, got 17×24×32"):
         sketch_of(tmp_path, sparse[1:])
 
 

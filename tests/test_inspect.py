@@ -50,7 +50,7 @@ def one_group(root: Path) -> None:
 @pytest.mark.parametrize(
     ("fault", "said", "code"),
     [
-        (one_mismatch, "expected the shape of cell.png, 24×24, got 20×24 in cell.png", 2),
+        (one_mismatch, "expected the shape of images/cell.png, 24×24, got 20×24 in masks/cell.png", 2),
         (one_section, "expected two annotated sections or rows at least, got 1 of 5", 0),
         (one_group, "expected two groups at least, got one group, 'mouse', of 2 cases", 0),
     ],

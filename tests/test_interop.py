@@ -304,7 +304,7 @@ HOSTILE = {
     cut: "cannot read",
     tape: "what torch cannot read",
     listed: "a list named `b` among the weights",
-    nothing: "cannot read",
+    nothing: "got an empty file (0 bytes)",
     words: "no checkpoint",
     damaged: "an unreadable file",
     eighths: "unreadable file (Got unsupported ScalarType",
@@ -318,6 +318,13 @@ def test_a_hostile_or_broken_checkpoint_is_one_line(make: Callable[[Path], Path]
     line = refusal(path)
     assert HOSTILE[make] in line
     assert [each.name for each in tmp_path.iterdir()] == ["file.pth"]
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoints, "_converted", None)
+    (tmp_path / "empty.pth").touch()
+    with pytest.raises(DataError, match=r"empty\.pth: expected a checkpoint .*, got an empty file \(0 bytes\); copy it again"):
+        read_weights(tmp_path / "empty.pth")
 
 
 def test_what_is_not_there_or_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:

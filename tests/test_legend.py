@@ -1,6 +1,7 @@
 """Which value is which class: what is decided from the values alone, what is declared, and both directions."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from microtome.data.case import Case, Declared, LabelValue
-from microtome.data.classes import LegendRules, make_legend
+from microtome.data.classes import LegendRules, make_legend, void_doubts
 from microtome.data.labels import LabelScan, class_counts, count_codes, label_findings, read_label_image, scan_labels
 from microtome.data.legend import Legend, code_of, label_codes, value_of
 from microtome.errors import ConfigError, DataError
@@ -83,6 +84,40 @@ def test_values_become_classes_in_ascending_order(
 
 def test_void_is_a_class_where_it_is_said() -> None:
     assert legend_of(0, 1, 2, 255, declared=Declared(ignored=())).names == ("background", "label 1", "label 2", "label 255")
+
+
+def test_masks_of_0_and_255_among_masks_of_0_and_1_are_a_warning_that_says_what_to_state() -> None:
+    scans = [scan_of({0: 60, 1: 40}, name="a"), scan_of({0: 60, 255: 40}, name="b"), scan_of({0: 100}, name="c")]
+    [found] = void_doubts(scans, make_legend(scans, LegendRules()), Declared())
+    assert (found.severity, found.files) == ("warning", (Path("b.png"),))
+    assert found.message.startswith("b.png: masks of 0 and 255 among masks of other values; 255 is taken as not annotated")
+    assert "`classes: {background: 0, foreground: [1, 255]}`" in found.message
+    declared = named(background=0, foreground=(1, 255))
+    assert void_doubts(scans, make_legend(scans, LegendRules(declared=declared)), declared) == []
+
+
+@pytest.mark.parametrize(("void", "warned"), [(49, False), (50, True)])
+def test_255_on_half_of_all_pixels_is_a_warning_unless_it_is_stated(void: int, warned: bool) -> None:
+    scans = [scan_of({0: 90 - void, 1: 10, 255: void}), scan_of({0: 90 - void, 1: 10, 255: void}, name="b")]
+    found = void_doubts(scans, make_legend(scans, LegendRules()), Declared())
+    assert [(each.severity, each.message.startswith("a.png and 1 more: 50% of the labels' pixels are 255")) for each in found] == (
+        [("warning", True)] * warned
+    )
+    stated = Declared(ignored=(255,), source="microtome.yaml")
+    assert void_doubts(scans, make_legend(scans, LegendRules(declared=stated)), stated) == []
+
+
+def test_volumes_of_which_little_is_annotated_and_masks_of_0_and_255_alone_are_no_doubt() -> None:
+    sparse = replace(scan_of({0: 5, 1: 5, 255: 90}), shape_vox=(10, 5, 2))
+    assert void_doubts([sparse], make_legend([sparse], LegendRules()), Declared()) == []
+    binary = scan_of({0: 5, 255: 95})
+    assert void_doubts([binary], make_legend([binary], LegendRules()), Declared()) == []
+
+
+def test_hundreds_of_values_are_told_by_their_ends() -> None:
+    legend = legend_of(*range(255), instances=False)
+    assert legend.reason == "the labels hold the values 0, 1, 2, ... 254 (255 values)"
+    assert len(legend.names) == 255
 
 
 def test_more_than_32_values_are_objects() -> None:

@@ -433,6 +433,24 @@ def test_a_hundred_equal_faults_make_one_finding_that_names_the_first_and_has_al
     assert len(found[0].files) == 100
 
 
+@pytest.mark.parametrize(
+    ("shape_vox", "said"),
+    [
+        ((1, 1), "thin.png: only 1 pixel wide and 1 pixel high; export it again, or leave the case out"),
+        ((48, 1), "thin.png: only 1 pixel wide; export it again, or leave the case out"),
+        ((1, 48), "thin.png: only 1 pixel high; export it again, or leave the case out"),
+        ((9, 1, 1), "thin.png: only 1 voxel wide and 1 voxel high; export it again, or leave the case out"),
+        ((1, 40, 48), None),
+        ((2, 2), None),
+    ],
+)
+def test_an_image_of_a_single_pixel_a_row_or_a_column_is_said_to_be_that(shape_vox: tuple[int, ...], said: str | None) -> None:
+    constant = (0,) if shape_vox == (1, 1) else ()
+    thin = row("thin", shape_vox=shape_vox, spacing_mm=(1.0,) * len(shape_vox), voxels=None, constant=constant)
+    found = [finding for finding in findings_of((row("a"), row("b"), thin), LEGEND) if finding.severity == "warning"]
+    assert [finding.message for finding in found] == [said] * (said is not None)
+
+
 def test_two_blank_images_are_blank_and_not_called_the_same() -> None:
     blank = [row(name, fingerprint="same", constant=(0,), low=0, high=0) for name in "ab"]
     assert [f.code for f in findings_of((row("c"), *blank), LEGEND)] == ["constant-image"]

@@ -5,11 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from microtome import terminal
+from microtome.data.case import Finding
 from microtome.data.legend import Legend
+from microtome.data.quality import Inspection
+from microtome.data.quality import Table as CaseTable
 from microtome.evaluation.scores import score_case, summarise
 from microtome.models.registry import find
-from microtome.terminal import Terminal, print_networks, print_scores
+from microtome.terminal import Terminal, print_inspection, print_networks, print_scores
 from microtome.training.recipes import RECIPES
 from tests.small import small_plan
 from tests.test_recipes import data_for, plan_of
@@ -92,6 +97,58 @@ def test_a_network_without_a_reference_is_listed_with_its_authors_alone(capsys: 
 def test_one_step_is_no_steps(capsys: pytest.CaptureFixture[str]) -> None:
     Terminal().say_plan(small_plan(steps=1))
     assert capsys.readouterr().err.splitlines()[0].endswith(", 1 step")
+
+
+def test_names_that_hold_line_ends_and_emoji_are_shown_as_they_are_and_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    name, shown = "a\nb:x:\x1b[31m[red]", r"a\nb:x:\x1b[31m[red]"
+    person = Terminal()
+    person.say(name)
+    with person.predicting() as view:
+        view.done(name, 1, 2)
+    with person.training(small_plan()) as on_event:
+        on_event({"event": "finding", "step": 0, "severity": "warning", "message": f"{name}: odd"})
+    assert capsys.readouterr().err.splitlines() == [shown, f"predicting 1/2: {shown}", f"warning: {shown}: odd"]
+
+
+def inspection_of(*names: str) -> tuple[Inspection, CaseTable]:
+    """An inspection of one finding, and a table of these cases."""
+    finding = Finding(severity="warning", code="odd", message=f"{names[0]}.png: odd")
+    found = Inspection(root=Path("data"), layout="pairs", legend=LEGEND, rows=(), findings=(finding,))
+    return found, CaseTable(("case", "size", "classes"), tuple((name, "512×512", "ground 90 %, cell 10 %") for name in names))
+
+
+def test_a_name_with_a_line_end_is_a_row_and_a_finding_of_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    print_inspection(*inspection_of("a\nb"), None)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["case", r"a\nb", "warning:"]
+    assert lines[-1] == r"warning: a\nb.png: odd"
+
+
+@pytest.mark.parametrize(("width", "wraps"), [(60, False), (34, True)])
+def test_long_names_of_cases_are_cut_in_their_middle_so_that_a_row_is_a_line(
+    width: int, wraps: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "_page", lambda: Console(highlight=False, width=width))
+    long = "1.2.840.113619.2.5.1762583153.215519.978957063.78." * 2
+    print_inspection(*inspection_of(f"{long}1", f"{long}2", "short"), None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "512×512" in line]
+    names = [line.split()[0] for line in lines]
+    assert names[2] == "short"
+    for name, end in zip(names, "12", strict=False):
+        assert name.startswith("1.2.84")
+        assert name.endswith(f"78.{end}")
+        assert "…" in name
+    # Where even the shortest names leave too little room, the last column goes on below.
+    assert all(line.rstrip().endswith("cell 10 %") is not wraps for line in lines)
+    assert max(map(len, lines)) <= width
+
+
+def test_hundreds_of_classes_are_told_by_their_ends(capsys: pytest.CaptureFixture[str]) -> None:
+    with Terminal().training(small_plan()) as on_event:
+        classes = {f"label {number}": 0.5 for number in range(1, 255)}
+        on_event({"event": "validation", "step": 6, "dice": 0.5, "classes": classes})
+    expected = "label 1 0.500, label 2 0.500, label 3 0.500, ... label 254 0.500 (254 classes)"
+    assert capsys.readouterr().err == f"step 6: validation Dice 0.5000 ({expected})\n"
 
 
 def test_a_large_image_says_which_it_is_and_how_long_it_takes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

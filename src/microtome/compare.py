@@ -131,7 +131,8 @@ class _Comparing:
         self._write()
         for number, name in enumerate(self.request.networks, start=1):
             if name not in finished:
-                self.say(f"\n{number}/{len(self.request.networks)} {name}: training for {each}")
+                self.say("")
+                self.say(f"{number}/{len(self.request.networks)} {name}: training for {each}")
                 self._train(name)
             else:
                 self.outcomes.append(self._outcome(name))

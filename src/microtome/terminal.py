@@ -15,6 +15,7 @@ from rich.text import Text
 
 from microtome.config import Config, NetworkConfig, Plan
 from microtome.errors import in_one_line
+from microtome.words import listed, with_short_names
 
 if TYPE_CHECKING:
     # What is shown is made elsewhere: a prediction does not wait for what only reports need.
@@ -33,6 +34,8 @@ OBJECT_SCORES = ("ap50", "ap", "pq", "seg", "arand", "voi_split", "voi_merge", "
 # What the reason of a value begins with that a recipe set.
 SOURCES = ("ours:", "paper", "article")
 SECONDS_BETWEEN_LINES = 15.0
+# Of what is written into a file or a pipe.
+PAGE_WIDTH = 160
 # An image that takes no longer has no bar of its own.
 SECONDS_UNTIL_SHARE = 1.0
 # A run of fewer steps, or of fewer than its learning rate takes to rise, shows nothing of what its network can learn.
@@ -47,17 +50,18 @@ class Terminal:
     """
 
     def __init__(self, *, silent: bool = False) -> None:
-        self.console = Console(stderr=True, highlight=False, soft_wrap=True, quiet=silent)
+        # Without emoji: of a file that is named `a:x:1.png` its name would be shown as another.
+        self.console = Console(stderr=True, highlight=False, emoji=False, soft_wrap=True, quiet=silent)
 
     def say(self, line: str) -> None:
-        """One line, without markup: names of files may hold brackets."""
-        self.console.print(line, markup=False)
+        """One line, without markup: names of files may hold brackets, line ends, and letters that move the cursor."""
+        self.console.print(in_one_line(line), markup=False)
 
     def say_dataset(self, dataset: "Dataset") -> None:
         """What was found in one line, and what is worth a warning."""
         count = len(dataset.labelled)
         images = f"{count} labelled {'image' if count == 1 else 'images'}"
-        self.say(f"{dataset.root}: {dataset.layout}; {images}, classes {', '.join(dataset.legend.names)}")
+        self.say(f"{dataset.root}: {dataset.layout}; {images}, classes {listed(dataset.legend.names, 'classes')}")
         for finding in dataset.findings:
             if finding.severity != "note":
                 self.say(f"{finding.severity}: {finding.message}")
@@ -120,7 +124,7 @@ class _PredictingView:
 
     def done(self, name: str, done: int, of: int) -> None:
         """So many images are done; the name of the last."""
-        self.bar.update(self.task, completed=done, total=of, status=name)
+        self.bar.update(self.task, completed=done, total=of, status=in_one_line(name))
         self.began = time.monotonic()
         if self.part is not None:
             self.bar.remove_task(self.part)
@@ -134,7 +138,7 @@ class _PredictingView:
         if spent < SECONDS_UNTIL_SHARE or not done:
             return
         if self.part is None:
-            self.part = self.bar.add_task("  this image, thousandths", total=1000, status=name)
+            self.part = self.bar.add_task("  this image, thousandths", total=1000, status=in_one_line(name))
         self.bar.update(self.part, completed=1000 * done // of)
         if not self.terminal.console.is_terminal and time.monotonic() - self.line_at > SECONDS_BETWEEN_LINES:
             self.line_at = time.monotonic()
@@ -158,7 +162,8 @@ class _TrainingView:
             self._step(event)
         elif kind == "validation" and event["dice"] is not None:
             self.score = f"Dice {event['dice']:.3f}"
-            classes = ", ".join(f"{name} {'–' if value is None else format(value, '.3f')}" for name, value in event["classes"].items())
+            scores = (f"{name} {'–' if value is None else format(value, '.3f')}" for name, value in event["classes"].items())
+            classes = listed(scores, "classes")
             self.terminal.say(f"step {event['step']}: validation Dice {event['dice']:.4f} ({classes})")
         elif kind == "schedule":
             self.steps = event["steps"]
@@ -176,7 +181,9 @@ class _TrainingView:
         elif kind == "prepared":
             self._prepared(event["done"], event["of"])
         elif kind == "predicted":
-            self.bar.update(self.task, description="validating", completed=event["done"], total=event["of"], status=event["case"])
+            self.bar.update(
+                self.task, description="validating", completed=event["done"], total=event["of"], status=in_one_line(event["case"])
+            )
 
     def _prepared(self, done: int, of: int) -> None:
         """A case that was prepared moves the bar; without a terminal every few seconds one is a line."""
@@ -211,8 +218,13 @@ class _TrainingView:
 
 def _page() -> Console:
     """Standard output; wide where it is a file or a pipe, which have no width."""
-    console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=160)
+    console = Console(highlight=False, emoji=False)
+    return console if console.is_terminal else Console(highlight=False, emoji=False, width=PAGE_WIDTH)
+
+
+def _print_line(console: Console, line: str) -> None:
+    """One line as it is, whatever names in it hold; it may be longer than the terminal is wide."""
+    console.print(in_one_line(line), markup=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
@@ -223,30 +235,30 @@ def print_json(value: Any) -> None:
 def print_inspection(inspection: "Inspection", cases: "CaseTable", html: Path | None) -> None:
     """Layout, legend, cases as `case_table` has them, findings."""
     console = _page()
-    console.print(f"{inspection.root}: {inspection.layout}", markup=False, soft_wrap=True)
-    console.print(f"classes: {', '.join(inspection.legend.names)} – {inspection.legend.reason}", markup=False, soft_wrap=True)
-    _print_table(console, cases.titles, cases.rows[:MOST_ROWS])
+    _print_line(console, f"{inspection.root}: {inspection.layout}")
+    _print_line(console, f"classes: {listed(inspection.legend.names, 'classes')} – {inspection.legend.reason}")
+    _print_table(console, cases.titles, with_short_names(cases.titles, cases.rows[:MOST_ROWS], console.width))
     if len(cases.rows) > MOST_ROWS:
-        console.print(f"... and {len(cases.rows) - MOST_ROWS} more cases (--json and --html have all)", markup=False)
+        _print_line(console, f"... and {len(cases.rows) - MOST_ROWS} more cases (--json and --html have all)")
     for severity, colour in MARKS:
         for finding in inspection.findings:
             if finding.severity == severity:
                 console.print(f"{severity}:", style=f"bold {colour}", end=" ")
-                console.print(finding.message, markup=False, soft_wrap=True)
+                _print_line(console, finding.message)
     if not inspection.findings:
         console.print("nothing wrong was found")
     if html is not None:
-        console.print(f"page: {html}", markup=False)
+        _print_line(console, f"page: {html}")
 
 
 def print_plan(plan: Plan, out: Path | None) -> None:
     """Each value of a plan with its reason."""
     console = _page()
     values = plan.model_dump(mode="json", exclude={"reasons"})
-    rows = [(name, _short(value), plan.reasons.get(name, "")) for name, value in values.items()]
+    rows = [(name, Text(_short(value)), plan.reasons.get(name, "")) for name, value in values.items()]
     _print_table(console, ("setting", "value", "why"), rows, wrapping=2)
     if out is not None:
-        console.print(f"plan: {out}", markup=False)
+        _print_line(console, f"plan: {out}")
 
 
 def print_scores(result: Mapping[str, Any], written: Sequence[Path] = ()) -> None:
@@ -262,9 +274,9 @@ def print_scores(result: Mapping[str, Any], written: Sequence[Path] = ()) -> Non
     foreground = set(result["conventions"]["foreground"])
     for name in result["worst"][:5]:
         rows_of_case = [row for row in result["cases"] if row["case"] == name and row["class"] in foreground]
-        console.print(f"worst: {name}  {_case_scores(rows_of_case)}", markup=False, soft_wrap=True)
+        _print_line(console, f"worst: {name}  {_case_scores(rows_of_case)}")
     for path in written:
-        console.print(f"written: {path}", markup=False, soft_wrap=True)
+        _print_line(console, f"written: {path}")
 
 
 def _case_scores(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -292,50 +304,50 @@ def print_layers(table: "LayerTable", svg: Path | None) -> None:
     """The layers of a network, its totals, and where it was drawn."""
     console = _page()
     _print_table(console, table.titles, table.rows)
-    console.print(table.totals, markup=False, soft_wrap=True)
+    _print_line(console, table.totals)
     if svg is not None:
-        console.print(f"drawing: {svg}", markup=False, soft_wrap=True)
+        _print_line(console, f"drawing: {svg}")
 
 
 def print_card(folder: str, rows: Iterable[tuple[str, str]]) -> None:
     """What a trained model is, as `model_card.card_rows` has it: a line a fact, to be copied."""
     console = _page()
-    console.print(f"model: {folder}", markup=False, soft_wrap=True)
+    _print_line(console, f"model: {folder}")
     for name, words in rows:
         # A stranger's model may say anything, letters that move the cursor too.
-        console.print(f"  {name:<13} {in_one_line(words)}", markup=False, soft_wrap=True)
+        _print_line(console, f"  {name:<13} {words}")
 
 
 def print_tensors(weights: "Weights", tensors: Sequence[Mapping[str, Any]], out: Path | None) -> None:
     """What a file of weights holds, and where it was written; names are a stranger's."""
     console = _page()
-    rows = [(in_one_line(each["name"]), "×".join(map(str, each["shape"])), each["type"]) for each in tensors]
+    rows = [(each["name"], "×".join(map(str, each["shape"])), each["type"]) for each in tensors]
     _print_table(console, ("tensor", "shape", "type"), rows)
-    place = f" in `{in_one_line(weights.place)}`" if weights.place else ""
-    console.print(f"{len(tensors)} tensors{place} of {in_one_line(weights.source)}, hash {weights.hash}", markup=False, soft_wrap=True)
+    place = f" in `{weights.place}`" if weights.place else ""
+    _print_line(console, f"{len(tensors)} tensors{place} of {weights.source}, hash {weights.hash}")
     if weights.shared:
-        console.print(f"{weights.shared} further names of the same tensors are left out", markup=False)
+        _print_line(console, f"{weights.shared} further names of the same tensors are left out")
     if weights.left_out:
-        console.print(f"beside them, not read: {in_one_line(', '.join(weights.left_out))}", markup=False, soft_wrap=True)
+        _print_line(console, f"beside them, not read: {', '.join(weights.left_out)}")
     if out is not None:
-        console.print(f"written: {out}", markup=False, soft_wrap=True)
+        _print_line(console, f"written: {out}")
 
 
 def print_comparison(table: tuple[Sequence[str], Iterable[Iterable[str]]], page: Path) -> None:
     """A row for each network, the best first: titles and rows as `evaluation.comparison_page.table` has them."""
     console = _page()
     _print_table(console, *table)
-    console.print(f"page: {page}", markup=False, soft_wrap=True)
+    _print_line(console, f"page: {page}")
 
 
-def _print_table(console: Console, titles: Sequence[str], rows: Iterable[Iterable[str]], wrapping: int = 1) -> None:
-    """A table without frames whose last columns may take more than a line; cells are data, never markup."""
+def _print_table(console: Console, titles: Sequence[str], rows: Iterable[Iterable[str | Text]], wrapping: int = 1) -> None:
+    """A table without frames whose last columns may take more than a line; cells are data, never markup, and lines only as `Text`."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, title in enumerate(titles, start=1):
         wraps = number > len(titles) - wrapping
         table.add_column(title, overflow="fold" if wraps else "ellipsis", no_wrap=not wraps)
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(cell if isinstance(cell, Text) else Text(in_one_line(cell)) for cell in row))
     console.print(table)
 
 
@@ -345,7 +357,7 @@ def _short(value: Any) -> str:
         return "\n".join(f"{name} {_short(inner)}" for name, inner in value.items() if inner not in ([], None))
     if isinstance(value, list):
         return "(" + ", ".join(_short(inner) for inner in value) + ")"
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else in_one_line(str(value))
 
 
 def _brief(value: Any) -> str:

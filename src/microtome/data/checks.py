@@ -139,7 +139,7 @@ def format_share(share: float) -> str:
 
 def findings_of(rows: tuple[CaseRow, ...], legend: Legend) -> list[Finding]:
     """What is wrong with the cases, one by one and taken together."""
-    checks = (_not_finite, _constant, _duplicates, _odd_types, _outliers, _anisotropic)
+    checks = (_not_finite, _thin, _constant, _duplicates, _odd_types, _outliers, _anisotropic)
     return [*(finding for check in checks for finding in check(rows)), *_empty(rows, legend), *_classes(rows, legend)]
 
 
@@ -149,9 +149,23 @@ def _not_finite(rows: tuple[CaseRow, ...]) -> list[Finding]:
     return [_about([row], "error", "not-finite", text.format(row.where, row.not_finite)) for row in rows if row.not_finite]
 
 
+def _thin(rows: tuple[CaseRow, ...]) -> list[Finding]:
+    """Images that are a single pixel wide or high, which no picture of anything is; sections may be single."""
+    groups: dict[str, list[CaseRow]] = defaultdict(list)
+    for row in rows:
+        unit = "pixel" if len(row.shape_vox) == 2 else "voxel"
+        sides = [f"1 {unit} {way}" for way, side in zip(("wide", "high"), row.shape_vox[:-3:-1], strict=True) if side == 1]
+        if sides:
+            groups[" and ".join(sides)].append(row)
+    text = "{}: only {}; export it again, or leave the case out"
+    return [_about(thin, "warning", "thin-image", text.format(_places(thin), words)) for words, thin in groups.items()]
+
+
 def _constant(rows: tuple[CaseRow, ...]) -> list[Finding]:
     """Images, or channels of them, in which there is nothing to see."""
     found = []
+    # That one pixel is like itself says nothing.
+    rows = tuple(row for row in rows if np.prod(row.shape_vox) > 1)
     blank = [row for row in rows if len(row.constant) == row.channels]
     if blank:
         text = f"{_places(blank)}: every pixel has the same value; export the image again or leave the case out"
@@ -222,6 +236,9 @@ def _outliers(rows: tuple[CaseRow, ...]) -> list[Finding]:
         text = f"{listed}: voxel size far from the usual {format_sides(median)} mm; check the header, or set `spacing_mm` in microtome.yaml"
         found.append(_about(odd, "warning", "spacing-outlier", text))
     for odd, median in _far_from_median(rows, lambda row: row.shape_vox, SIZE_RATIO):
+        odd = [row for row in odd if min(row.shape_vox[-2:]) > 1]
+        if not odd:
+            continue
         listed = some((f"{row.where} ({format_shape(row.shape_vox)})" for row in odd), most=4)
         usual = format_shape(tuple(round(side) for side in median))
         text = f"{listed}: size far from the usual {usual}; check that it shows the same kind of thing"

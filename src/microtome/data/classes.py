@@ -11,7 +11,9 @@ from microtome.data.case import NOT_ANNOTATED, Declared, Finding, LabelValue
 from microtome.data.description import DatasetConfig
 from microtome.data.labels import MOST_CLASSES, LabelScan, counted_anew
 from microtome.data.legend import Legend, code_of, format_value, value_of
+from microtome.data.names import some
 from microtome.errors import ConfigError, DataError
+from microtome.words import listed
 
 # Numbers of objects are one piece each in nearly all cases, values of classes are not.
 WHOLE, IN_PIECES = 0.9, 0.5
@@ -19,6 +21,8 @@ WHOLE, IN_PIECES = 0.9, 0.5
 MANY_CLASSES = 8
 # 255 beside class numbers below this is what Pascal VOC and Cityscapes call void.
 VOID, MOST_VOID_CLASSES = 255, 40
+# Of the pixels of pictures; so few are annotated where somebody meant it so, or where 255 is what is to be learned.
+MUCH_VOID = 0.5
 # A value this far from a class's own still is that class, where a picture was smeared.
 REACH = 32
 BLACK_WHITE = (0, 255)
@@ -126,6 +130,33 @@ def doubts(scans: Sequence[LabelScan], rules: LegendRules) -> list[Finding]:
     else:
         return []
     return [Finding(severity="warning", code="classes-or-objects", message=message)]
+
+
+def void_doubts(scans: Sequence[LabelScan], legend: Legend, declared: Declared) -> list[Finding]:
+    """A warning where 255 is taken as not annotated by custom and may well be the foreground; it says what settles that.
+
+    Either every file that has it has nothing but 0 beside it, as masks of 0 and 255 do among others of 0 and 1; or it fills most
+    of the pictures. Of volumes that is the usual case: a few sections are annotated.
+    """
+    having = [scan for scan in scans if scan.counts.get(VOID)]
+    if VOID not in legend.ignored or declared.ignored is not None or not having:
+        return []
+    first = some((scan.files[0] for scan in having), 1)
+    if all(scan.numbers <= {VOID, NOT_ANNOTATED} for scan in having):
+        message = f"{first}: masks of 0 and 255 among masks of other values; 255 is taken as not annotated, so nothing is learned there; "
+        message += "state `classes: {background: 0, foreground: [1, 255]}` in microtome.yaml if it is the foreground, "
+        return [_void_finding(having, message + "else `not_annotated: 255`")]
+    pictures = [scan for scan in scans if len(scan.shape_vox) == 2]
+    share = sum(scan.counts.get(VOID, 0) for scan in pictures) / max(1, sum(sum(scan.counts.values()) for scan in pictures))
+    if share < MUCH_VOID:
+        return []
+    message = f"{first}: {share:.0%} of the labels' pixels are 255, which is taken as not annotated: nothing is learned there; "
+    return [_void_finding(having, message + "state `not_annotated: 255` in microtome.yaml if that is right, else `not_annotated: []`")]
+
+
+def _void_finding(scans: Sequence[LabelScan], message: str) -> Finding:
+    """A warning about 255 in the labels of these."""
+    return Finding(severity="warning", code="void-or-class", message=message, files=tuple(scan.files[0] for scan in scans))
 
 
 def choose_background(legend: Legend, config: DatasetConfig, named_by: str) -> Legend:
@@ -263,7 +294,7 @@ def _declared_legend(found: _Found, declared: Declared, *, snap: bool) -> Legend
             declared.source, expected="a class that is annotated", got=f"not_annotated {ignored}", do="mend `not_annotated`", code="C018"
         )
     colours = found.colour or any(isinstance(value, tuple) for values, _ in ordered for value in values)
-    words = ", ".join(f"{name} {'+'.join(format_value(value) for value in values)}" for values, name in ordered)
+    words = listed((f"{name} {'+'.join(format_value(value) for value in values)}" for values, name in ordered), "classes")
     return Legend(
         names=tuple(name for _, name in ordered),
         values=tuple(values for values, _ in ordered),
@@ -297,13 +328,13 @@ def _not_annotated(ignored: Sequence[LabelValue], why: str) -> str:
 def _found_legend(found: _Found, codes: Sequence[int], declared: Declared) -> Legend:
     """A class for each value, in ascending order."""
     values = [value_of(code, found.colour) for code in codes]
-    listed = ", ".join(format_value(value) for value in values)
+    shown = listed(map(format_value, values), "colours" if found.colour else "values")
     if not values:
         raise DataError(
             declared.source or "labels", expected="annotated voxels", got="none in any label", do="mend `not_annotated`", code="D033"
         )
     if declared.classes and len(declared.classes) != len(values):
-        got = f"{len(declared.classes)} names for {len(values)} values: {listed}"
+        got = f"{len(declared.classes)} names for {len(values)} values: {shown}"
         raise ConfigError(
             declared.source, expected="a name for each value in the labels", got=got, do="write `classes:` as `name: value`", code="C018"
         )
@@ -315,7 +346,7 @@ def _found_legend(found: _Found, codes: Sequence[int], declared: Declared) -> Le
         values=tuple(classes),
         kind="colours" if found.colour else "values",
         background=zero,
-        reason=f"the labels hold the {'colours' if found.colour else 'values'} {listed}",
+        reason=f"the labels hold the {'colours' if found.colour else 'values'} {shown}",
     )
 
 

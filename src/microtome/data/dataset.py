@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 
 from microtome.data.case import NOT_ANNOTATED, Case, Declared, Finding, LabelValue, Layout
-from microtome.data.classes import LegendRules, choose_background, doubts, make_legend
+from microtome.data.classes import LegendRules, choose_background, doubts, make_legend, void_doubts
 from microtome.data.containers import container_layout, contents_of
 from microtome.data.description import DatasetConfig, load_description, unknown_name
 from microtome.data.headers import channel_names, geometry_findings
@@ -309,6 +309,7 @@ def _opened(root: Path, layout: Layout, config: DatasetConfig, named_by: str) ->
         *(_unreadable(case, case.labels, faults[case.name]) for case in labelled if case.name in faults),
         *(Finding(severity="note", code="assumed", message=text) for text in dict.fromkeys(str(warning.message) for warning in caught)),
         *doubts(scans, rules),
+        *void_doubts(scans, legend, declared),
         *_group_findings(layout.cases, config, named_by),
         *label_findings(scans, legend, Path(declared.source).name if declared.classes else ""),
         *channel_findings,

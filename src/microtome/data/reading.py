@@ -218,29 +218,29 @@ def _with_empty_planes(label: Image, image: Header) -> Image:
 
 def _check_grid(case: Case, image: Header, other: Image | Volume, what: str) -> None:
     """Compare shape and, where both are of formats with a patient's millimetres, place with those of the case's first image."""
-    name = case.images[0].name
+    name = str(case.images[0])
     placed = image.affine is not None and {image.format, other.format} <= PATIENT_FORMATS
     if image.shape_vox != other.shape_vox:
-        raise _shape_error(case, image.shape_vox, name, other)
+        raise _shape_error(case, image.shape_vox, other)
     if placed and image.affine is not None and not same_grid(image.affine, other.affine, image.shape_vox):
         raise DataError(
             case.name,
             expected=f"{what} in the same place ({name}, origin {_origin(image.affine)}, spacing {format_sides(image.spacing_mm)})",
-            got=f"{other.path.name} with origin {_origin(other.affine)}, spacing {format_sides(other.spacing_mm)}",
+            got=f"{other.path} with origin {_origin(other.affine)}, spacing {format_sides(other.spacing_mm)}",
             do="resample the label to the image's grid, or copy its header if the voxels agree",
             code="D035",
         )
 
 
-def _shape_error(case: Case, shape_vox: tuple[int, ...], name: str, label: Image | Volume) -> DataError:
-    """Two shapes that should be one."""
-    turned = label.shape_vox == (*shape_vox[:-2], shape_vox[-1], shape_vox[-2])
+def _shape_error(case: Case, shape_vox: tuple[int, ...], other: Image | Volume) -> DataError:
+    """Two shapes that should be one; both files are named with their folders, as they often have the same name."""
+    turned = other.shape_vox == (*shape_vox[:-2], shape_vox[-1], shape_vox[-2])
     hint = "; it lies on its side (an EXIF orientation that one of the two lost?)" if turned else ""
     return DataError(
         case.name,
-        expected=f"the shape of {name}, {format_shape(shape_vox)}",
-        got=f"{format_shape(label.shape_vox)} in {label.path.name}{hint}",
-        do="export the label again or leave the case out",
+        expected=f"the shape of {case.images[0]}, {format_shape(shape_vox)}",
+        got=f"{format_shape(other.shape_vox)} in {other.path}{hint}",
+        do="export one of them again at the size of the other, or leave the case out",
         code="D034",
     )
 

@@ -56,6 +56,8 @@ def read_weights(path: Path) -> Weights:
             start, size = file.read(9), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise DataError(path, expected=EXPECTED, got=error.strerror or str(error), do="check the path", code="D232") from None
+    if size == 0:
+        raise DataError(path, expected=EXPECTED, got="an empty file (0 bytes)", do=DO, code="D232")
     length = int.from_bytes(start[:8], "little")
     if start[8:] == b"{" and length <= size:
         return _of_safetensors(path, length)
