@@ -9,9 +9,18 @@ from microtome.errors import ConfigError
 from tests.test_cli import run
 
 
-@pytest.mark.parametrize("typed", ["MT-D034", "mt-d034", "D034", " d034 ", "[MT-D034]"])
+@pytest.mark.parametrize("typed", ["MT-D034", "mt-d034", "D034", " d034 ", "[MT-D034]", "d34", "MT-D34", "D0034", "D-034"])
 def test_a_code_may_be_typed_in_any_way(typed: str) -> None:
     assert code_of(typed) == "D034"
+
+
+def test_a_number_alone_is_a_code_where_one_letter_alone_has_it() -> None:
+    letters = {number: [code for code in FAULTS if int(code[1:]) == number] for number in {int(code[1:]) for code in FAULTS}}
+    alone = next(number for number, codes in letters.items() if len(codes) == 1)
+    shared = next(number for number, codes in letters.items() if len(codes) > 1)
+    assert code_of(str(alone)) == letters[alone][0]
+    with pytest.raises(ConfigError, match=f"got `{shared}`"):
+        code_of(str(shared))
 
 
 def test_a_wrong_code_is_one_line_with_the_nearest(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,6 +64,12 @@ def test_a_person_is_told_network_classes_origin_and_hash(
     assert "model.json" not in lines
 
 
+def test_a_command_that_an_earlier_version_wrote_is_shown_as_people_type_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    origin = ORIGIN | {"command": "__main__.py train cells --out runs/cells"}
+    save_bundle(tmp_path / "model", replace(saved_model(tmp_path), provenance=origin))
+    assert dict(card_rows(card(load_bundle(tmp_path))))["command"] == "microtome train cells --out runs/cells"
+
+
 def test_programs_get_the_same_as_json(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert called(monkeypatch, "model", run / "model", "--json") == 0
     found = json.loads(capsys.readouterr().out)

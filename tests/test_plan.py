@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -389,6 +390,23 @@ def test_a_plan_written_down_and_read_again_is_the_same(name: str, tmp_path: Pat
     path = tmp_path / "plan.yaml"
     path.write_text(dump_yaml(plan), encoding="utf-8")
     assert read_plan(path) == plan
+
+
+def test_a_plan_is_written_a_value_and_a_reason_a_line(tmp_path: Path) -> None:
+    plan = draft_plan(CELLS, LAPTOP)
+    text = dump_yaml(plan)
+    lines = text.splitlines()
+    reasons = lines[lines.index("reasons:") + 1 :]
+    assert [line.partition(":")[0] for line in reasons] == [f"  {name}" for name in plan.reasons]
+    assert all(line.startswith(f"  {name}: ") for line, name in zip(reasons, plan.reasons, strict=True))
+    assert "{" not in text.replace("{}", "")
+    assert f"patch_vox: [{', '.join(map(str, plan.patch_vox))}]" in lines
+    # As it was written before: the same plan.
+    flow = yaml.safe_dump(plan.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    assert flow != text
+    for number, written in enumerate((flow, text)):
+        (tmp_path / f"{number}.yaml").write_text(written, encoding="utf-8")
+        assert read_plan(tmp_path / f"{number}.yaml") == plan
 
 
 def test_a_plan_with_an_unknown_word_is_refused_by_file_and_word(tmp_path: Path) -> None:

@@ -157,6 +157,14 @@ def test_the_command_is_said_without_the_folder_of_the_program(monkeypatch: pyte
     assert command() == "microtome train cells --steps 6"
 
 
+@pytest.mark.parametrize("file", ["__main__.py", "cli.py"])
+def test_a_module_that_python_runs_is_said_as_the_command_that_people_type(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [str(Path(provenance.__file__).parents[1] / file), "train", "cells"])
+    assert command() == "microtome train cells"
+    monkeypatch.setattr(sys, "argv", ["/usr/lib/python3/pytest/__main__.py", "-n", "0"])
+    assert command() == "__main__.py -n 0"
+
+
 def test_a_name_in_another_encoding_among_the_words_leaves_a_command_that_json_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["microtome", "train", "cells", "--plan", os.fsdecode(b"pl\xe4ne.yaml")])
     assert parse_json(json.dumps(command())) == r"microtome train cells --plan pl\udce4ne.yaml"

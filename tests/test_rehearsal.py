@@ -1,15 +1,19 @@
 """What is timed before a plan is fitted to the minutes is what will run."""
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from microtome.config import NetworkConfig, Plan
+from microtome.data.dataset import open_dataset
 from microtome.models.network import Network
 from microtome.plan import FULL_SHARE, Resources, patch_bytes, save_memory, step_bytes
 from microtome.training import gradients, rehearsal
-from microtome.training.rehearsal import fit_to_minutes, step_seconds
+from microtome.training.rehearsal import fit_to_minutes, make_plan, step_seconds
+from tests.folders import png
 from tests.small import TINY_2D, one_thread, small_plan
 
 __all__ = ["one_thread"]
@@ -62,6 +66,26 @@ def test_activations_that_will_be_computed_twice_are(checkpointing: bool, monkey
 def test_a_network_without_padding_is_timed_on_its_middle() -> None:
     plan = small_plan(network=NetworkConfig(name="unet", widths=(4, 8)), patch_vox=(32, 32))
     assert step_seconds(plan, CPU, ("fp32",), repeats=1)["fp32"] > 0
+
+
+def test_what_takes_long_in_planning_is_said_before_it_begins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, grey in (("a", 0), ("b", 90)):
+        png(tmp_path / "images" / f"{name}.png", np.arange(256).reshape(16, 16) // 2 + grey)
+        png(tmp_path / "masks" / f"{name}.png", np.arange(256).reshape(16, 16) // 128)
+    said: list[str] = []
+
+    def timed(plan: Plan, *_: Any) -> dict[str, float]:
+        said.append("timed")
+        return {"bf16": 1.0, "fp32": 1.0}
+
+    monkeypatch.setattr(rehearsal, "step_seconds", timed)
+    dataset = open_dataset(tmp_path)
+    looking, timing = "looking at the images ...", "timing a few training steps on this machine ..."
+    make_plan(dataset, minutes=60, device="cpu", memory_gb=2, say=said.append)
+    assert said == [looking, timing, "timed"]
+    said.clear()
+    make_plan(dataset, steps=1, device="cpu", memory_gb=2, say=said.append)
+    assert said == [looking]
 
 
 def fitted(

@@ -114,7 +114,7 @@ def plan(
     """The plan for this data on this machine, each value with its reason."""
     from microtome.config import dump_yaml
     from microtome.files import write_text
-    from microtome.terminal import print_json, print_plan
+    from microtome.terminal import Terminal, print_json, print_plan
     from microtome.training.rehearsal import make_plan
 
     check_target(out, ".yaml", ".yml")
@@ -128,7 +128,7 @@ def plan(
         "fold": fold,
         "holdout": checked_holdout(holdout, fold),
     }
-    made = make_plan(open_data(data), minutes=minutes, memory_gb=memory, device=device, **words)
+    made = make_plan(open_data(data), minutes=minutes, memory_gb=memory, device=device, say=Terminal().say, **words)
     if out is not None:
         write_text(out, dump_yaml(made))
     if as_json:
@@ -202,11 +202,11 @@ def train(
                 return changed_plan(found, minutes=minutes, steps=steps, fold=fold, seed=seed)
             if minutes is None and steps is None:
                 terminal.say("neither --minutes nor --steps given: training for 10 minutes")
-            terminal.say("timing a few steps to plan ...")
             words: dict[str, Any] = {"network": network, "recipe": recipe or "default", "dims": dims, "fold": fold or "1/5"}
             words |= {"seed": seed or 0, "holdout": checked_holdout(holdout or "cases", fold)}
             wanted = 10.0 if minutes is None and steps is None else minutes
-            return make_plan(dataset, minutes=wanted, steps=steps, memory_gb=memory, device=ranks.device(device), **words)
+            words |= {"device": ranks.device(device), "say": terminal.say}
+            return make_plan(dataset, minutes=wanted, steps=steps, memory_gb=memory, **words)
 
         chosen = ranks.same_plan(choose)
         terminal.say_plan(chosen)
@@ -259,8 +259,7 @@ def densify(
     sketch = open_sketch(image, annotation, out, options)
     terminal.say_dataset(sketch.dataset)
     terminal.say(sketch.reason)
-    terminal.say("timing a few steps to plan ...")
-    chosen = sketch.plan()
+    chosen = sketch.plan(terminal.say)
     terminal.say_plan(chosen)
     with terminal.training(chosen) as on_event:
         fill(sketch, chosen, on_event=on_event, started=started)

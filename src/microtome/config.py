@@ -341,8 +341,19 @@ _PlainLoader.add_constructor("tag:yaml.org,2002:float", _PlainLoader.construct_y
 
 
 def dump_yaml(config: Config) -> str:
-    """The config as YAML in the order of its fields."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120, default_flow_style=None)
+    """The config as YAML in the order of its fields: a name a line, its value or reason whole beside it."""
+    return str(yaml.dump(config.model_dump(mode="json"), Dumper=_LineDumper, sort_keys=False, allow_unicode=True, width=math.inf))
+
+
+class _LineDumper(yaml.SafeDumper):
+    """Safe YAML in which lists of plain values stand in a line, and names with values in a line each, to be read and edited."""
+
+    def __init__(self, stream: Any, **settings: Any) -> None:
+        super().__init__(stream, **(settings | {"default_flow_style": None}))
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        """A mapping in lines; an empty one as {}."""
+        return super().represent_mapping(tag, mapping, flow_style=not mapping)
 
 
 def _config_error(kind: type[Config], error: ValidationError, where: str | Path) -> ConfigError:

@@ -103,12 +103,12 @@ class Sketch:
     options: DensifyOptions
     reason: str
 
-    def plan(self) -> Plan:
+    def plan(self, say: Callable[[str], None] = lambda line: None) -> Plan:
         """A plan as `make_plan` makes it, that trains on all that is annotated, or with `holdout` on four fifths of the planes."""
         options = self.options
         words: dict[str, Any] = {"network": options.network, "recipe": options.recipe, "device": options.device, "seed": options.seed}
         words |= {"fold": "1/5", "holdout": "slices"} if options.holdout else {"fold": "all"}
-        return make_plan(self.dataset, minutes=options.minutes, steps=options.steps, **words)
+        return make_plan(self.dataset, minutes=options.minutes, steps=options.steps, say=say, **words)
 
 
 def open_sketch(image: Path, annotation: Path, out: Path, options: DensifyOptions) -> Sketch:

@@ -7,6 +7,7 @@ from typing import Any
 from microtome.bundle import Bundle, fault_of_copy, load_bundle
 from microtome.errors import DataError
 from microtome.geometry import format_shape
+from microtome.words import listed
 
 VERSIONS = ("microtome", "torch", "numpy", "scipy", "python")
 
@@ -46,7 +47,7 @@ def card_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     channels = "1 channel" if found["channels"] == 1 else f"{found['channels']} channels"
     rows = [
         ("network", f"{found['dims']}D {found['network']}, {channels}, {found['numbers']:,} numbers in {found['tensors']} tensors"),
-        ("classes", ", ".join(f"{name} ({', '.join(map(str, values))})" for name, values in found["classes"].items())),
+        ("classes", listed((f"{name} ({', '.join(map(str, values))})" for name, values in found["classes"].items()), "classes")),
         ("patch", f"{format_shape(found['patch_vox'])} voxels of {spacing} mm"),
         *_origin(found["provenance"]),
         ("hash", f"{found['hash']}: {found['bytes']:,} bytes of weights, and the rest, are as they were written"),
@@ -70,7 +71,7 @@ def _origin(origin: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("learned from", _cases(origin, "training")),
         ("validated on", _cases(origin, "validation")),
         ("began with", _begun(origin.get("initial_weights"))),
-        ("command", str(origin.get("command", ""))),
+        ("command", _command(origin)),
         ("date", str(origin.get("date", ""))),
         ("versions", ", ".join(f"{name} {origin[name]}" for name in VERSIONS if name in origin)),
     ]
@@ -83,6 +84,12 @@ def _score(origin: Mapping[str, Any]) -> str:
     if step is None:
         return ""
     return f"Dice {score:.4f} in the validation at step {step}" if isinstance(score, int | float) else f"none; of step {step}"
+
+
+def _command(origin: Mapping[str, Any]) -> str:
+    """The words that started its training; earlier bundles name the file that `python -m microtome` runs."""
+    program, space, words = str(origin.get("command", "")).partition(" ")
+    return ("microtome" if program == "__main__.py" else program) + space + words
 
 
 def _begun(initial: object) -> str:

@@ -56,14 +56,19 @@ class Scope(NamedTuple):
 
 
 def code_of(text: str) -> str:
-    """The code that was typed, `MT-D012`, `[MT-D012]`, `D012` or `d012`.
+    """The code that was typed, `MT-D012`, `[MT-D012]`, `D012`, `d012`, `mt-d12`, or its number where one code alone has it.
 
     Raises:
         ConfigError: there is none; proposes the nearest.
     """
-    code = text.strip(" []").upper().removeprefix(PREFIX)
-    if code in FAULTS:
-        return code
+    typed = text.strip(" []").upper()
+    code = typed.removeprefix(PREFIX)
+    if found := re.fullmatch(r"([A-Z]?)[- ]?0*([0-9]{1,3})", code, re.ASCII):
+        letter, number = found[1], int(found[2])
+        alike = [each for each in FAULTS if each.startswith(letter) and int(each[1:]) == number]
+        if len(alike) == 1:
+            return alike[0]
+        code = f"{letter}{number:03}"
     near = difflib.get_close_matches(code, FAULTS, n=1, cutoff=0.4)
     do = f"did you mean {PREFIX}{near[0]}?" if near else "see `microtome explain` for all"
     raise ConfigError("explain", expected="a code such as MT-D031", got=f"`{text}`", do=do, code="C001")

@@ -43,8 +43,10 @@ def origin(dataset: Dataset, split: Split, plan: Plan) -> dict[str, Any]:
 
 
 def command() -> str:
-    """The words that started this process, its program without its folder."""
-    return in_one_line(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))
+    """The words that started this process, its program without its folder; `microtome` also where `python -m microtome` did."""
+    program = Path(sys.argv[0])
+    ours = program.parent.name == __package__.partition(".")[0] and program.suffix == ".py"
+    return in_one_line(" ".join([program.parent.name if ours else program.name, *sys.argv[1:]]))
 
 
 def fingerprint_of(root: Path, cases: Iterable[Case]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A few real steps on this machine, so that a plan knows what the minutes buy."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TypedDict, Unpack
 
@@ -58,6 +58,7 @@ def make_plan(
     steps: int | None = None,
     memory_gb: float | None = None,
     device: str = "auto",
+    say: Callable[[str], None] = lambda line: None,
     **wishes: Unpack[Wishes],
 ) -> Plan:
     """A plan for this dataset, this machine and these minutes (or exactly `steps` steps), every choice with its reason.
@@ -68,6 +69,7 @@ def make_plan(
         steps: optimiser steps, instead of minutes.
         memory_gb: memory that training may use; None: most of what is free.
         device: "auto", "cpu" or "cuda".
+        say: takes a line before what may take long.
         wishes: network, recipe, dims, seed, fold, holdout; see `Wishes`.
 
     Raises:
@@ -87,6 +89,7 @@ def make_plan(
     where = pick_device(device)
     memory = int(memory_gb * 2**30) if memory_gb else free_memory(where)
     resources = Resources(minutes=minutes, memory_bytes=memory, gpu=where.type == "cuda", bf16=has_bf16(where))
+    say("looking at the images ...")
     facts = take_fingerprint(dataset, split_dataset(dataset, fold, seed, holdout).train)
     plan = draft_plan(facts, resources, network=name, dims=chosen.dims if dims is None else (dims,), seed=seed, fold=fold)
     if dims not in (None, plan.dims):
@@ -94,6 +97,7 @@ def make_plan(
     plan = save_memory(apply_recipe(chosen, plan, facts, resources), resources).model_copy(update={"holdout": holdout})
     if steps is not None:
         return _with(plan, "steps", steps, "as asked")
+    say("timing a few training steps on this machine ...")
     return fit_to_minutes(plan, resources, where)
 
 
