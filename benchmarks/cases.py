@@ -26,7 +26,8 @@ from microtome.models.blocks import InstanceNorm
 from microtome.models.network import Network
 from microtome.models.registry import build
 from microtome.models.trace import trace
-from microtome.plan import Resources, choose_network
+from microtome.plan import choose_network
+from microtome.step_memory import Resources
 from microtome.training.loop import crop_border
 from microtome.training.losses import segmentation_loss
 

@@ -288,7 +288,8 @@ def config_of(work: Work) -> NetworkConfig:
     """The paper's sizes; of the modern U-Net those that a plan gives on a GPU."""
     if work.network != "modern_unet":
         return NetworkConfig(name=work.network)
-    from microtome.plan import Resources, choose_network
+    from microtome.plan import choose_network
+    from microtome.step_memory import Resources
 
     resources = Resources(minutes=60, memory_bytes=2**36, gpu=True)
     return choose_network(work.network, work.patch_vox, (1.0,) * len(work.patch_vox), resources)[0]

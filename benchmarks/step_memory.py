@@ -1,4 +1,4 @@
-"""Memory of a training step for each value that a layer of the network puts out: what `plan.BYTES_A_VALUE` rounds up.
+"""Memory of a training step for each value that a layer of the network puts out: what `step_memory.BYTES_A_VALUE` rounds up.
 
     python benchmarks/step_memory.py
 
@@ -47,7 +47,8 @@ def measure(name: str, dims: int, side: int, batch: int, precision: str) -> dict
     from microtome.machine import recycle_memory
     from microtome.models.registry import build
     from microtome.models.trace import trace
-    from microtome.plan import Resources, choose_network
+    from microtome.plan import choose_network
+    from microtome.step_memory import Resources
     from microtome.training.rehearsal import step_seconds
 
     recycle_memory()

@@ -5,6 +5,7 @@ import graphlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 
@@ -44,6 +45,7 @@ def is_module(name: str) -> bool:
     return name.partition(".")[0] == "microtome" and name.partition(".")[2] in LAYERS
 
 
+@cache
 def imports_of(module: str) -> list[tuple[str, bool]]:
     package = f"microtome.{module}".rpartition(".")[0]
     return list(imports(path_of(module).read_text(encoding="utf-8"), package))
@@ -150,3 +152,10 @@ def test_help_loads_nothing_heavy(words: list[str]) -> None:
 )
 def test_every_way_to_import_is_seen(text: str, expected: list[tuple[str, bool]]) -> None:
     assert list(imports(text, package="microtome.images")) == expected
+
+
+def test_following_a_network_for_its_shapes_loads_no_compiler() -> None:
+    # Torch's own shapes of a normal draw, a concatenation or a batch norm bring its compiler, which takes longer than the plan.
+    code = "from microtome.config import NetworkConfig\nfrom microtome.step_memory import patch_bytes\n"
+    code += "assert patch_bytes((64, 64), NetworkConfig(widths=(8, 16), strides=((1, 1), (2, 2)), kernels=((3, 3), (3, 3))), 'fp32', 2) > 0"
+    assert not {name for name in loaded_after(code) if name.startswith("torch._dynamo")}

@@ -18,21 +18,8 @@ from microtome.errors import ConfigError
 from microtome.fingerprint import Fingerprint, take_fingerprint
 from microtome.geometry import Shape
 from microtome.models.registry import build
-from microtome.plan import (
-    FULL_SHARE,
-    SMALLEST_BATCH,
-    Resources,
-    choose_batch,
-    choose_dims,
-    choose_network,
-    choose_patch,
-    choose_precision,
-    choose_spacing,
-    draft_plan,
-    patch_bytes,
-    save_memory,
-    step_bytes,
-)
+from microtome.plan import choose_batch, choose_dims, choose_network, choose_patch, choose_precision, choose_spacing, draft_plan
+from microtome.step_memory import FULL_SHARE, SMALLEST_BATCH, Resources, patch_bytes, save_memory, step_bytes
 from microtome.training.folder import read_plan
 from tests.small import one_thread
 

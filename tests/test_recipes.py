@@ -13,7 +13,8 @@ from microtome.data.dataset import open_dataset
 from microtome.errors import ConfigError
 from microtome.fingerprint import Fingerprint
 from microtome.models.registry import NETWORKS, build
-from microtome.plan import Resources, draft_plan, save_memory, step_bytes
+from microtome.plan import draft_plan
+from microtome.step_memory import Resources, save_memory, step_bytes
 from microtome.training import rehearsal
 from microtome.training.loop import learning_rate
 from microtome.training.recipes import RECIPES, apply_recipe, check_dims, find_recipe

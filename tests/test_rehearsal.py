@@ -10,7 +10,7 @@ import torch
 from microtome.config import NetworkConfig, Plan
 from microtome.data.dataset import open_dataset
 from microtome.models.network import Network
-from microtome.plan import FULL_SHARE, Resources, patch_bytes, save_memory, step_bytes
+from microtome.step_memory import FULL_SHARE, Resources, patch_bytes, save_memory, step_bytes
 from microtome.training import gradients, rehearsal
 from microtome.training.rehearsal import fit_to_minutes, make_plan, step_seconds
 from tests.folders import png

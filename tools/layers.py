@@ -101,6 +101,7 @@ LAYERS = (
     "preprocess",
     "fingerprint",
     "appearance",
+    "step_memory",
     "plan",
     "bundle_form",
     "bundle",

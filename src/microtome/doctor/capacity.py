@@ -5,7 +5,8 @@ from typing import Any
 import torch
 
 from microtome.inference.devices import has_bf16, pick_device
-from microtome.plan import FULL_SHARE, SMALLEST_BATCH, Resources, choose_network, patch_bytes
+from microtome.plan import choose_network
+from microtome.step_memory import FULL_SHARE, SMALLEST_BATCH, Resources, patch_bytes
 from microtome.training.rehearsal import free_memory
 from microtome.training.warp import compiled
 

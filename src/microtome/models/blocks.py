@@ -1,7 +1,7 @@
 """What two networks or more share: layers by dimension, centre crop, instance norm, initialisation, sizes of U-Nets."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 import torch
@@ -146,7 +146,7 @@ def initialise_he(network: nn.Module, slope: float = 0.0) -> None:
         He et al., Delving deep into rectifiers, ICCV 2015, arXiv 1502.01852.
         Ronneberger et al. 2015, section 3: sd sqrt(2 / N).
     """
-    for module in network.modules():
+    for module in _with_values(network):
         if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             inputs = module.in_channels // module.groups * (1 if module.transposed else math.prod(module.kernel_size))
             nn.init.normal_(module.weight, std=math.sqrt(2 / ((1 + slope**2) * inputs)))
@@ -160,11 +160,17 @@ def initialise_glorot(network: nn.Module) -> None:
     References:
         Glorot and Bengio, Understanding the difficulty of training deep feedforward neural networks, AISTATS 2010.
     """
-    for module in network.modules():
+    for module in _with_values(network):
         if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d | nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def _with_values(network: nn.Module) -> Iterator[nn.Module]:
+    """The modules; none of a network of shapes alone, where drawing nothing would load torch's compiler, seconds of it."""
+    if not any(parameter.is_meta for parameter in network.parameters()):
+        yield from network.modules()
 
 
 def padded_sizes(dims: int, levels: int) -> Sizes:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from microtome.errors import ConfigError
@@ -54,6 +55,7 @@ _KINDS: Mapping[str, str] = MappingProxyType(
     }
 )
 _JOINS = frozenset({"concat", "sum", "product"})
+_IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "add_", "sub_", "mul_", "relu_", "leaky_relu_", "elu_", "selu_", "dropout_"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +163,42 @@ def _check_size(network: Network, shape: Sequence[int]) -> None:
         raise ConfigError(network.spec.name, expected=expected, got=format_shape(tuple(shape[1:])), do="choose a smaller one", code="C034")
 
 
+def _shaped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a function puts out, without values.
+
+    Where the shape is plain it is not left to torch, whose own way takes ten times as long and loads its compiler, seconds of it.
+    """
+    shape = _plain_shape(func, args, kwargs)
+    if shape is None:
+        return func(*args, **kwargs)
+    first = args[0][0] if func is torch.cat else args[0]
+    in_place = kwargs.get("inplace") or func.__name__ in _IN_PLACE
+    return first if in_place else torch.empty(shape, dtype=first.dtype, device="meta")
+
+
+def _plain_shape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """The shape of what some functions put out that are given maps without values and do nothing else; None: torch has to say."""
+    if func is torch.cat:
+        axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        return _joined([part.shape for part in args[0]], axis) if all(part.is_meta for part in args[0]) else None
+    maps = [value for value in args if isinstance(value, Tensor)]
+    if not maps or not maps[0].is_meta or maps[0] is not args[0]:
+        return None
+    kind, shape = _KINDS.get(func.__name__.strip("_")), tuple(maps[0].shape)
+    # Torch refuses the instance norm of a single voxel.
+    normed = func is functional.batch_norm or (func is functional.instance_norm and math.prod(shape[2:]) > 1)
+    alike = all(value.is_meta and value.shape == maps[0].shape and value.dtype == maps[0].dtype for value in maps)
+    summed = kind in ("sum", "product") and len(maps) == len(args) and alike and not kwargs
+    return shape if normed or summed or kind in ("activation", "dropout") else None
+
+
+def _joined(shapes: Sequence[Sequence[int]], axis: int) -> tuple[int, ...] | None:
+    """Of maps that are put behind each other along an axis; None where they do not fit."""
+    axis %= len(shapes[0])
+    others = {(*shape[:axis], *shape[axis + 1 :]) for shape in shapes}
+    return None if len(others) > 1 else (*shapes[0][:axis], sum(shape[axis] for shape in shapes), *shapes[0][axis + 1 :])
+
+
 class _Recorder(TorchFunctionMode):
     """Sees every torch function that is called while it is active."""
 
@@ -200,7 +238,7 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = _shaped(func, args, kwargs or {})
         results = [value for value in (result if isinstance(result, list | tuple) else (result,)) if isinstance(value, Tensor)]
         sources = [tensor for tensor in _tensors((*args, *(kwargs or {}).values())) if id(tensor) in self.made]
         if results and sources:

@@ -16,7 +16,7 @@ from microtome.errors import ConfigError
 from microtome.fingerprint import Fingerprint
 from microtome.geometry import Shape, Spacing, format_shape, resampled_shape
 from microtome.nnunet_rules import BUDGETS, Topology, batch_size, plan_patch
-from microtome.plan import FULL_SHARE, Resources, fit_patch, patch_bytes
+from microtome.step_memory import FULL_SHARE, Resources, fit_patch, patch_bytes
 
 # Value and reason of each field of the plan that a recipe sets.
 Lines = Mapping[str, tuple[Any, str]]

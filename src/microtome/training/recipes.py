@@ -10,7 +10,7 @@ from types import MappingProxyType
 from microtome.config import Plan
 from microtome.errors import ConfigError, unknown_choice
 from microtome.fingerprint import Fingerprint
-from microtome.plan import Resources
+from microtome.step_memory import Resources
 from microtome.training import papers
 
 Fill = Callable[[Plan, Fingerprint, Resources], papers.Lines]

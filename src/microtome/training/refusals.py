@@ -7,7 +7,7 @@ from microtome.data.dataset import Dataset
 from microtome.errors import ConfigError
 from microtome.geometry import format_shape
 from microtome.models.network import Network
-from microtome.plan import step_bytes
+from microtome.step_memory import step_bytes
 from microtome.training.ranks import Ranks, most_at_once
 from microtome.training.rehearsal import free_memory
 

@@ -15,7 +15,8 @@ from microtome.fingerprint import take_fingerprint
 from microtome.inference.devices import has_bf16, pick_device, to_device
 from microtome.machine import free_memory_bytes, recycle_memory
 from microtome.models.registry import build, find
-from microtome.plan import SMALLEST_BATCH, Resources, draft_plan, save_memory
+from microtome.plan import draft_plan
+from microtome.step_memory import SMALLEST_BATCH, Resources, save_memory
 from microtome.training.compiled import fast_kernels
 from microtome.training.feeding import Batch
 from microtome.training.gradients import add_gradients
