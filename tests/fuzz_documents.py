@@ -13,20 +13,26 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from safetensors.numpy import save
 
 from microtome.bundle import load_bundle
+from microtome.compare import asked_before
 from microtome.config import AugmentConfig, NetworkConfig, Plan, dump_yaml
 from microtome.data.dataset import open_dataset
 from microtome.data.legend import Legend
 from microtome.data.listing import Entry, Listing, read_listing, write_listing
+from microtome.errors import DataError
 from microtome.evaluation.comparison import Outcome, compare_runs
 from microtome.evaluation.report import build_report, read_run
 from microtome.evaluation.scores import score_case, summarise
 from microtome.files import write_json
-from microtome.inference.restore import restore
+from microtome.inference.restore import arrays_of, restore
+from microtome.interop.checkpoints import EXPECTED, in_our_names, read_weights, save_weights
+from microtome.model_card import card, card_rows
 from microtome.models.registry import build
 from microtome.training.checkpoint import TrainState, load_checkpoint, new_state, save_checkpoint
 from microtome.training.folder import read_plan
+from microtome.training.initial import begin_with
 from tests.folders import nifti, png
 from tests.fuzz_trees import changed_tree, json_changed, yaml_changed
 from tests.fuzzing import Target
@@ -137,14 +143,26 @@ def plans() -> tuple[Target, ...]:
 
 
 def read_bundle(path: Path) -> None:
-    """The description, the samples, and the network with its weights."""
+    """The description, the samples, the network with its weights, and what `microtome model` shows."""
     bundle = load_bundle(path)
+    assert all("\n" not in words for row in card_rows(card(bundle)) for words in row)
     if bundle.samples is not None:
         list(bundle.samples.calibration)
     try:
         restore(bundle)
     finally:
         dict(bundle.weights)
+
+
+def read_foreign(path: Path) -> None:
+    """Weights of another program, by our names of them, and into a network of ours. What is no safetensors goes to another process."""
+    with path.open("rb") as file:
+        start = file.read(9)
+        if start[8:] != b"{" or int.from_bytes(start[:8], "little") > path.stat().st_size:
+            raise DataError(path, expected=EXPECTED, got="what another process reads", do="", code="D232")
+    weights = in_our_names(read_weights(path))
+    begin_with(_state().network, weights)
+    save_weights(path.with_name("kept"), weights)
 
 
 def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
@@ -192,6 +210,45 @@ def bundles() -> tuple[Target, ...]:
     words = (b'"F32"', b'"F8_E4M3"', b'"BF16"', b'"I64"', b'"data_offsets"', b'"shape":[', b"\xff" * 8, b"__metadata__", b'\\"hash\\"')
     values: dict[str, Any] = {"file": f"{_FOLDER}/model.safetensors", "given": _FOLDER, "read": read_bundle}
     return (_target("model bundle", (_bundle(),), change=bundle_changed, dictionary=words, **values),)
+
+
+def foreign_weights() -> tuple[Target, ...]:
+    """Weights in safetensors, as other programs and `microtome import` write them, by names of ours and of nnU-Net."""
+    own = {name: np.asarray(array) for name, array in arrays_of(_state().network.state_dict()).items()}
+    names = ("encoder.stages.0.0.convs.0.conv.weight", "encoder.stages.0.0.convs.0.norm.bias", "decoder.seg_layers.0.bias")
+    theirs = {name: np.ones((2, 1, 3, 3)[: 4 if name.endswith("conv.weight") else 1], np.float16) for name in names}
+    noted = {"found": json.dumps({"names": list(own)[::-1], "source": "a.pth", "hash": "0" * 32})}
+    words = (
+        b'"F16"',
+        b'"BF16"',
+        b'"F8_E4M3"',
+        b'"I64"',
+        b'"BOOL"',
+        b'"data_offsets"',
+        b'"shape":[',
+        b"\xff" * 8,
+        b"__metadata__",
+        b'"names"',
+    )
+    return (
+        _target(
+            "foreign weights",
+            (save(own, metadata=noted), save(theirs | own)),
+            file="case-x.safetensors",
+            change=foreign_changed,
+            dictionary=words,
+            read=read_foreign,
+        ),
+    )
+
+
+def foreign_changed(data: bytes, rng: random.Random) -> bytes:
+    """Another header, or another list of names in it."""
+    header, rest = _split(data)
+    if "__metadata__" not in header or rng.random() < 0.6:
+        return _joined(changed_tree(header, rng), rest)
+    header["__metadata__"]["found"] = json.dumps(changed_tree(json.loads(header["__metadata__"]["found"]), rng))
+    return _joined(header, rest)
 
 
 @cache
@@ -282,6 +339,11 @@ def run_files() -> dict[str, Any]:
             "findings": [finding],
         },
         "environment.json": {"python": "3.11.9", "device": "cpu", "threads": 2, "started": "2026-03-04T05:06:07+00:00"},
+        "filled.json": {
+            "annotated": "3 of 9 planes",
+            "sections": [{"title": "plane z4", "width": 4, "height": 4, "panels": ["data:image/png;base64,AAAA", ""]}],
+            "shares": [["cell", "12 %", "11.5 %"]],
+        },
         "metrics.json": summarise(score_case(truth, prediction, (1.0, 1.0), legend, case="b"), legend),
     }
 
@@ -327,6 +389,16 @@ def runs() -> tuple[Target, ...]:
     targets = [_run_file(name, seed, json_changed, read_report) for name, seed in files.items()]
     targets.append(_run_file("log.jsonl", LOG.encode(), lines_changed, read_report))
     return (*targets, *(_run_file(name, files[name], json_changed, read_comparison) for name in ("metrics.json", "dataset.json")))
+
+
+def comparisons() -> tuple[Target, ...]:
+    """`compare.json`, as `compare --resume` reads it."""
+    asked = {"data": "cells", "minutes": 2.0, "steps": None, "fold": None, "seed": 4, "networks": ["unet", "vnet"]}
+    rows = [{"network": "unet", "peak_bytes": 10**9, "dice": {"mean": 0.5}}, {"network": "vnet", "peak_bytes": None}]
+    seed = json.dumps({"asked": asked, "rows": rows, "environment": {"python": "3.11.9"}}).encode()
+    return (
+        _target("compare.json", (seed,), file="case-x/compare.json", change=json_changed, dictionary=(b"NaN", b"[[["), read=asked_before),
+    )
 
 
 def _run_file(name: str, seed: bytes, change: Any, read: Any) -> Target:

@@ -27,6 +27,7 @@ _Makers = tuple[Callable[[], Target | tuple[Target, ...]], ...]
 FORMATS: MappingProxyType[str, _Makers] = MappingProxyType(
     {
         "predictions.json": (fuzz_documents.listings,),
+        "compare.json": (fuzz_documents.comparisons,),
         "PNG": (fuzz_images.pngs,),
         "BMP": (fuzz_images.bmps,),
         "NPY": (fuzz_images.npys,),
@@ -39,6 +40,7 @@ FORMATS: MappingProxyType[str, _Makers] = MappingProxyType(
         "microtome.yaml": (fuzz_documents.microtome_yamls,),
         "dataset.json": (fuzz_documents.dataset_jsons,),
         "model bundle": (fuzz_documents.bundles,),
+        "foreign weights": (fuzz_documents.foreign_weights,),
         "checkpoint": (fuzz_documents.checkpoints,),
         "plan.yaml": (fuzz_documents.plans,),
         "OME-Zarr 0.4": (fuzz_stores.ome_zarr_4,),

@@ -423,7 +423,7 @@ def test_a_folder_that_does_not_fit_is_refused_before_any_training(trainings: Tr
     with pytest.raises(ConfigError, match="--resume: expected the networks of before, and maybe others, got no unet, vnet"):
         compare(data, out, TWO, resume=True)
     write_text(out / "compare.json", '{"asked": ')
-    with pytest.raises(DataError, match=r"compare\.json: expected what `compare` writes"):
+    with pytest.raises(DataError, match=r"compare\.json: expected valid JSON"):
         compare(data, out, TWO, resume=True)
     with pytest.raises(ConfigError, match="fold"):
         compare(data, tmp_path / "new", replace(TWO, fold="9/5"))

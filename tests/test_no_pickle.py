@@ -152,6 +152,21 @@ call("predict", root / "run", root / "data" / "images" / "a.png", "--out", root 
 call("predict", root / "run", *sorted((root / "store").glob("*.zarr")), "--out", root / "again", "--engine", "torch")
 call("evaluate", root / "torch", root / "data" / "masks", "--html", root / "scores.html")
 call("import", root / "run", "--out", root / "weights.safetensors", "--json")
+
+# Of `compare` what it does itself: its trainings are calls of `train` in processes of their own.
+import shutil
+shutil.copytree(root / "run", root / "both" / "unet")
+asked = {"data": str((root / "data").resolve()), "minutes": None, "steps": 2, "fold": None, "seed": 0, "networks": ["unet"]}
+(root / "both" / "compare.json").write_text(json.dumps({"asked": asked, "rows": []}))
+call("compare", root / "data", "--networks", "unet", "--steps", 2, "--out", root / "both", "--resume")
+
+# Of `densify` all but its plan, which would take minutes.
+from microtome.densify import DensifyOptions, densify, open_sketch
+from microtome.training.folder import read_plan
+words = (root / "data" / "images" / "a.png", root / "sparse.png", root / "dense.png")
+sketch = open_sketch(*words, DensifyOptions())
+densify(sketch, read_plan(root / "plan.yaml").model_copy(update={"classes": sketch.dataset.legend.names}))
+assert (sketch.run / "filled.json").exists()
 (root / "noted.json").write_text(json.dumps(noted))
 """
 
@@ -173,6 +188,9 @@ def road(root: Path) -> list[object]:
         for kind, values in (("images", rng.integers(0, 255, (40, 40))), ("masks", rng.integers(0, 2, (40, 40)))):
             (root / "data" / kind).mkdir(parents=True, exist_ok=True)
             Pillow.fromarray(values.astype(np.uint8)).save(root / "data" / kind / f"{name}.png")
+    sparse = rng.integers(0, 2, (40, 40))
+    sparse[:, 10:] = 255
+    Pillow.fromarray(sparse.astype(np.uint8)).save(root / "sparse.png")
     write_plan(root)
     words = [sys.executable, "-c", ROAD, str(root)]
     done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=REPOSITORY)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image as Pillow
 
 from microtome.bundle import load_bundle
 from microtome.config import NetworkConfig, Plan, dump_yaml
@@ -327,6 +328,33 @@ def test_other_cases_than_the_run_began_with_are_refused(cells: Dataset, tmp_pat
     fewer = replace(cells, cases=cells.cases[1:])
     with pytest.raises(ConfigError, match=r"dataset\.json: expected the same cases"):
         train(fewer, plan_for(cells), tmp_path / "run", resume=True)
+
+
+def test_other_pixels_under_the_same_names_are_said_when_a_run_is_resumed(tmp_path: Path) -> None:
+    config = DemoConfig(picture_vox=(48, 56), volume_vox=(18, 24, 32), pictures=5)
+    data = open_dataset(write_demo_data(tmp_path, config).cells)
+    with pytest.raises(Killed):
+        train(data, plan_for(data), tmp_path / "run", on_event=kill_at(2))
+    said: list[str] = []
+
+    def note(event: Any) -> None:
+        if event["event"] == "finding" and event["severity"] == "warning":
+            said.append(event["message"])
+
+    with pytest.raises(Killed):
+        train(data, plan_for(data), tmp_path / "run", resume=True, on_event=lambda event: (note(event), kill_at(3)(event)))
+    assert said == []
+    # A label of one voxel more.
+    split = split_dataset(data, plan_for(data).fold, plan_for(data).seed)
+    [path] = split.validation[0].labels
+    label = np.array(Pillow.open(path))
+    label[0, 0] = label.max() - label[0, 0]
+    Pillow.fromarray(label).save(path)
+    with pytest.raises(Killed):
+        train(data, plan_for(data), tmp_path / "run", resume=True, on_event=lambda event: (note(event), kill_at(3)(event)))
+    [line] = said
+    assert line.startswith("images or labels of `validation` have changed under the same names since the run began: what it learned")
+    assert line.endswith("put the files back, or train anew with another --out")
 
 
 def test_other_slices_than_the_run_held_out_are_refused(tubules: Dataset, tmp_path: Path) -> None:

@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from microtome import machine
 from microtome.config import LossConfig, NetworkConfig, OptimiserConfig, Plan
 from microtome.data.dataset import Dataset, open_dataset
 from microtome.data.synthetic import DemoConfig, write_demo_data
 from microtome.errors import RunError
 from microtome.machine import is_short_of_memory
 from microtome.models.network import Network
+from microtome.training import feeding
 from microtome.training.checkpoint import TrainState
 from microtome.training.folder import read_plan
 from microtome.training.gradients import Gradients, add_gradients, smaller_steps
@@ -52,6 +54,12 @@ SHORT: dict[str, Callable[[], Exception]] = {
     "C++": lambda: RuntimeError("std::bad_alloc"),
     "oneDNN": lambda: RuntimeError("could not create a primitive"),
 }
+
+
+@pytest.fixture(autouse=True)
+def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of libraries that tell no reason: memory is short to be seen."""
+    monkeypatch.setattr(machine, "room_bytes", lambda: 2**29)
 
 
 def last_layer(network: Network) -> nn.Module:
@@ -95,6 +103,28 @@ def test_what_libraries_say_of_too_little_memory_is_understood(kind: str) -> Non
 def test_other_errors_are_not_taken_for_it() -> None:
     for error in (RuntimeError("expected scalar type Half"), ValueError("out of memory"), OSError(28, "No space left on device")):
         assert not is_short_of_memory(error)
+
+
+@pytest.mark.parametrize("words", ["could not create a primitive", "could not execute a primitive", "could not create a memory object"])
+def test_a_fault_without_a_reason_is_a_lack_of_memory_only_where_little_is_left(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_short_of_memory(RuntimeError(words))
+    monkeypatch.setattr(machine, "room_bytes", lambda: max(2**30, machine.resident_bytes(most=True)))
+    assert not is_short_of_memory(RuntimeError(words))
+    # A large process asks for much at once.
+    monkeypatch.setattr(machine, "resident_bytes", lambda *, most: 2**33 if most else 0)
+    monkeypatch.setattr(machine, "room_bytes", lambda: 2**33 - 1)
+    assert is_short_of_memory(RuntimeError(words))
+    assert not is_short_of_memory(ValueError(words))
+
+
+def test_the_room_of_a_process_is_what_it_may_take_of_what_is_free() -> None:
+    code = (
+        "import resource; from microtome import machine; free = machine.room_bytes();"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1)); print(free > 2**22, machine.room_bytes() <= 2**20)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout == "True True\n"
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -239,6 +269,11 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return open_dataset(write_demo_data(tmp_path_factory.mktemp("data"), config).cells)
 
 
+@pytest.fixture(scope="module")
+def unbroken(cells: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(cells, small_plan(classes=cells.legend.names), tmp_path_factory.mktemp("unbroken") / "run")
+
+
 def test_the_plan_of_a_run_holds_what_fits_and_a_resumed_run_goes_by_it(
     cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -276,6 +311,54 @@ def test_the_plan_of_a_run_holds_what_fits_and_a_resumed_run_goes_by_it(
     folder = train(cells, kept, tmp_path / "run", resume=True)
     assert set(shown) == {2}
     assert_same_weights(folder, wanted)
+
+
+def test_patches_that_memory_was_too_short_for_are_made_again_and_the_run_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = small_plan(batch=2, steps=3)
+    wanted, _ = straight(plan, tmp_path / "straight")
+    plain, asked = feeding.load_sample, []
+
+    def short(*words: Any) -> Any:
+        asked.append(1)
+        # Once, at the second step, when its first patch is there.
+        if len(asked) == 4:
+            raise SHORT["CPU"]()
+        return plain(*words)
+
+    monkeypatch.setattr(feeding, "load_sample", short)
+    state, recorder = straight(plan, tmp_path / "short")
+    assert_same(contents(state), contents(wanted))
+    assert len(asked) == 8
+    [event] = [event for event in recorder.events if event["event"] == "memory"]
+    assert event["step"] == 1
+    assert "while patches were made: they are made again" in event["message"]
+
+
+@pytest.mark.parametrize("place", ["the optimiser", "a validation"])
+def test_memory_that_ends_beside_the_network_is_one_line_and_resume_gives_the_unbroken_run(
+    place: str, cells: Dataset, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: Any, **__: Any) -> Any:
+        raise MemoryError("Unable to allocate 9.31 GiB")
+
+    def when_saved(event: Any) -> None:
+        # After the first validation, of two, there is a checkpoint.
+        if event["event"] == "step" and event["step"] == 4:
+            owner, name = (torch.optim.AdamW, "step") if place == "the optimiser" else (Dataset, "read_pair")
+            monkeypatch.setattr(owner, name, short)
+
+    plan, run = small_plan(classes=cells.legend.names), tmp_path / "run"
+    with pytest.raises(RunError) as caught:
+        train(cells, plan, run, on_event=when_saved)
+    monkeypatch.undo()
+    assert caught.value.code == "R125"
+    assert str(caught.value) == (
+        f"{run}: expected memory for all that a training does beside its network, got Unable to allocate 9.31 GiB; close other programs, "
+        f"or set micro_batch: 1 in {run / 'plan.yaml'}; then the same command with --resume (the last checkpoint is good)"
+    )
+    assert_same_weights(train(cells, read_plan(run / "plan.yaml"), run, resume=True), unbroken)
 
 
 # ---- memory that is really short ----

@@ -19,10 +19,11 @@ import torch
 from microtome.config import Plan, load_yaml, parse_config
 from microtome.data.dataset import Dataset, open_dataset
 from microtome.data.split import Split, split_dataset
-from microtome.errors import ConfigError, DataError, MicrotomeError
+from microtome.errors import ConfigError, MicrotomeError
 from microtome.evaluation.comparison import Comparison, Outcome, compare_runs
 from microtome.evaluation.comparison_page import comparison_html, draw_strips, format_asked
 from microtome.evaluation.curves import format_duration, read_history
+from microtome.evaluation.run_files import CompareForm, read_file
 from microtome.files import write_json, write_text
 from microtome.inference.devices import pick_device
 from microtome.models.registry import build, find
@@ -163,15 +164,10 @@ class _Comparing:
             raise ConfigError(
                 self.out, expected="a folder with compare.json", got="none", do="check --out, or leave out --resume", code="C006"
             )
-        try:
-            before = json.loads(record.read_text(encoding="utf-8"))
-            asked, peaks = before["asked"], {row["network"]: row["peak_bytes"] for row in before["rows"] if row["peak_bytes"]}
-            was = {name: asked[name] for name in ("data", "minutes", "steps", "fold", "seed")}
-            missing = [name for name in asked["networks"] if name not in self.request.networks]
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(record, expected="what `compare` writes", got=repr(error), do="give another --out", code="D059") from None
-        for name, value in was.items():
-            if value != self.asked[name]:
+        asked, peaks = asked_before(record)
+        missing = [name for name in asked["networks"] if name not in self.request.networks]
+        for name in ("data", "minutes", "steps", "fold", "seed"):
+            if (value := asked[name]) != self.asked[name]:
                 do = "give the same, or another --out"
                 raise ConfigError("--resume", expected=f"{name} {value} as before", got=f"{self.asked[name]}", do=do, code="C007")
         if missing:
@@ -227,6 +223,17 @@ class _Comparing:
         return f"{name}: {score}, {row.steps:,} step{'' if row.steps == 1 else 's'}" + (
             "" if row.seconds is None else f" in {format_duration(row.seconds)}"
         )
+
+
+def asked_before(record: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """What a `compare.json` says was asked for, and the peak memory of each network's training, bytes.
+
+    Raises:
+        DataError: it is damaged, or not what `compare` writes.
+    """
+    found = read_file(record, CompareForm, "give another --out")
+    assert found is not None, "it is there"
+    return found["asked"], {row["network"]: row["peak_bytes"] for row in found["rows"] if row["peak_bytes"]}
 
 
 def _open(data: Path, request: Request) -> tuple[Dataset, Split]:

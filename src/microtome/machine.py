@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import os
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from microtome.errors import ShortOfMemoryError
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -2, -3, -8
 _STATUS = Path("/proc/self/status")
 # What libraries say that have no error of their own for it: torch on a CPU and on Windows, C++ below torch and engines, CUDA's libraries,
-# OpenVINO, ONNX Runtime; oneDNN, which does not say why, and in a process that may take no more memory means that.
+# OpenVINO, ONNX Runtime.
 _SHORT_OF_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -23,10 +24,11 @@ _SHORT_OF_MEMORY = (
     "failed to allocate",
     "cannot allocate memory",
     "_alloc_failed",
-    "could not create a primitive",
-    "could not execute a primitive",
-    "could not create a memory",
 )
+# What oneDNN says, which tells no reason: in a process that may take little more memory it means that, elsewhere it is another fault.
+_NO_REASON = ("could not create a primitive", "could not execute a primitive", "could not create a memory")
+# What it asks for at once, beside a layer's own arrays, is less.
+_LITTLE_BYTES = 2**30
 
 
 def recycle_memory() -> bool:
@@ -98,8 +100,23 @@ def is_short_of_memory(error: BaseException) -> bool:
 
 
 def says_short_of_memory(words: str) -> bool:
-    """Whether these are words by which a library says that memory was not enough."""
-    return any(said in words.lower() for said in _SHORT_OF_MEMORY)
+    """Whether these are words by which a library says that memory was not enough.
+
+    Words without a reason count where memory is short to be seen: less is left than 1 GiB, or than this process has ever held.
+    """
+    lower = words.lower()
+    if any(said in lower for said in _SHORT_OF_MEMORY):
+        return True
+    return any(said in lower for said in _NO_REASON) and room_bytes() < max(_LITTLE_BYTES, resident_bytes(most=True))
+
+
+def room_bytes() -> int:
+    """Bytes that this process may still take: of the memory that is free, and of the addresses that it is allowed (`ulimit -v`)."""
+    if not sys.platform.startswith("linux"):
+        return free_memory_bytes()
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0]) * resource.getpagesize()
+    return free_memory_bytes() if most == resource.RLIM_INFINITY else max(0, min(free_memory_bytes(), most - used))
 
 
 def shortage_of(work: Callable[[], None]) -> str:

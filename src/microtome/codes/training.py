@@ -131,5 +131,12 @@ FAULTS = MappingProxyType(
             "Close other programs, or make `patch_vox` smaller in plan.yaml, then go on with --resume. A plan for less memory comes from "
             "`microtome plan DATA --memory GB`.",
         ),
+        "R125": Fault(
+            "Memory ran out beside the network",
+            "Not in the network's own work, whose micro-batches are halved then, but in what a training does beside it: the optimiser's "
+            "state, patches (these were made a second time), reading and preparing images, scores. A step that was half taken is given up.",
+            "Close other programs, or set `micro_batch: 1` and `checkpointing: true` in RUN/plan.yaml, which leaves more to the rest; then the "
+            "same command with --resume. Where one image alone is too large, cut it into parts.",
+        ),
     }
 )

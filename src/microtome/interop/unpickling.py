@@ -93,7 +93,10 @@ def _warm_up() -> None:
 
 
 def _limit(size: int) -> None:
-    """Let this process take what a file of so many bytes may need, and no more."""
+    """Let this process take what a file of so many bytes may need, and no more.
+
+    New processes and threads the kernel refuses as well, but to root, who may always have more: there the audit hook alone does.
+    """
     pages = int(open("/proc/self/statm").read().split()[0])  # noqa: SIM115 - this process ends soon
     used = resource.getrusage(resource.RUSAGE_SELF)
     limits = {
@@ -104,6 +107,8 @@ def _limit(size: int) -> None:
         resource.RLIMIT_FSIZE: 2 * size + (1 << 24),
         resource.RLIMIT_CORE: 0,
     }
+    if hasattr(resource, "RLIMIT_NPROC"):
+        limits[resource.RLIMIT_NPROC] = 0
     for which, most in limits.items():
         _, hard = resource.getrlimit(which)
         most = most if hard == resource.RLIM_INFINITY else min(most, hard)

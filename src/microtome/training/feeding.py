@@ -93,6 +93,11 @@ class Batches:
         weights = [patch.weight for patch in patches if patch.weight is not None]
         return Batch(image, label, torch.stack(weights).to(self.device) if weights else None)
 
+    def get_again(self, step: int) -> Batch:
+        """The same batch, made anew, and what was made ahead given up: memory was too short for all of it."""
+        self.waiting = {}
+        return self.get(step)
+
     def move(self, positions: range) -> None:
         """Other places in the batch are wanted from now on."""
         if positions != self.positions:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -105,8 +106,10 @@ class RunFolder:
         """Write the plan that the run goes by."""
         write_text(self.path / "plan.yaml", dump_yaml(plan))
 
-    def describe(self, dataset: Dataset, plan: Plan, split: Split, leaks: Iterable[Finding]) -> None:
-        """Write what the run is about before it begins."""
+    def describe(
+        self, dataset: Dataset, plan: Plan, split: Split, leaks: Iterable[Finding], fingerprints: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
+        """Write what the run is about before it begins; `fingerprints` are of the files of `train` and `validation`."""
         self.write_plan(plan)
         document = {
             "root": str(dataset.root),
@@ -115,6 +118,7 @@ class RunFolder:
             "train": [case.name for case in split.train],
             "validation": [case.name for case in split.validation],
             "held_out": _held_out(split.train),
+            "fingerprints": dict(fingerprints),
             "findings": [
                 {"severity": f.severity, "code": f.code, "case": f.case, "message": f.message, "files": [str(p) for p in f.files]}
                 for f in (*dataset.findings, *leaks)
@@ -125,6 +129,11 @@ class RunFolder:
     def is_described(self) -> bool:
         """Whether that is written; a run killed between its first files lacks it."""
         return (self.path / "dataset.json").exists()
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the files that the run began with, by part; none of runs of earlier versions."""
+        path = self.path / "dataset.json"
+        return dict(json.loads(path.read_text(encoding="utf-8")).get("fingerprints", {})) if path.exists() else {}
 
     def check_split(self, split: Split) -> None:
         """Refuse to go on with other cases than the run began with: what it learned from must not become what it is scored on.

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from microtome.config import Plan
 from microtome.errors import RunError
+from microtome.machine import is_short_of_memory, release_memory
 from microtome.training.checkpoint import Progress, TrainState
 from microtome.training.clock import Clock, stop_requests, stopped_at
 from microtome.training.compiled import fast_kernels
@@ -95,7 +97,7 @@ def train_steps(
                 group["lr"] = rate
             # Dropout too is a function of the step alone.
             torch.manual_seed(seed_of_step(plan.seed, progress.step, ranks.rank))
-            batch = answered(batches.get(progress.step), border)
+            batch = answered(made(batches, progress.step, hooks), border)
 
             with clock.network():
                 loss = add_gradients(batch, again)
@@ -178,6 +180,24 @@ class Losses:
             events, self.known = self.known, []
             for event in events:
                 self.hooks.log({**event, "samples_per_second": speed})
+
+
+def made(batches: Batches, step: int, hooks: Hooks) -> Batch:
+    """The batch of a step; where memory is too short for it, made a second time, which changes no bit of it.
+
+    Raises:
+        Exception: whatever went wrong with a sample; of memory the second time.
+    """
+    try:
+        return batches.get(step)
+    except Exception as error:  # libraries have no common class for it; what else it is goes on
+        if not is_short_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:160] or "no more memory"
+    # Only here: the error holds the frames in which patches were made.
+    release_memory()
+    hooks.log({"event": "memory", "step": step, "message": f"memory ran out ({said}) while patches were made: they are made again"})
+    return batches.get_again(step)
 
 
 def memory_was_short(hooks: Hooks, progress: Progress, plan: Plan, line: str) -> None:
@@ -263,6 +283,27 @@ def crop_border(label_BS: Tensor, border: int) -> Tensor:
     if border == 0:
         return label_BS
     return label_BS[(slice(None), *[slice(border, -border)] * (label_BS.dim() - 1))]
+
+
+def memory_ended(folder: Path, error: Exception, *, saved: bool) -> RunError:
+    """What to say of memory that was short beside the network: for the optimiser, for patches, for images, for scores.
+
+    What was done of a step is unknown, so nothing of it is kept.
+
+    Args:
+        folder: of the run.
+        error: what a library said.
+        saved: whether there is a checkpoint.
+    """
+    got = " ".join(str(error).split())[:160] or "no more memory"
+    kept = "the last checkpoint is good" if saved else "no step was saved yet"
+    return RunError(
+        folder,
+        expected="memory for all that a training does beside its network",
+        got=got,
+        do=f"close other programs, or set micro_batch: 1 in {folder / 'plan.yaml'}; then the same command with --resume ({kept})",
+        code="R125",
+    )
 
 
 def not_finite(loss: float, slope: float, step: int, saved: int) -> RunError:

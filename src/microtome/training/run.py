@@ -14,7 +14,7 @@ from microtome.bundle import Bundle, load_bundle, save_bundle
 from microtome.config import Plan
 from microtome.data.dataset import Dataset
 from microtome.data.split import leaks, split_dataset
-from microtome.errors import DataError, LeftAtOnceError, RunError
+from microtome.errors import DataError, LeftAtOnceError, MicrotomeError, RunError
 from microtome.evaluation.report import build_report
 from microtome.files import remove_folder, write_json
 from microtome.inference.devices import pick_device, to_device
@@ -22,7 +22,7 @@ from microtome.inference.predictor import Predictor
 from microtome.inference.restore import arrays_of
 from microtome.inference.torch_engine import trained_engine
 from microtome.lock import run_lock
-from microtome.machine import recycle_memory
+from microtome.machine import is_short_of_memory, recycle_memory
 from microtome.models.registry import build
 from microtome.training.checkpoint import TrainState, digest, load_latest, new_state, previous_checkpoint, save_checkpoint
 from microtome.training.clock import Clock, stopped_at
@@ -30,7 +30,7 @@ from microtome.training.completion import complete_model
 from microtome.training.deterministic import same_bits
 from microtome.training.folder import RunFolder, check_folder, environment
 from microtome.training.initial import FILE, Start, Weights, begin_with, keep_initial, kept_initial
-from microtome.training.loop import Event, Hooks, train_steps, validate_now
+from microtome.training.loop import Event, Hooks, memory_ended, train_steps, validate_now
 from microtome.training.provenance import origin
 from microtome.training.ranks import ALONE, Ranks
 from microtome.training.refusals import check_memory, check_patch, check_plan
@@ -99,6 +99,10 @@ def train(
         except SystemExit as error:
             # Of a request to stop that came beside the steps: what was prepared and saved is kept.
             raise stopped_at(session.state.progress.step, session.state.progress.steps) from error
+        except Exception as error:  # libraries have no common class for a lack of memory; what else it is goes on
+            if isinstance(error, MicrotomeError) or not is_short_of_memory(error):
+                raise
+            raise memory_ended(session.folder, error, saved=session.has_checkpoint()) from error
     return session.folder
 
 
@@ -145,12 +149,12 @@ class _Session:
         if self.ranks.is_first:
             self._open(resume)
         self.ranks.wait()
-        if not self.ranks.is_first and self._has_checkpoint():
+        if not self.ranks.is_first and self.has_checkpoint():
             load_latest(self.files.checkpoint, self.state)
         self.ranks.follow(self.state.progress)
         self.ranks.refuse_others(lambda: digest(self.state), self.folder)
 
-    def _has_checkpoint(self) -> bool:
+    def has_checkpoint(self) -> bool:
         """Whether there is one, or one before it."""
         return self.files.checkpoint.exists() or previous_checkpoint(self.files.checkpoint).exists()
 
@@ -166,19 +170,20 @@ class _Session:
         for finding in self.leaks:
             self.on_event({"event": "finding", "step": 0, "severity": finding.severity, "message": finding.message})
         if not self.files.is_described():
-            self.files.describe(self.dataset, self.plan, self.split, self.leaks)
+            self.files.describe(self.dataset, self.plan, self.split, self.leaks, self._fingerprints)
         write_json(self.folder / "environment.json", environment(self.device))
 
     def _resume(self) -> None:
         """Bring the state and the log to the last checkpoint; a run killed before its first starts at step 0."""
         self.files.check_split(self.split)
         progress = self.state.progress
-        if self._has_checkpoint():
+        if self.has_checkpoint():
             if problem := load_latest(self.files.checkpoint, self.state):
                 self.warn(problem)
             progress = self.state.progress
             self.seconds_before = progress.seconds
             self._check_best()
+        self._check_files()
         finished = self.files.is_finished(self.plan)
         if self.plan.minutes is None:
             progress.steps = max(self.plan.steps, progress.step)
@@ -189,6 +194,15 @@ class _Session:
         # The log first: were the plan with more minutes there beside an end, the run would be taken for finished.
         self.files.shorten_log(progress.step, progress.validations, ended=finished and progress.step >= progress.steps)
         self.files.write_plan(self.plan)
+
+    def _check_files(self) -> None:
+        """Say that files are others under the same names: what follows is then no longer the run that was begun."""
+        before, now = self.files.fingerprints(), self._fingerprints
+        if changed := [part for part in now if before.get(part, now[part]) != now[part]]:
+            self.warn(
+                f"images or labels of `{'` and `'.join(changed)}` have changed under the same names since the run began: what it learned "
+                "and scored before is of other data; put the files back, or train anew with another --out"
+            )
 
     def _check_best(self) -> None:
         """See that the best that the checkpoint knows is the model; a damaged one would be found when all steps are done."""
@@ -341,6 +355,11 @@ class _Session:
         """What stays the same of a model's provenance; label files are read for it, once."""
         begun = {} if self.initial is None else {"initial_weights": dict(self.initial.record)}
         return origin(self.dataset, self.split, self.plan) | begun
+
+    @cached_property
+    def _fingerprints(self) -> dict[str, str]:
+        """By which the data of both parts are known again."""
+        return {"train": self._origin["training_data"]["fingerprint"], "validation": self._origin["validation_data"]["fingerprint"]}
 
     def replan(self, plan: Plan) -> None:
         """Go on by another plan, from now on and after --resume."""
