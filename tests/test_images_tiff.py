@@ -231,7 +231,8 @@ def test_the_scale_of_a_picture_is_what_its_program_wrote_or_unknown(tmp_path, o
 
 def test_imagej_and_ome_say_the_distance_of_sections(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", STACK, imagej=True, resolution=(4, 4), metadata={"axes": "ZYX", "unit": "micron", "spacing": -2.0})
-    assert read_image(tmp_path / "a.tif").spacing_mm == pytest.approx((2 * UM, 0.25 * UM, 0.25 * UM))
+    with pytest.warns(DataWarning, match=r"a\.tif: its distance of sections, -2\.0, is taken without its sign"):
+        assert read_image(tmp_path / "a.tif").spacing_mm == pytest.approx((2 * UM, 0.25 * UM, 0.25 * UM))
     sizes = {"PhysicalSizeX": 1, "PhysicalSizeY": 1, "PhysicalSizeZ": 50, "PhysicalSizeZUnit": "nm"}
     tifffile.imwrite(tmp_path / "b.tif", STACK, ome=True, metadata={"axes": "ZYX"} | sizes)
     assert read_image(tmp_path / "b.tif").spacing_mm == pytest.approx((0.05 * UM, UM, UM))

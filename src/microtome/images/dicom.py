@@ -231,7 +231,7 @@ def _slice(path: Path, number: int, header: Any, look: _Look, groups: list[Any])
         position=np.array(position, float).reshape(3) if placed else None,
         orientation=np.array(orientation, float).reshape(2, 3) if placed else None,
         spacing=(float(spacing[0]), float(spacing[1])) if spacing else None,
-        thickness=float(thickness) if thickness else None,
+        thickness=None if thickness in (None, "") else float(thickness),
         slope=1.0 if slope is None else float(slope),
         intercept=float(find("PixelValueTransformationSequence", "RescaleIntercept") or 0),
     )
@@ -349,8 +349,11 @@ def _affine(slices: Sequence[_Slice]) -> tuple[np.ndarray, bool]:
     first, spacing = slices[0], slices[0].spacing or (1.0, 1.0)
     if first.position is None or first.orientation is None:
         return affine_from_spacing(spacing), first.spacing is not None
-    affine = np.eye(4)
-    one_step = _normal(first) * (first.thickness or 1.0)
+    affine, thickness = np.eye(4), 1.0 if first.thickness is None else first.thickness
+    if len(slices) == 1 and not 0 < thickness < math.inf:
+        warnings.warn(f"{first.path}: its thickness of {thickness:g} mm cannot be; 1 mm is assumed", DataWarning, stacklevel=5)
+        thickness = 1.0
+    one_step = _normal(first) * thickness
     affine[:3, 0] = one_step if len(slices) == 1 else (_at(slices[-1]) - first.position) / (len(slices) - 1)
     affine[:3, 1], affine[:3, 2] = first.orientation[1] * spacing[0], first.orientation[0] * spacing[1]
     affine[:3, 3] = first.position

@@ -1,5 +1,6 @@
 """DICOM segmentation objects <-> label map: read by highdicom, and written with references to the slices that were labelled."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
@@ -85,6 +86,9 @@ def open_segmentation(path: Path, limits: Limits) -> Volume:
         if place is None:
             raise DataError(path, expected="planes at equal distances", got="none", do="export it with its series", code="D018")
         affine = LPS_TO_RAS @ np.asarray(place.affine)
+        if not all(0 < side < math.inf for side in spacing_of(affine)):
+            got = f"{spacing_of(affine)} mm"
+            raise DataError(path, expected="finite voxel sizes above 0", got=got, do="export it again", code="D010")
         header = Header(
             shape_vox=tuple(place.spatial_shape),
             channels=1,

@@ -23,6 +23,8 @@ _META_PER_AXIS = ("dimsize", "elementspacing", "elementsize", "offset", "positio
 _META_PER_PAIR = ("transformmatrix", "rotation", "orientation")
 _META_COUNTS = ("elementnumberofchannels", "headersize", "compresseddatasize")
 _META_LONGEST = 2000  # letters of a line; MetaIO has room for 4096
+# What a NRRD says of its place -> what its numbers have to be beside finite.
+_MEASURES = MappingProxyType({"spacings": " above 0", "space directions": ", not 0", "space origin": ""})
 _META_NUMBER = r"[-+]?(?:\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE][-+]?\d{1,3})?"
 _PLAIN_TEXT = re.compile(r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*")
 
@@ -157,7 +159,7 @@ def _check_measures(path: Path, fields: dict[str, str]) -> None:
         DataError: names the field and its value.
     """
     kinds = fields.get("kinds", "").lower().split()
-    for name in ("spacings", "space directions", "space origin"):
+    for name in _MEASURES:
         vectors = re.findall(r"\(([^)]*)\)", fields.get(name, "")) if name != "spacings" else fields.get(name, "").split()
         for axis, vector in enumerate(vectors):
             try:
@@ -167,8 +169,12 @@ def _check_measures(path: Path, fields: dict[str, str]) -> None:
                 continue
             # An axis of channels has no voxel size.
             unmeasured = name == "spacings" and axis < len(kinds) and kinds[axis] not in ("domain", "space")
-            if not unmeasured and not (all(map(math.isfinite, numbers)) and (any(numbers) or name == "space origin")):
-                expected, do = f"finite {name}" + ", not 0" * (name != "space origin"), "set its spacing, and export it again"
+            # A direction may point backwards; of a size, programs that read it drop the sign or turn the axis.
+            sound = all(map(math.isfinite, numbers)) and (
+                min(numbers) > 0 if name == "spacings" else any(numbers) or name == "space origin"
+            )
+            if not unmeasured and not sound:
+                expected, do = f"finite {name}{_MEASURES[name]}", "set its spacing, and export it again"
                 raise DataError(path, expected=expected, got=f"`{fields[name][:80]}`", do=do, code="D010")
 
 
@@ -186,6 +192,9 @@ def _check_meta(path: Path, lines: list[str], fields: dict[str, str]) -> None:
         whole = name in ("dimsize", *_META_COUNTS)
         numbers = re.findall(r"-?\d{1,18}" if whole else _META_NUMBER, fields[name])
         finite = all(math.isfinite(float(number)) for number in numbers)
+        if name in ("elementspacing", "elementsize") and any(float(number) <= 0 for number in numbers):
+            do = "set its spacing, and export it again"
+            raise DataError(path, expected=f"finite voxel sizes above 0 as {name}", got=f"`{fields[name][:80]}`", do=do, code="D010")
         early = names.index(name) < names.index("ndims")
         if len(numbers) != lengths[name] or fields[name].split() != numbers or early or not finite:
             expected = f"NDims first, then {lengths[name]} {'whole' if whole else 'finite'} numbers as {name}"

@@ -23,6 +23,7 @@ from microtome.images.image import Header, Image, Limits, decoding, native
 NIFTI1_BYTES, NIFTI2_BYTES = 348, 540
 GZIP_MAGIC = b"\x1f\x8b"
 _PAIR_MAGICS = (b"ni1\0", b"ni2\0")
+_SET_SPACING = "export it again, or set its spacing"
 _MM_PER_UNIT = MappingProxyType({1: 1000.0, 2: 1.0, 3: 0.001})  # the low 3 bits of xyzt_units: metre, mm, micron
 _MAX_OFFSET = 2**27  # header extensions of more than 128 MiB are damage, or a way to make us inflate zeros
 _CHUNK_BYTES = 2**24
@@ -259,6 +260,7 @@ def _place(path: Path, nifti: Any) -> Place:
         DataError: the affine or the voxel sizes are not finite.
     """
     sound, missing = _with_sound_pixdim(path, nifti)
+    turned = [f"voxel size {size:g} along {axis} is taken without its sign" for axis, size in _sizes(nifti) if size < 0]
     affine, unusable = sound.get_base_affine(), []
     for name, read in (("sform", sound.get_sform), ("qform", sound.get_qform)):
         if int(nifti[f"{name}_code"]) == 0:
@@ -270,7 +272,7 @@ def _place(path: Path, nifti: Any) -> Place:
             )
         if np.linalg.matrix_rank(candidate[:3, :3]) == 3:
             # The sform does not need the voxel sizes that are missing.
-            affine, missing = candidate, missing if name == "qform" else []
+            affine, missing, turned = (candidate, missing, turned) if name == "qform" else (candidate, [], [])
             break
         unusable.append(f"its {name} puts all voxels into a plane and is not used")
     affine = np.array(affine, float)[:, [2, 1, 0, 3]]
@@ -278,10 +280,13 @@ def _place(path: Path, nifti: Any) -> Place:
     spacing = spacing_of(affine)
     # Numbers may be so small or large that their squares are 0 or infinite.
     if not all(0 < size < math.inf for size in spacing):
-        raise DataError(
-            path, expected="finite voxel sizes above 0", got=f"{spacing} mm", do="export it again, or set its spacing", code="D010"
-        )
-    return Place(affine=affine, spacing_mm=spacing, known=not missing, faults=(*unusable, *missing))
+        raise DataError(path, expected="finite voxel sizes above 0", got=f"{spacing} mm", do=_SET_SPACING, code="D010")
+    return Place(affine=affine, spacing_mm=spacing, known=not missing, faults=(*unusable, *missing, *turned))
+
+
+def _sizes(nifti: Any) -> list[tuple[str, float]]:
+    """The voxel size along each axis that the file has, as it stands there."""
+    return list(zip("XYZ"[: max(0, int(nifti["dim"][0]))], map(float, nifti["pixdim"][1:4]), strict=False))
 
 
 def _mm_per_unit(nifti: Any) -> float:
@@ -293,14 +298,11 @@ def _with_sound_pixdim(path: Path, nifti: Any) -> tuple[Any, list[str]]:
     """A copy of the header whose voxel sizes are above 0, and what had to be assumed for that."""
     sound, sizes = nifti.copy(), np.abs(nifti["pixdim"][1:4])
     if not np.isfinite(sizes).all():
-        raise DataError(
-            path, expected="finite voxel sizes", got=f"pixdim {sizes.tolist()}", do="export it again, or set its spacing", code="D010"
-        )
-    missing = [axis for axis, size in zip("XYZ", sizes, strict=True) if size == 0]
+        raise DataError(path, expected="finite voxel sizes", got=f"pixdim {sizes.tolist()}", do=_SET_SPACING, code="D010")
     sound["pixdim"][1:4] = np.where(sizes == 0, 1, sizes)
     sound["pixdim"][0] = -1 if nifti["pixdim"][0] == -1 else 1
     # Axes that the file does not have need no voxel size.
-    real = [axis for axis in missing if "XYZ".index(axis) < int(nifti["dim"][0])]
+    real = [axis for axis, size in _sizes(nifti) if size == 0]
     return sound, [f"voxel size 0 along {', '.join(real)}; a size of 1 is assumed"] if real else []
 
 

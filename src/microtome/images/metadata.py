@@ -189,8 +189,8 @@ def _transformed(scale: np.ndarray, origin: np.ndarray, step: Mapping[str, Any],
         got, do = f"a transformation `{kind}` of {sorted(step)}", "write scale and translation as lists"
         raise DataError(name_of(place), expected="scale and translation", got=got, do=do, code="D023")
     values = np.asarray(step[kind], np.float64)
-    if values.shape != scale.shape:
-        expected, got = f"{len(scale)} numbers in {kind}", f"{step[kind]}"[:80]
+    if values.shape != scale.shape or not np.isfinite(values).all():
+        expected, got = f"{len(scale)} finite numbers in {kind}", f"{step[kind]}"[:80]
         raise DataError(name_of(place), expected=expected, got=got, do="correct its metadata", code="D023")
     return (scale * values, origin * values) if kind == "scale" else (scale, origin + values)
 

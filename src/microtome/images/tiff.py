@@ -28,6 +28,7 @@ _TAG_UNITS_MM = MappingProxyType({2: 25.4, 3: 10.0})
 _PRINT_DPI = (1, 72, 75, 90, 96, 100, 120, 144, 150, 180, 200, 220, 240, 300, 350, 360, 400, 600, 720, 1200, 2400)
 _ALPHA = (1, 2)  # ExtraSamples: associated and unassociated alpha
 _CMYK, _PALETTE = 5, 3  # PhotometricInterpretation
+_X_RESOLUTION, _Y_RESOLUTION = 282, 283  # tags
 _MOST_SAMPLES = 4
 _IMAGEJ_TYPES = ("uint8", "uint16", "float32")
 _IMAGEJ_MAX_BYTES = 2**31  # ImageJ's own TIFF has 32-bit offsets
@@ -158,9 +159,10 @@ def describe_tiff(path: Path, tiff: Any, palette: Palette) -> Plan:
     coloured = colours is not None and palette == "colours" and not (tiff.is_imagej or tiff.is_ome)
     cmyk = int(page.photometric) == _CMYK and channels >= _MOST_SAMPLES and dtype == np.uint8
     kept = 4 if cmyk else channels - _alpha_channels(page, names, channels)
-    spacing, known, assumed = _spacing(_scale(tiff, page), len(shape))
+    sizes, unusable = _scale(tiff, page)
+    spacing, known, assumed = _spacing(sizes, len(shape))
     kind = "ome" if tiff.is_ome else "imagej" if tiff.is_imagej else "plain"
-    faults = [*thin, *assumed, *_oddities(tiff, page, len(shape))]
+    faults = [*thin, *unusable, *assumed, *_oddities(tiff, page, len(shape))]
     header = Header(
         shape_vox=shape,
         channels=3 * channels if coloured else 3 if cmyk else kept,
@@ -247,6 +249,8 @@ def _oddities(tiff: Any, page: Any, dims: int) -> Iterator[str]:
     metadata = tiff.imagej_metadata or {}
     if dims == 3 and "unit" in metadata and "spacing" not in metadata:
         yield f"does not say the distance of its sections; 1 {metadata['unit']} is assumed, as in ImageJ"
+    if dims == 3 and float(metadata.get("spacing", 1)) < 0:
+        yield f"its distance of sections, {metadata['spacing']}, is taken without its sign, as in ImageJ"
     if len(tiff.series) > 1:
         yield f"holds {len(tiff.series)} images of different shapes; only the first is read"
     orientation = page.tags.get("Orientation")
@@ -266,15 +270,17 @@ def _coloured(array: np.ndarray, plan: Plan) -> np.ndarray:
     return array.astype(plan.header.dtype, copy=False)
 
 
-def _scale(tiff: Any, page: Any) -> dict[str, float]:
-    """Voxel size in mm by axis letter, for the axes where the file knows it."""
+def _scale(tiff: Any, page: Any) -> tuple[dict[str, float], list[str]]:
+    """Voxel size in mm by axis letter, for the axes where the file knows it; and what it says that cannot be."""
     sizes: dict[str, float] = {}
     if tiff.is_ome:
         sizes = _ome_scale(tiff.ome_metadata or "")
     elif tiff.is_imagej:
         sizes = _imagej_scale(tiff.imagej_metadata or {}, page)
     sizes = sizes or _tag_scale(page)
-    return {axis: size for axis, size in sizes.items() if math.isfinite(size) and size > 0}
+    sound = {axis: size for axis, size in sizes.items() if math.isfinite(size) and size > 0}
+    wrong = sizes.keys() - sound.keys()
+    return sound, [f"its voxel size along {axis}, {sizes[axis]:g} mm, cannot be and is not used" for axis in "XYZ" if axis in wrong]
 
 
 def _ome_scale(xml: str) -> dict[str, float]:
@@ -282,8 +288,8 @@ def _ome_scale(xml: str) -> dict[str, float]:
     pixels = next((element for element in ElementTree.fromstring(xml).iter() if element.tag.rpartition("}")[2] == "Pixels"), None)
     if pixels is None:
         return {}
-    units = {axis: _MM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "um").lower(), math.nan) for axis in "XYZ"}
-    return {axis: float(value) * units[axis] for axis in "XYZ" if (value := pixels.get(f"PhysicalSize{axis}"))}
+    units = {axis: _MM_PER_UNIT.get(pixels.get(f"PhysicalSize{axis}Unit", "um").lower()) for axis in "XYZ"}
+    return {axis: float(value) * mm for axis, mm in units.items() if mm and (value := pixels.get(f"PhysicalSize{axis}"))}
 
 
 def _imagej_scale(metadata: dict[str, Any], page: Any) -> dict[str, float]:
@@ -292,17 +298,25 @@ def _imagej_scale(metadata: dict[str, Any], page: Any) -> dict[str, float]:
     if unit.lower() not in _MM_PER_UNIT:
         return {}
     units = {"X": unit, "Y": str(metadata.get("yunit", unit)), "Z": str(metadata.get("zunit", unit))}
-    mm = {axis: _MM_PER_UNIT.get(name.lower(), math.nan) for axis, name in units.items()}
-    x, y = page.resolution
-    sizes = {"X": mm["X"] / x if x else math.nan, "Y": mm["Y"] / y if y else math.nan}
-    return sizes | {"Z": abs(float(metadata.get("spacing", 1))) * mm["Z"]}
+    mm = {axis: _MM_PER_UNIT[name.lower()] for axis, name in units.items() if name.lower() in _MM_PER_UNIT}
+    x, y = _resolution(page)
+    of_unit = {"X": 1 / x, "Y": 1 / y, "Z": abs(float(metadata.get("spacing", 1)))}
+    return {axis: of_unit[axis] * each for axis, each in mm.items()}
+
+
+def _resolution(page: Any) -> tuple[float, float]:
+    """Pixels a unit of length along X and Y; NaN of fractions of or by 0, which tifffile takes for whole numbers."""
+    fractions = (page.tags.valueof(code, default=(1, 1)) for code in (_X_RESOLUTION, _Y_RESOLUTION))
+    pairs = zip(page.resolution, fractions, strict=True)
+    x, y = (math.nan if isinstance(fraction, tuple) and 0 in fraction else float(value) for value, fraction in pairs)
+    return x or math.nan, y or math.nan
 
 
 def _tag_scale(page: Any) -> dict[str, float]:
     """The resolution tags, unless they hold a printer's resolution or none."""
     unit_mm = _TAG_UNITS_MM.get(int(page.resolutionunit), 0.0)
-    resolution = page.resolution
-    if not unit_mm or min(resolution) <= 0 or tuple(resolution) == (1, 1):
+    resolution = _resolution(page)
+    if not unit_mm or resolution == (1, 1):
         return {}
     dots_per_inch = [value * 25.4 / unit_mm for value in resolution]
     if any(abs(dpi - printed) < 0.5 for dpi in dots_per_inch for printed in _PRINT_DPI):
