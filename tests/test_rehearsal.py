@@ -82,7 +82,7 @@ def test_what_takes_long_in_planning_is_said_before_it_begins(tmp_path: Path, mo
     dataset = open_dataset(tmp_path)
     looking, timing = "looking at the images ...", "timing a few training steps on this machine ..."
     make_plan(dataset, minutes=60, device="cpu", memory_gb=2, say=said.append)
-    assert said == [looking, timing, "timed"]
+    assert said == [looking, timing, "timed", "timed"]
     said.clear()
     make_plan(dataset, steps=1, device="cpu", memory_gb=2, say=said.append)
     assert said == [looking]
@@ -107,6 +107,22 @@ def test_a_batch_is_made_smaller_for_more_steps_but_not_below_four(monkeypatch: 
     made = [fitted(plan, minutes, {"fp32": 0.1}, monkeypatch) for minutes in (60, 15, 1)]
     assert [each.batch for each in made] == [16, 8, 4]
     assert [each.steps for each in made] == [pytest.approx(m * 60 * 0.92 / (0.1 * b), rel=0.02) for m, b in ((60, 16), (15, 8), (1, 4))]
+
+
+@pytest.mark.parametrize(("minutes", "batches"), [(1, [4]), (15, [4, 8]), (60, [4, 16]), (None, [16])])
+def test_a_whole_batch_is_timed_only_where_it_will_be_taken(
+    minutes: float | None, batches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+
+    def timing(plan: Plan, *_: Any) -> dict[str, float]:
+        timed.append(plan.batch)
+        return {"fp32": 0.1 * plan.batch}
+
+    monkeypatch.setattr(rehearsal, "step_seconds", timing)
+    made = fit_to_minutes(small_plan(batch=16), Resources(minutes=minutes, memory_bytes=2**40), CPU)
+    assert timed == batches
+    assert made.batch == batches[-1]
 
 
 def test_a_smaller_batch_is_shared_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:

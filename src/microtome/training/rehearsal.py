@@ -115,7 +115,10 @@ def fit_to_minutes(plan: Plan, resources: Resources, device: torch.device) -> Pl
     """
     began, minutes = time.perf_counter(), resources.minutes
     precisions = ("bf16", "fp32") if plan.precision == "bf16" else ("fp32",)
-    seconds = step_seconds(plan, device, precisions)
+    # A few patches say whether the batch will be made smaller: on a slow machine a step of all takes longer than a short training.
+    open_batch = minutes is not None and plan.recipe == "default" and plan.batch > SMALLEST_BATCH
+    sample = plan.model_copy(update={"batch": SMALLEST_BATCH}) if open_batch else plan
+    seconds = {name: value * plan.batch / sample.batch for name, value in step_seconds(sample, device, precisions).items()}
     # A busy machine can spoil a timing; hardware that multiplies bfloat16 is believed unless it is clearly slower.
     best = precisions[0] if seconds[precisions[0]] < 1.25 * seconds[precisions[-1]] else precisions[-1]
     if len(precisions) == 2:
@@ -126,9 +129,11 @@ def fit_to_minutes(plan: Plan, resources: Resources, device: torch.device) -> Pl
         return _with(plan, "steps", plan.steps, f"no minutes were given; {about}")
     budget = minutes * 60 * SHARE_OF_STEPS
     fitting = int(plan.batch * budget / seconds[best] / FEWEST_STEPS)
-    if plan.recipe == "default" and fitting < plan.batch and plan.batch > SMALLEST_BATCH:
+    if open_batch and fitting < plan.batch:
         reason = f"{plan.batch} would fit into memory, but {_minutes(minutes)} would then be too few steps"
+        seconds = {best: seconds[best] * max(SMALLEST_BATCH, fitting) / plan.batch}
         plan = save_memory(_with(plan, "batch", max(SMALLEST_BATCH, fitting), reason), resources)
+    if plan.batch != sample.batch:
         seconds = step_seconds(plan, device, (best,))
     # Where steps are slow, timing them has taken its part of the minutes.
     count = max(1, int((budget - (time.perf_counter() - began)) / seconds[best]))
@@ -144,9 +149,9 @@ def step_seconds(plan: Plan, device: torch.device, precisions: Sequence[str], re
     step = _Rehearsal(plan, device)
     times: dict[str, list[float]] = {name: [] for name in precisions}
     with fast_kernels(device), recomputing(step.network, plan.patch_vox) if plan.checkpointing else nullcontext():
-        step.seconds(precisions[0])
+        warm = step.seconds(precisions[0])
         for name in list(precisions) * repeats:
-            if not times[name] or sum(map(sum, times.values())) < MOST_SECONDS:
+            if not times[name] or warm + sum(map(sum, times.values())) < MOST_SECONDS:
                 times[name].append(step.seconds(name))
     return {name: min(values) for name, values in times.items()}
 
