@@ -351,7 +351,7 @@ def test_the_papers_networks_get_sizes_that_they_take(network: str, name: str) -
     gb=st.floats(0.1, 64),
     gpu=st.booleans(),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_no_image_is_too_odd_for_a_plan(shape: list[int], spacing: list[float], thinnest: float, gb: float, gpu: bool) -> None:
     size = tuple(float(f"{value:.6g}") for value in spacing[: len(shape)])
     base = CELLS if len(shape) == 2 else VOLUMES

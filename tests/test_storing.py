@@ -181,15 +181,15 @@ def test_memory_is_kept_or_refused(run: Path, store: Path, tmp_path: Path) -> No
 
 
 def test_an_image_that_needs_more_memory_says_how_much_and_stops_no_other(tmp_path: Path) -> None:
-    # Few tiles: this is about memory, and a picture of 16 million pixels has 30,000 of 32 × 32.
+    # Few tiles: this is about memory, and a picture of 10 million pixels has 20,000 of 32 × 32.
     run = small_bundle(tmp_path / "run", dims=2, patch_vox=(256, 256))
     (tmp_path / "in").mkdir()
-    np.save(tmp_path / "in" / "large.npy", np.zeros((4000, 4000), np.uint8))
+    np.save(tmp_path / "in" / "large.npy", np.zeros((3200, 3200), np.uint8))
     np.save(tmp_path / "in" / "small.npy", np.zeros((40, 40), np.uint8))
     predictor = predictor_of(run)
     held = resident_bytes(most=True) / 1e9
     with pytest.raises(DataError, match=r"large\.npy: expected --memory (\S+) or more, got --memory .*the other 1 are in") as caught:
-        predict_files(predictor, [tmp_path / "in"], tmp_path / "out", options=Options(memory_gb=held + 0.1))
+        predict_files(predictor, [tmp_path / "in"], tmp_path / "out", options=Options(memory_gb=held + 0.08))
     assert (tmp_path / "out" / "small.npy").exists()
     enough = float(str(caught.value).split("--memory ")[1].split(" ")[0])
     assert predict_files(predictor, [tmp_path / "in" / "large.npy"], tmp_path / "more", options=Options(memory_gb=enough))
