@@ -7,6 +7,7 @@ mutant follows from (seed, number), so a finding is repeated by `Target.mutant(s
 import faulthandler
 import gzip
 import logging
+import mmap
 import multiprocessing
 import os
 import random
@@ -55,6 +56,8 @@ _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _FORKS = multiprocessing.get_context("forkserver")
 # Imported once, and not by each process that reads inputs.
 _FORKS.set_forkserver_preload(["tests.fuzz_images", "tests.fuzz_stores", "tests.fuzz_documents"])
+# What a child leaves for the case that it is ended: whether it has begun with an input, its number, and good ones that it has not told.
+_NOTE = struct.Struct("<?QQ")
 _Words = tuple[Sequence[bytes], Sequence[bytes]]  # a dictionary, and other seeds
 
 
@@ -290,8 +293,8 @@ def _one_process(target: Target, outcome: Outcome, inputs: int, end: float, fold
     child.join()
     if child.exitcode == 0:
         return
-    words = (folder / "number").read_text().split() if (folder / "number").exists() else []
-    number, untold = map(int, words) if len(words) == 2 else (outcome.tried, 0)
+    noted, number, untold = _NOTE.unpack((folder / "number").read_bytes()) if (folder / "number").exists() else (0, 0, 0)
+    number = number if noted else outcome.tried
     outcome.good += untold
     how = (
         f"took longer than {target.seconds:g} s"
@@ -334,9 +337,12 @@ def _child(target: Target, seed: int, first: int, past: int, end: float, folder:
             return
         limit_memory()
         known, good, slowest, told = set[str](), 0, 0.0, time.monotonic()
+        (folder / "number").write_bytes(bytes(_NOTE.size))
+        with (folder / "number").open("r+b") as kept:
+            note = mmap.mmap(kept.fileno(), _NOTE.size)
         for number in range(first, past):
             data = target.mutant(seed, number)
-            (folder / "number").write_text(f"{number} {good}")
+            _NOTE.pack_into(note, 0, 1, number, good)
             begun = time.monotonic()
             found, what = tried(target, data, file, given)
             now = time.monotonic()

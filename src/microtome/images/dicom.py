@@ -91,9 +91,10 @@ def open_dicom(path: Path, limits: Limits) -> Volume:
         DataError: damaged, cut off, several series, slices that are missing, double, or of several sizes or directions,
             frames without positions, a compression that cannot be unpacked here, or segments that overlap.
     """
-    if path.is_file() and _header(path).get("SOPClassUID") == SEGMENTATION:
+    header = _header(path) if path.is_file() else None
+    if header is not None and header.get("SOPClassUID") == SEGMENTATION:
         return open_segmentation(path, limits)
-    slices = _slices_of(path)
+    slices = _slices_of(path, header)
     if slices is None:
         only = next(file for file in dicom_files(path) if _header(file).get("SOPClassUID") == SEGMENTATION)
         return open_segmentation(only, limits)
@@ -152,14 +153,17 @@ def _header(path: Path) -> Any:
         return header
 
 
-def _slices_of(path: Path) -> list[_Slice] | None:
+def _slices_of(path: Path, header: Any) -> list[_Slice] | None:
     """The slices of the one series that a path means, in any order; None of a folder with nothing but one segmentation.
+
+    Args:
+        path: of a file, or of a folder.
+        header: the file's; None of a folder.
 
     Raises:
         DataError: several series, or none.
     """
-    if path.is_file():
-        header = _header(path)
+    if header is not None:
         own = list(_read_slices(path, header))
         if not own:
             raise DataError(
