@@ -10,6 +10,7 @@ from torch.nn.functional import adaptive_avg_pool2d, interpolate
 from microtome.config import NetworkConfig
 from microtome.errors import ConfigError
 from microtome.geometry import Sizes
+from microtome.models import trace as trace_module
 from microtome.models.network import Network, NetworkSpec
 from microtome.models.registry import build
 from microtome.models.trace import Trace, trace
@@ -141,6 +142,28 @@ def test_the_unet_makes_what_its_figure_shows() -> None:
     assert [o.shape[1] for o in found.operations if o.kind == "pool"] == [284, 140, 68, 32]
     assert [o.shape for o in found.operations if o.kind == "concat"] == [(1024, 56, 56), (512, 104, 104), (256, 200, 200), (128, 392, 392)]
     assert found.operations[found.outputs[0]].shape == (2, 388, 388)
+
+
+@pytest.mark.parametrize(
+    "form", {name: (name, dims, variant) for name, dims, variant in reversed(FORMS)}.values(), ids=lambda form: form[0]
+)
+def test_what_is_known_of_shapes_is_what_torch_says(form: tuple[str, int, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace_module, "_plain_shape", lambda *_: None)
+    assert traced.__wrapped__(*form) == traced(*form)
+
+
+def test_a_function_that_works_in_place_gives_what_it_was_given() -> None:
+    def steps(features_BCS: Tensor) -> Tensor:
+        torch.sigmoid_(features_BCS)
+        other_BCS = torch.relu(features_BCS)
+        features_BCS += other_BCS
+        return torch.cat([features_BCS, other_BCS], axis=-1)  # type: ignore[call-overload, no-any-return]
+
+    # Whoever uses the map afterwards uses what was made of it.
+    found = trace(Steps(steps), (1, 16, 16)).operations
+    assert [o.kind for o in found] == ["input", "convolution", "activation", "activation", "sum", "concat"]
+    assert [o.inputs for o in found] == [(), (0,), (1,), (2,), (2, 3), (4, 3)]
+    assert found[-1].shape == (4, 8, 16)
 
 
 @pytest.mark.parametrize(("name", "dims", "variant"), FORMS)

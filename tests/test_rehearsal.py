@@ -109,7 +109,7 @@ def test_a_batch_is_made_smaller_for_more_steps_but_not_below_four(monkeypatch: 
     assert [each.steps for each in made] == [pytest.approx(m * 60 * 0.92 / (0.1 * b), rel=0.02) for m, b in ((60, 16), (15, 8), (1, 4))]
 
 
-@pytest.mark.parametrize(("minutes", "batches"), [(1, [4]), (15, [4, 8]), (60, [4, 16]), (None, [16])])
+@pytest.mark.parametrize(("minutes", "batches"), [(1, [4]), (15, [4, 16, 8]), (60, [4, 16]), (None, [16])])
 def test_a_whole_batch_is_timed_only_where_it_will_be_taken(
     minutes: float | None, batches: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +123,13 @@ def test_a_whole_batch_is_timed_only_where_it_will_be_taken(
     made = fit_to_minutes(small_plan(batch=16), Resources(minutes=minutes, memory_bytes=2**40), CPU)
     assert timed == batches
     assert made.batch == batches[-1]
+
+
+def test_a_batch_whose_patches_take_less_together_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A second a step, however many patches: a thousand steps of them all fit, and by the time of four a quarter would.
+    monkeypatch.setattr(rehearsal, "step_seconds", lambda plan, *_: {"fp32": 1.0})
+    made = fit_to_minutes(small_plan(batch=16), Resources(minutes=20, memory_bytes=2**40), CPU)
+    assert (made.batch, made.steps) == (16, pytest.approx(20 * 60 * 0.92, abs=2))
 
 
 def test_a_smaller_batch_is_shared_out_anew(monkeypatch: pytest.MonkeyPatch) -> None:

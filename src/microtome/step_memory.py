@@ -137,7 +137,7 @@ def save_memory(plan: Plan, resources: Resources) -> Plan:
 
 @lru_cache(maxsize=16)
 def _built(network: NetworkConfig, dims: int, channels: int, classes: int) -> Network:
-    """A network of shapes alone."""
+    """A network of shapes alone, the same one for all who ask: not to be followed by two threads at once."""
     with torch.device("meta"):
         return build(network.name, dims=dims, in_channels=channels, classes=classes, config=network)
 

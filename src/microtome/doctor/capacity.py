@@ -45,7 +45,7 @@ def _gpu(number: int) -> dict[str, Any]:
 def largest_patch(memory_bytes: int, *, bf16: bool, gpu: bool) -> int:
     """Side in voxels of the largest cube of one channel and two classes of which a step fits, activations computed twice.
 
-    A multiple of 32, at most 512; 0 where not even 32 fits. It is the planner's own rule (`plan.fit_patch`).
+    A multiple of 32, at most 512; 0 where not even 32 fits. It is the planner's own rule (`step_memory.fit_patch`).
     """
     resources = Resources(minutes=None, memory_bytes=memory_bytes, gpu=gpu, bf16=bf16)
     sample = (SAMPLE_SIDE,) * 3

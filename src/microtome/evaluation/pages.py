@@ -1,6 +1,7 @@
 """Results as pages: one HTML file that needs nothing else, not even a network."""
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,8 +42,9 @@ def scores_html(result: Mapping[str, Any]) -> str:
     return environment().get_template("scores.html").render(values)
 
 
+@cache
 def environment() -> jinja2.Environment:
-    """The templates of this folder; everything put into them is escaped, an unknown name is an error."""
+    """The templates of this folder; everything put into them is escaped, an unknown name is an error; made once, as are its templates."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     made = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters.update(number=_number, words=_words)

@@ -55,7 +55,6 @@ _KINDS: Mapping[str, str] = MappingProxyType(
     }
 )
 _JOINS = frozenset({"concat", "sum", "product"})
-_IN_PLACE = frozenset({"__iadd__", "__isub__", "__imul__", "add_", "sub_", "mul_", "relu_", "leaky_relu_", "elu_", "selu_", "dropout_"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,13 +171,17 @@ def _shaped(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str
     if shape is None:
         return func(*args, **kwargs)
     first = args[0][0] if func is torch.cat else args[0]
-    in_place = kwargs.get("inplace") or func.__name__ in _IN_PLACE
+    # `add_` and `__iadd__` change what they are given.
+    name = func.__name__
+    in_place = kwargs.get("inplace") or name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
     return first if in_place else torch.empty(shape, dtype=first.dtype, device="meta")
 
 
 def _plain_shape(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...] | None:
     """The shape of what some functions put out that are given maps without values and do nothing else; None: torch has to say."""
     if func is torch.cat:
+        if not args or kwargs.keys() - {"dim"}:
+            return None
         axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         return _joined([part.shape for part in args[0]], axis) if all(part.is_meta for part in args[0]) else None
     maps = [value for value in args if isinstance(value, Tensor)]

@@ -118,23 +118,25 @@ def fit_to_minutes(plan: Plan, resources: Resources, device: torch.device) -> Pl
     # A few patches say whether the batch will be made smaller: on a slow machine a step of all takes longer than a short training.
     open_batch = minutes is not None and plan.recipe == "default" and plan.batch > SMALLEST_BATCH
     sample = plan.model_copy(update={"batch": SMALLEST_BATCH}) if open_batch else plan
-    seconds = {name: value * plan.batch / sample.batch for name, value in step_seconds(sample, device, precisions).items()}
+    seconds = sampled = step_seconds(sample, device, precisions)
     # A busy machine can spoil a timing; hardware that multiplies bfloat16 is believed unless it is clearly slower.
     best = precisions[0] if seconds[precisions[0]] < 1.25 * seconds[precisions[-1]] else precisions[-1]
     if len(precisions) == 2:
-        times = f"bfloat16 takes {seconds['bf16']:.2f} s a step, float32 {seconds['fp32']:.2f} s"
+        times = f"bfloat16 takes {seconds['bf16']:.2f} s for a step of {sample.batch} patches, float32 {seconds['fp32']:.2f} s"
         plan = save_memory(_with(plan, "precision", best, times), resources)
     if minutes is None:
         about = f"about {_minutes(round(plan.steps * seconds[best] / 60))} at {seconds[best]:.2f} s a step"
         return _with(plan, "steps", plan.steps, f"no minutes were given; {about}")
     budget = minutes * 60 * SHARE_OF_STEPS
-    fitting = int(plan.batch * budget / seconds[best] / FEWEST_STEPS)
+    fitting = int(sample.batch * budget / seconds[best] / FEWEST_STEPS)
+    if open_batch and fitting >= SMALLEST_BATCH:
+        # More patches at a time take less each: the whole batch may do.
+        seconds = step_seconds(plan, device, (best,))
+        fitting = int(plan.batch * budget / seconds[best] / FEWEST_STEPS)
     if open_batch and fitting < plan.batch:
         reason = f"{plan.batch} would fit into memory, but {_minutes(minutes)} would then be too few steps"
-        seconds = {best: seconds[best] * max(SMALLEST_BATCH, fitting) / plan.batch}
         plan = save_memory(_with(plan, "batch", max(SMALLEST_BATCH, fitting), reason), resources)
-    if plan.batch != sample.batch:
-        seconds = step_seconds(plan, device, (best,))
+        seconds = step_seconds(plan, device, (best,)) if plan.batch != sample.batch else sampled
     # Where steps are slow, timing them has taken its part of the minutes.
     count = max(1, int((budget - (time.perf_counter() - began)) / seconds[best]))
     return _with(plan, "steps", count, f"{_minutes(minutes)} at {seconds[best]:.2f} s a step on this machine, less validation and report")
