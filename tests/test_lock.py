@@ -19,7 +19,7 @@ import pytest
 
 from microtome import lock
 from microtome.errors import RunError
-from microtome.lock import NAME, Holder, process_began, refuse_if_used, run_lock
+from microtome.lock import NAME, Holder, process_began, refuse_if_used, run_lock, taking_turns
 
 HOLD = """
 import sys
@@ -248,6 +248,42 @@ def test_a_disk_with_no_room_for_the_lock_is_told_as_one(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "open", full)
     with pytest.raises(RunError, match=r"\.lock: expected room for what is still to be written, got No space left on device"):
         run_lock(tmp_path).__enter__()
+
+
+def test_a_lock_that_fails_leaves_no_file_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[int] = []
+
+    def broken(handle: int, *_: Any) -> None:
+        opened.append(handle)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", broken)
+    for take in (run_lock, taking_turns):
+        with pytest.raises(RunError, match="Input/output error"):
+            take(tmp_path).__enter__()
+    assert len(opened) == 2
+    for handle in opened:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(handle)
+
+
+@pytest.mark.parametrize("take", [run_lock, taking_turns])
+def test_a_folder_that_is_removed_just_before_its_lock_is_made_is_made_again(
+    take: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, plain, times = tmp_path / "out", lock.make_folder, 0
+
+    def made(path: Path) -> None:
+        nonlocal times
+        plain(path)
+        times += 1
+        if times == 1:
+            path.rmdir()
+
+    monkeypatch.setattr(lock, "make_folder", made)
+    with take(folder):
+        assert folder.is_dir()
+    assert times == 2
 
 
 def test_a_disk_that_is_full_leaves_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,6 +70,12 @@ def test_a_command_that_an_earlier_version_wrote_is_shown_as_people_type_it(tmp_
     assert dict(card_rows(card(load_bundle(tmp_path))))["command"] == "microtome train cells --out runs/cells"
 
 
+def test_a_model_of_data_that_changed_during_its_training_says_so(tmp_path: Path) -> None:
+    origin = ORIGIN | {"data_changed_since": {"train": "ef" * 16}}
+    save_bundle(tmp_path / "model", replace(saved_model(tmp_path), provenance=origin))
+    assert dict(card_rows(card(load_bundle(tmp_path))))["data changed"] == f"since the run began: train had fingerprint {'ef' * 16}"
+
+
 def test_programs_get_the_same_as_json(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert called(monkeypatch, "model", run / "model", "--json") == 0
     found = json.loads(capsys.readouterr().out)

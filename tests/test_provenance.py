@@ -1,5 +1,6 @@
 """What a model says of where it comes from: the data by a fingerprint that travels with them, command, versions."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ from PIL import Image as Pillow
 
 from microtome.bundle import load_bundle
 from microtome.config import Plan
-from microtome.data.case import Case
+from microtome.data.case import Case, Planes
 from microtome.data.dataset import open_dataset
 from microtome.data.split import split_dataset
 from microtome.evaluation.report import build_report
@@ -152,6 +153,25 @@ def test_a_file_that_is_gone_when_the_model_is_saved_does_not_cost_the_model(dat
     assert len({whole, without, print_of(data)}) == 3
 
 
+def test_files_that_cannot_be_read_are_counted_beside_the_fingerprint(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases, plain = cases_of(data), provenance._digest
+    assert "unreadable" not in fingerprint_of(data, cases)
+
+    def refused(path: Path, whole: bool) -> bytes:
+        if path == data / "labels" / "b.png":
+            raise PermissionError(13, "Permission denied")
+        return plain(path, whole)
+
+    monkeypatch.setattr(provenance, "_digest", refused)
+    assert fingerprint_of(data, cases)["unreadable"] == 1
+
+
+def test_what_is_hashed_of_planes_stays_when_their_class_gets_another_field(tmp_path: Path) -> None:
+    case = Case(name="a", images=(), sections=(0, 4), planes=Planes(hidden=((0, 3),)))
+    wanted = hashlib.blake2b(b"('a', (0, 4), Planes(shown=(), hidden=((0, 3),)))", digest_size=16).hexdigest()
+    assert fingerprint_of(tmp_path, [case])["fingerprint"] == wanted
+
+
 def test_the_command_is_said_without_the_folder_of_the_program(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/home/somebody/.venv/bin/microtome", "train", "cells", "--steps", "6"])
     assert command() == "microtome train cells --steps 6"
@@ -163,6 +183,8 @@ def test_a_module_that_python_runs_is_said_as_the_command_that_people_type(file:
     assert command() == "microtome train cells"
     monkeypatch.setattr(sys, "argv", ["/usr/lib/python3/pytest/__main__.py", "-n", "0"])
     assert command() == "__main__.py -n 0"
+    monkeypatch.setattr(sys, "argv", ["/home/me/microtome/run_all.py", "x"])
+    assert command() == "run_all.py x"
 
 
 def test_a_name_in_another_encoding_among_the_words_leaves_a_command_that_json_holds(monkeypatch: pytest.MonkeyPatch) -> None:

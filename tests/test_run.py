@@ -351,8 +351,13 @@ def test_other_pixels_under_the_same_names_are_said_when_a_run_is_resumed(tmp_pa
     label[0, 0] = label.max() - label[0, 0]
     Pillow.fromarray(label).save(path)
     with pytest.raises(Killed):
-        train(data, plan_for(data), tmp_path / "run", resume=True, on_event=lambda event: (note(event), kill_at(3)(event)))
+        train(data, plan_for(data), tmp_path / "run", resume=True, on_event=lambda event: (note(event), kill_at(4)(event)))
     [line] = said
+    # Whoever reads the run, or its model, later is told as well.
+    [noted] = [event for event in lines(tmp_path / "run") if event["event"] == "finding"]
+    assert (noted["message"], noted["step"]) == (line, 0)
+    begun = json.loads((tmp_path / "run" / "dataset.json").read_text())["fingerprints"]
+    assert load_bundle(tmp_path / "run").provenance["data_changed_since"] == {"validation": begun["validation"]}
     assert line.startswith("images or labels of `validation` have changed under the same names since the run began: what it learned")
     assert line.endswith("put the files back, or train anew with another --out")
 

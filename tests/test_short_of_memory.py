@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from microtome.data.synthetic import DemoConfig, write_demo_data
 from microtome.errors import RunError
 from microtome.machine import is_short_of_memory
 from microtome.models.network import Network
-from microtome.training import feeding
+from microtome.training import feeding, run
 from microtome.training.checkpoint import TrainState
 from microtome.training.folder import read_plan
 from microtome.training.gradients import Gradients, add_gradients, smaller_steps
@@ -56,7 +58,7 @@ SHORT: dict[str, Callable[[], Exception]] = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def little_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of libraries that tell no reason: memory is short to be seen."""
     monkeypatch.setattr(machine, "room_bytes", lambda: 2**29)
@@ -95,6 +97,7 @@ def short_run(plan: Plan, path: Path, patches: int, **words: Any) -> tuple[Train
     return state, recorder, plans, seen
 
 
+@pytest.mark.usefixtures("little_room")
 @pytest.mark.parametrize("kind", SHORT)
 def test_what_libraries_say_of_too_little_memory_is_understood(kind: str) -> None:
     assert is_short_of_memory(SHORT[kind]())
@@ -105,6 +108,7 @@ def test_other_errors_are_not_taken_for_it() -> None:
         assert not is_short_of_memory(error)
 
 
+@pytest.mark.usefixtures("little_room")
 @pytest.mark.parametrize("words", ["could not create a primitive", "could not execute a primitive", "could not create a memory object"])
 def test_a_fault_without_a_reason_is_a_lack_of_memory_only_where_little_is_left(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_short_of_memory(RuntimeError(words))
@@ -121,7 +125,7 @@ def test_the_room_of_a_process_is_what_it_may_take_of_what_is_free() -> None:
     code = (
         "import resource; from microtome import machine; free = machine.room_bytes();"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize();"
-        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1)); print(free > 2**22, machine.room_bytes() <= 2**20)"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 2**24, -1)); print(free > 2**26, machine.room_bytes() <= 2**24)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout == "True True\n"
@@ -140,6 +144,7 @@ def test_the_run_is_bit_for_bit_that_of_one_begun_with_the_smaller_micro_batch(n
     assert losses[0] == losses[1]
 
 
+@pytest.mark.usefixtures("little_room")
 @pytest.mark.parametrize("kind", SHORT)
 def test_whoever_says_it_the_step_is_taken_again(kind: str) -> None:
     plan = small_plan(batch=2)
@@ -336,6 +341,59 @@ def test_patches_that_memory_was_too_short_for_are_made_again_and_the_run_is_the
     assert "while patches were made: they are made again" in event["message"]
 
 
+def test_patches_that_are_made_again_are_made_one_by_one_when_those_of_before_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, threads = small_plan(batch=4), threading.Lock()
+    plain, both, going_on = feeding.load_sample, threading.Barrier(2), threading.Event()
+    asked, at_once, most = 0, 0, 0
+
+    def short(*words: Any) -> Any:
+        nonlocal asked, at_once, most
+        with threads:
+            asked, at_once = asked + 1, at_once + 1
+            number, most = asked, max(most, at_once)
+        try:
+            if number <= 2:
+                # Of two at once one fails, and the other goes on until it is waited for.
+                if both.wait(60) == 0:
+                    raise SHORT["CPU"]()
+                assert going_on.wait(60)
+            return plain(*words)
+        finally:
+            with threads:
+                at_once -= 1
+
+    def waited(futures: Any) -> None:
+        nonlocal most
+        going_on.set()
+        wait(futures)
+        assert at_once == 0
+        most = 0
+
+    with feeding.Batches(CASES, plan, CPU) as batches:
+        wanted = batches.get(1)
+        monkeypatch.setattr(feeding, "load_sample", short)
+        monkeypatch.setattr(feeding, "wait", waited)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            batches.get(1)
+        found = batches.get_again(1)
+    assert most == 1
+    assert torch.equal(found.image, wanted.image)
+    assert torch.equal(found.label, wanted.label)
+
+
+def test_memory_that_ends_before_there_is_a_run_is_one_line(cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: Any, **__: Any) -> Any:
+        raise MemoryError("Unable to allocate 9.31 GiB")
+
+    monkeypatch.setattr(run, "new_state", short)
+    with pytest.raises(
+        RunError, match=r"got Unable to allocate 9\.31 GiB; close other programs, then give the same command again$"
+    ) as caught:
+        train(cells, small_plan(classes=cells.legend.names), tmp_path / "run")
+    assert caught.value.code == "R125"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("place", ["the optimiser", "a validation"])
 def test_memory_that_ends_beside_the_network_is_one_line_and_resume_gives_the_unbroken_run(
     place: str, cells: Dataset, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -349,16 +407,17 @@ def test_memory_that_ends_beside_the_network_is_one_line_and_resume_gives_the_un
             owner, name = (torch.optim.AdamW, "step") if place == "the optimiser" else (Dataset, "read_pair")
             monkeypatch.setattr(owner, name, short)
 
-    plan, run = small_plan(classes=cells.legend.names), tmp_path / "run"
+    plan, folder = small_plan(classes=cells.legend.names), tmp_path / "run"
     with pytest.raises(RunError) as caught:
-        train(cells, plan, run, on_event=when_saved)
+        train(cells, plan, folder, on_event=when_saved)
     monkeypatch.undo()
     assert caught.value.code == "R125"
     assert str(caught.value) == (
-        f"{run}: expected memory for all that a training does beside its network, got Unable to allocate 9.31 GiB; close other programs, "
-        f"or set micro_batch: 1 in {run / 'plan.yaml'}; then the same command with --resume (the last checkpoint is good)"
+        f"{folder}: expected memory for all that a training does beside its network, got Unable to allocate 9.31 GiB; close other "
+        f"programs, or set a smaller micro_batch in {folder / 'plan.yaml'}; then the same command with --resume (the last checkpoint "
+        "is good)"
     )
-    assert_same_weights(train(cells, read_plan(run / "plan.yaml"), run, resume=True), unbroken)
+    assert_same_weights(train(cells, read_plan(folder / "plan.yaml"), folder, resume=True), unbroken)
 
 
 # ---- memory that is really short ----

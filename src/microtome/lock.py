@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
-from microtome.errors import RunError
+from microtome.errors import RunError, in_one_line
 from microtome.files import make_folder, not_written
 
 NAME = ".lock"
@@ -30,6 +30,8 @@ _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _MOST_SECONDS = 1.0
 # Whoever waits for its turn looks so often, so many seconds apart: what is done in a turn takes a fraction of a second.
 _LOOKS, _LOOK_SECONDS = 6000, 0.01
+# A folder that others remove as soon as it is empty is made so often.
+_OPENINGS = 100
 # What a file system says that knows no locks, or has no server for them.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -76,7 +78,6 @@ def run_lock(folder: Path) -> Iterator[Holder | None]:
         RunError: it is in use: by whom and since when, or which file to remove if that is wrong.
     """
     path, made = folder / NAME, not folder.exists()
-    make_folder(folder)
     try:
         handle, locked = _taken(path)
     except OSError as error:
@@ -112,12 +113,10 @@ def taking_turns(folder: Path) -> Iterator[None]:
         RunError: the folder cannot be written to, or another process keeps its turn.
     """
     path = folder / TURN
-    make_folder(folder)
     try:
         for _ in range(_LOOKS):
-            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            # Its last holder may have removed it since it was opened.
-            if _lock(handle) is not False and _is_named(handle, path):
+            handle, locked, named = _opened(path)
+            if locked is not False and named:
                 break
             os.close(handle)
             time.sleep(_LOOK_SECONDS)
@@ -173,10 +172,9 @@ def _taken(path: Path) -> tuple[int, bool | None]:
     """
     end = time.monotonic() + _MOST_SECONDS
     while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        locked, holder = _lock(handle), _read(handle)
-        # Between opening and locking its holder may have ended and removed it: what was locked is then nobody's lock.
-        if _is_ours(holder) or (locked is not False and _is_named(handle, path)):
+        handle, locked, named = _opened(path)
+        holder = _read(handle)
+        if _is_ours(holder) or (locked is not False and named):
             return handle, locked
         os.close(handle)
         # Nothing in it, or a process that has ended: whoever holds it is about to say so, or only looks.
@@ -184,6 +182,31 @@ def _taken(path: Path) -> tuple[int, bool | None]:
         if locked is False and (late or (holder is not None and not _has_ended(holder, locked))):
             raise in_use(path, holder)
         time.sleep(0.01)
+
+
+def _opened(path: Path) -> tuple[int, bool | None, bool]:
+    """A lock's file, made where it is not there, with its folder; what `_lock` says of it; whether it is still the one of that name.
+
+    Between opening and locking its holder may have ended and removed it: what was locked is then nobody's lock.
+
+    Raises:
+        RunError: the folder cannot be made.
+        OSError: the file cannot be opened.
+    """
+    for left in reversed(range(_OPENINGS)):
+        make_folder(path.parent)
+        try:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            break
+        except FileNotFoundError:
+            # Somebody who found the folder empty removed it in between.
+            if not left:
+                raise
+    try:
+        return handle, _lock(handle), _is_named(handle, path)
+    except OSError:
+        os.close(handle)
+        raise
 
 
 def _lock(handle: int) -> bool | None:
@@ -250,6 +273,13 @@ def process_began(process: int) -> int | None:
         return None
 
 
+def command() -> str:
+    """The words that started this process, its program without its folder; `microtome` also where `python -m microtome` did."""
+    program, package = Path(sys.argv[0]), Path(__file__).resolve().parent
+    ours = program.suffix == ".py" and program.resolve().parent == package
+    return in_one_line(" ".join([package.name if ours else program.name, *sys.argv[1:]]))
+
+
 def boot() -> str:
     """What tells one running kernel from another; empty where it does not say."""
     try:
@@ -283,7 +313,7 @@ def _write(handle: int, path: Path) -> None:
         began=process_began(os.getpid()) or 0,
         thread=threading.get_ident(),
         since=datetime.now(UTC).isoformat(sep=" ", timespec="seconds"),
-        command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:1000],
+        command=command()[:1000],
     )
     try:
         os.ftruncate(handle, 0)

@@ -70,6 +70,7 @@ def _origin(origin: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("score", _score(origin)),
         ("learned from", _cases(origin, "training")),
         ("validated on", _cases(origin, "validation")),
+        ("data changed", _changed(origin.get("data_changed_since"))),
         ("began with", _begun(origin.get("initial_weights"))),
         ("command", _command(origin)),
         ("date", str(origin.get("date", ""))),
@@ -95,6 +96,13 @@ def _command(origin: Mapping[str, Any]) -> str:
 def _begun(initial: object) -> str:
     """Whose weights it began its training with."""
     return f"{initial.get('words')}, hash {initial.get('hash')}" if isinstance(initial, Mapping) else ""
+
+
+def _changed(before: object) -> str:
+    """That a run was resumed with other files under the same names, and by which hashes those of before are known."""
+    if not isinstance(before, Mapping):
+        return ""
+    return "since the run began: " + ", ".join(f"{part} had fingerprint {fingerprint}" for part, fingerprint in before.items())
 
 
 def _cases(origin: Mapping[str, Any], part: str) -> str:

@@ -135,8 +135,8 @@ FAULTS = MappingProxyType(
             "Memory ran out beside the network",
             "Not in the network's own work, whose micro-batches are halved then, but in what a training does beside it: the optimiser's "
             "state, patches (these were made a second time), reading and preparing images, scores. A step that was half taken is given up.",
-            "Close other programs, or set `micro_batch: 1` and `checkpointing: true` in RUN/plan.yaml, which leaves more to the rest; then the "
-            "same command with --resume. Where one image alone is too large, cut it into parts.",
+            "Close other programs, or set a smaller `micro_batch` in RUN/plan.yaml, which leaves more to the rest (batch norm takes its "
+            "statistics of a micro-batch: of 1 they are poor), or `checkpointing: true`; then the same command with --resume. Where one image alone is too large, cut it into parts.",
         ),
     }
 )

@@ -116,6 +116,11 @@ def previous_checkpoint(path: Path) -> Path:
     return path.with_name("previous" + path.suffix)
 
 
+def has_checkpoint(path: Path) -> bool:
+    """Whether there is one of that name, or one before it."""
+    return path.exists() or previous_checkpoint(path).exists()
+
+
 def _keep_previous(path: Path) -> None:
     """Give the last checkpoint a second name, by which it stays when it is replaced; costs no time, and its size on the disk.
 

@@ -10,13 +10,14 @@ bit for bit, however many threads there are and whatever is made ahead.
 import os
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from microtome.config import Plan
+from microtome.machine import release_memory
 from microtome.training.device_warp import warp_on_device
 from microtome.training.sampling import Pool, change_values, draw_sample, load_sample, read_crop
 from microtome.training.store import StoredCase
@@ -86,22 +87,40 @@ class Batches:
         for number in range(step, step + self.ahead + 1):
             if number not in self.waiting:
                 self.waiting[number] = [self.pool.submit(self._make, number, position) for position in self.positions]
-        patches = [self._received(future) for future in self.waiting.pop(step)]
+        patches = [self._received(future) for future in self.waiting[step]]
+        # Not before: where one failed, `get_again` must know of the others, which may not have ended.
+        del self.waiting[step]
+        return self._together(patches)
+
+    def get_again(self, step: int) -> Batch:
+        """The same batch, made anew, one sample after the other, with nothing made ahead: memory was too short for all at once.
+
+        Raises:
+            Exception: as of `get`.
+        """
+        self._give_up()
+        release_memory()
+        return self._together([self._received(self.pool.submit(self._make, step, position)) for position in self.positions])
+
+    def move(self, positions: range) -> None:
+        """Other places in the batch are wanted from now on."""
+        if positions != self.positions:
+            self._give_up()
+            self.positions = positions
+
+    def _give_up(self) -> None:
+        """Leave what is under way unmade, and wait for what cannot be: it would go on to take memory."""
+        given_up = [future for futures in self.waiting.values() for future in futures]
+        self.waiting = {}
+        wait([future for future in given_up if not future.cancel()])
+
+    def _together(self, patches: Sequence[Patch]) -> Batch:
+        """Finished samples as a batch on the device."""
         layout = torch.channels_last if self.plan.dims == 2 else torch.channels_last_3d
         image = torch.stack([patch.image for patch in patches]).to(self.device, memory_format=layout)
         label = torch.stack([patch.label for patch in patches]).to(self.device)
         weights = [patch.weight for patch in patches if patch.weight is not None]
         return Batch(image, label, torch.stack(weights).to(self.device) if weights else None)
-
-    def get_again(self, step: int) -> Batch:
-        """The same batch, made anew, and what was made ahead given up: memory was too short for all of it."""
-        self.waiting = {}
-        return self.get(step)
-
-    def move(self, positions: range) -> None:
-        """Other places in the batch are wanted from now on."""
-        if positions != self.positions:
-            self.positions, self.waiting = positions, {}
 
     def _make(self, step: int, position: int) -> tuple[Patch, torch.cuda.Event | None]:
         """One sample of one step, and when it is finished; runs in a thread."""

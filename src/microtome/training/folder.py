@@ -4,7 +4,6 @@ import json
 import math
 import os
 import platform
-import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -130,13 +129,11 @@ class RunFolder:
         """Whether that is written; a run killed between its first files lacks it."""
         return (self.path / "dataset.json").exists()
 
-    def fingerprints(self) -> dict[str, str]:
-        """Of the files that the run began with, by part; none of runs of earlier versions."""
-        path = self.path / "dataset.json"
-        return dict(json.loads(path.read_text(encoding="utf-8")).get("fingerprints", {})) if path.exists() else {}
-
-    def check_split(self, split: Split) -> None:
+    def check_split(self, split: Split) -> dict[str, str]:
         """Refuse to go on with other cases than the run began with: what it learned from must not become what it is scored on.
+
+        Returns:
+            the fingerprints of the files that it began with, by part; none of runs of earlier versions.
 
         Raises:
             ConfigError: names one of the cases.
@@ -155,6 +152,8 @@ class RunFolder:
         if held_out != now:
             expected, do = f"the held-out slices {held_out}", "bring the annotation back, or start a new run"
             raise ConfigError(path, expected=expected, got=str(now), do=do, code="C041")
+        fingerprints = before.get("fingerprints")
+        return {str(part): str(found) for part, found in fingerprints.items()} if isinstance(fingerprints, dict) else {}
 
 
 def _held_out(cases: Iterable[Case]) -> dict[str, list[str]]:
@@ -198,7 +197,7 @@ def environment(device: torch.device) -> dict[str, str | int | bool]:
         "compiled_warp": compiled(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "deterministic": device.type == "cpu" or torch.are_deterministic_algorithms_enabled(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": lock.command(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

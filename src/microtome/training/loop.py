@@ -1,7 +1,8 @@
 """The training loop."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 from microtome.config import Plan
-from microtome.errors import RunError
-from microtome.machine import is_short_of_memory, release_memory
-from microtome.training.checkpoint import Progress, TrainState
+from microtome.errors import MicrotomeError, RunError
+from microtome.machine import is_short_of_memory
+from microtome.training.checkpoint import Progress, TrainState, has_checkpoint
 from microtome.training.clock import Clock, stop_requests, stopped_at
 from microtome.training.compiled import fast_kernels
 from microtome.training.feeding import Batch, Batches
@@ -194,8 +195,7 @@ def made(batches: Batches, step: int, hooks: Hooks) -> Batch:
         if not is_short_of_memory(error):
             raise
         said = " ".join(str(error).split())[:160] or "no more memory"
-    # Only here: the error holds the frames in which patches were made.
-    release_memory()
+    # Only here is memory given back: the error held the frames in which patches were made.
     hooks.log({"event": "memory", "step": step, "message": f"memory ran out ({said}) while patches were made: they are made again"})
     return batches.get_again(step)
 
@@ -285,6 +285,21 @@ def crop_border(label_BS: Tensor, border: int) -> Tensor:
     return label_BS[(slice(None), *[slice(border, -border)] * (label_BS.dim() - 1))]
 
 
+@contextmanager
+def memory_told(folder: Path, checkpoint: Path) -> Iterator[None]:
+    """A lack of memory anywhere inside of it is one line for people, of the run in `folder` whose last checkpoint is `checkpoint`.
+
+    Raises:
+        RunError: memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:  # libraries have no common class for a lack of memory; what else it is goes on
+        if isinstance(error, MicrotomeError) or not is_short_of_memory(error):
+            raise
+        raise memory_ended(folder, error, saved=has_checkpoint(checkpoint)) from error
+
+
 def memory_ended(folder: Path, error: Exception, *, saved: bool) -> RunError:
     """What to say of memory that was short beside the network: for the optimiser, for patches, for images, for scores.
 
@@ -296,12 +311,16 @@ def memory_ended(folder: Path, error: Exception, *, saved: bool) -> RunError:
         saved: whether there is a checkpoint.
     """
     got = " ".join(str(error).split())[:160] or "no more memory"
-    kept = "the last checkpoint is good" if saved else "no step was saved yet"
+    plan, do = folder / "plan.yaml", "close other programs, then give the same command again"
+    if plan.exists():
+        kept = "the last checkpoint is good" if saved else "no step was saved yet"
+        # Not 1: batch norm would take its statistics of single patches.
+        do = f"close other programs, or set a smaller micro_batch in {plan}; then the same command with --resume ({kept})"
     return RunError(
         folder,
         expected="memory for all that a training does beside its network",
         got=got,
-        do=f"close other programs, or set micro_batch: 1 in {folder / 'plan.yaml'}; then the same command with --resume ({kept})",
+        do=do,
         code="R125",
     )
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +13,10 @@ from microtome.data.dataset import Dataset
 from microtome.data.names import place_of
 from microtome.data.split import Split
 from microtome.errors import in_one_line
+from microtome.lock import command
 from microtome.training.folder import versions
 
+_UNREADABLE = b"unreadable: "
 # Read of each end of an image file, whose bytes may be more than anybody waits for.
 END_BYTES = 1 << 16
 # What a fingerprint covers, in the words that stand beside it.
@@ -42,13 +43,6 @@ def origin(dataset: Dataset, split: Split, plan: Plan) -> dict[str, Any]:
     }
 
 
-def command() -> str:
-    """The words that started this process, its program without its folder; `microtome` also where `python -m microtome` did."""
-    program = Path(sys.argv[0])
-    ours = program.parent.name == __package__.partition(".")[0] and program.suffix == ".py"
-    return in_one_line(" ".join([program.parent.name if ours else program.name, *sys.argv[1:]]))
-
-
 def fingerprint_of(root: Path, cases: Iterable[Case]) -> dict[str, Any]:
     """A hash by which the same cases are known again, wherever their folder lies; with what it covers.
 
@@ -59,17 +53,24 @@ def fingerprint_of(root: Path, cases: Iterable[Case]) -> dict[str, Any]:
         root: the dataset's folder, from which names of files are counted.
         cases: in any order.
     """
-    digest, done, total = hashlib.blake2b(digest_size=16), set(), 0
+    digest, done, total, unreadable = hashlib.blake2b(digest_size=16), set(), 0, 0
     for case in sorted(cases, key=lambda case: case.name):
-        digest.update(repr((case.name, case.sections, case.planes)).encode())
+        digest.update(_identity(case).encode())
         for path, whole in (*((path, False) for path in case.images), *((path, True) for path in case.labels)):
             if (path, whole) in done:
                 continue
             done.add((path, whole))
             for name, size, content in _contents(path, whole):
                 digest.update(repr((_relative(root, path), name, size)).encode() + content)
-                total += size
-    return {"fingerprint": digest.hexdigest(), "files": len(done), "bytes": total, "covers": COVERS}
+                total, unreadable = total + size, unreadable + content.startswith(_UNREADABLE)
+    found = {"fingerprint": digest.hexdigest(), "files": len(done), "bytes": total, "covers": COVERS}
+    return found | ({"unreadable": unreadable} if unreadable else {})
+
+
+def _identity(case: Case) -> str:
+    """What is hashed of a case beside its files, in a form that does not follow the fields of its class."""
+    planes = None if case.planes is None else f"Planes(shown={case.planes.shown!r}, hidden={case.planes.hidden!r})"
+    return f"({case.name!r}, {case.sections!r}, {planes})"
 
 
 def _contents(path: Path, whole: bool) -> Iterator[tuple[str, int, bytes]]:
@@ -85,7 +86,7 @@ def _contents(path: Path, whole: bool) -> Iterator[tuple[str, int, bytes]]:
             yield from ((f"{folder.name}/{name}", size, b"") for name, size in found)
     except OSError as error:
         # What cannot be read any more was read when training began: the model is not lost for it.
-        yield place.name, 0, f"unreadable: {error.strerror}".encode()
+        yield place.name, 0, _UNREADABLE + str(error.strerror).encode()
 
 
 def _digest(path: Path, whole: bool) -> bytes:

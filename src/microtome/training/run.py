@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ from microtome.bundle import Bundle, load_bundle, save_bundle
 from microtome.config import Plan
 from microtome.data.dataset import Dataset
 from microtome.data.split import leaks, split_dataset
-from microtome.errors import DataError, LeftAtOnceError, MicrotomeError, RunError
+from microtome.errors import DataError, LeftAtOnceError, RunError
 from microtome.evaluation.report import build_report
 from microtome.files import remove_folder, write_json
 from microtome.inference.devices import pick_device, to_device
@@ -22,15 +22,15 @@ from microtome.inference.predictor import Predictor
 from microtome.inference.restore import arrays_of
 from microtome.inference.torch_engine import trained_engine
 from microtome.lock import run_lock
-from microtome.machine import is_short_of_memory, recycle_memory
+from microtome.machine import recycle_memory
 from microtome.models.registry import build
-from microtome.training.checkpoint import TrainState, digest, load_latest, new_state, previous_checkpoint, save_checkpoint
+from microtome.training.checkpoint import TrainState, digest, has_checkpoint, load_latest, new_state, previous_checkpoint, save_checkpoint
 from microtome.training.clock import Clock, stopped_at
 from microtome.training.completion import complete_model
 from microtome.training.deterministic import same_bits
 from microtome.training.folder import RunFolder, check_folder, environment
 from microtome.training.initial import FILE, Start, Weights, begin_with, keep_initial, kept_initial
-from microtome.training.loop import Event, Hooks, memory_ended, train_steps, validate_now
+from microtome.training.loop import Event, Hooks, memory_told, train_steps, validate_now
 from microtome.training.provenance import origin
 from microtome.training.ranks import ALONE, Ranks
 from microtome.training.refusals import check_memory, check_patch, check_plan
@@ -73,7 +73,7 @@ def train(
     Raises:
         ConfigError: `out` holds another run, or nothing to resume.
         DataError: weights to begin with fit nowhere.
-        RunError: the loss is not finite, the disk is full, the minutes are too few to train in, another process uses `out`,
+        RunError: the loss is not finite, the disk is full, the minutes are too few to train in, another process uses `out`, memory ran out,
             somebody stopped the run (StoppedError); what was saved is good.
         LeftAtOnceError: somebody asked twice; KeyboardInterrupt where it was by Ctrl-C.
     """
@@ -82,7 +82,7 @@ def train(
     if ranks.is_first:
         check_folder(Path(out), resume=resume)
     same = same_bits(pick_device(ranks.device(device)), wanted=start.deterministic)
-    with same, run_lock(Path(out)) if ranks.is_first else nullcontext() as killed:
+    with same, run_lock(Path(out)) if ranks.is_first else nullcontext() as killed, memory_told(Path(out), RunFolder(Path(out)).checkpoint):
         initial = kept_initial(Path(out) / FILE) if resume else start.weights
         session = _Session(dataset, plan, Path(out), ranks.device(device), on_event, initial=initial, ranks=ranks)
         session.started = began
@@ -99,10 +99,6 @@ def train(
         except SystemExit as error:
             # Of a request to stop that came beside the steps: what was prepared and saved is kept.
             raise stopped_at(session.state.progress.step, session.state.progress.steps) from error
-        except Exception as error:  # libraries have no common class for a lack of memory; what else it is goes on
-            if isinstance(error, MicrotomeError) or not is_short_of_memory(error):
-                raise
-            raise memory_ended(session.folder, error, saved=session.has_checkpoint()) from error
     return session.folder
 
 
@@ -132,6 +128,8 @@ class _Session:
             dataset=dataset, cases=self.split.validation, plan=plan, device=self.device, folder=folder, ranks=ranks
         )
         self.clock, self.seconds_before = Clock(), 0.0
+        # Of a run that is resumed with other files: fingerprints of those that it began with, by part.
+        self.begun_with: dict[str, str] = {}
         torch.manual_seed(plan.seed)
         network = build(plan.network.name, dims=plan.dims, in_channels=plan.channels, classes=len(plan.classes), config=plan.network)
         check_patch(network, plan)
@@ -149,14 +147,10 @@ class _Session:
         if self.ranks.is_first:
             self._open(resume)
         self.ranks.wait()
-        if not self.ranks.is_first and self.has_checkpoint():
+        if not self.ranks.is_first and has_checkpoint(self.files.checkpoint):
             load_latest(self.files.checkpoint, self.state)
         self.ranks.follow(self.state.progress)
         self.ranks.refuse_others(lambda: digest(self.state), self.folder)
-
-    def has_checkpoint(self) -> bool:
-        """Whether there is one, or one before it."""
-        return self.files.checkpoint.exists() or previous_checkpoint(self.files.checkpoint).exists()
 
     def _open(self, resume: bool) -> None:
         """Make the folder, or take it up where it was left."""
@@ -175,15 +169,14 @@ class _Session:
 
     def _resume(self) -> None:
         """Bring the state and the log to the last checkpoint; a run killed before its first starts at step 0."""
-        self.files.check_split(self.split)
+        self._compare_files(self.files.check_split(self.split))
         progress = self.state.progress
-        if self.has_checkpoint():
+        if has_checkpoint(self.files.checkpoint):
             if problem := load_latest(self.files.checkpoint, self.state):
                 self.warn(problem)
             progress = self.state.progress
             self.seconds_before = progress.seconds
             self._check_best()
-        self._check_files()
         finished = self.files.is_finished(self.plan)
         if self.plan.minutes is None:
             progress.steps = max(self.plan.steps, progress.step)
@@ -194,15 +187,17 @@ class _Session:
         # The log first: were the plan with more minutes there beside an end, the run would be taken for finished.
         self.files.shorten_log(progress.step, progress.validations, ended=finished and progress.step >= progress.steps)
         self.files.write_plan(self.plan)
-
-    def _check_files(self) -> None:
-        """Say that files are others under the same names: what follows is then no longer the run that was begun."""
-        before, now = self.files.fingerprints(), self._fingerprints
-        if changed := [part for part in now if before.get(part, now[part]) != now[part]]:
+        if self.begun_with:
             self.warn(
-                f"images or labels of `{'` and `'.join(changed)}` have changed under the same names since the run began: what it learned "
-                "and scored before is of other data; put the files back, or train anew with another --out"
+                f"images or labels of `{'` and `'.join(self.begun_with)}` have changed under the same names since the run began: what it "
+                "learned and scored before is of other data; put the files back, or train anew with another --out",
+                show=self.log,
             )
+
+    def _compare_files(self, before: Mapping[str, str]) -> None:
+        """Find whether files are others under the same names: what follows is then no longer the run that was begun."""
+        now = self._fingerprints
+        self.begun_with = {part: before[part] for part in now if before.get(part, now[part]) != now[part]}
 
     def _check_best(self) -> None:
         """See that the best that the checkpoint knows is the model; a damaged one would be found when all steps are done."""
@@ -232,9 +227,9 @@ class _Session:
         progress.best, progress.best_step = score, step
         self.warn(f"{bundle.folder}: the model of step {step} is not the best that the checkpoint knows; it counts as the best so far")
 
-    def warn(self, message: str) -> None:
-        """Show what somebody should know."""
-        self.on_event({"event": "finding", "step": self.state.progress.step, "severity": "warning", "message": message})
+    def warn(self, message: str, *, show: Callable[[Event], None] | None = None) -> None:
+        """Show what somebody should know; by `log` where it is to be known later too."""
+        (show or self.on_event)({"event": "finding", "step": self.state.progress.step, "severity": "warning", "message": message})
 
     def train(self) -> None:
         """All steps that are left."""
@@ -339,6 +334,8 @@ class _Session:
         """Write the averaged weights as the model."""
         state = self.state
         provenance = {"step": state.progress.step, "score": state.progress.best, **self._origin}
+        if self.begun_with:
+            provenance["data_changed_since"] = dict(self.begun_with)
         network = state.average
         bundle = Bundle(
             plan=self.plan,
@@ -358,8 +355,9 @@ class _Session:
 
     @cached_property
     def _fingerprints(self) -> dict[str, str]:
-        """By which the data of both parts are known again."""
-        return {"train": self._origin["training_data"]["fingerprint"], "validation": self._origin["validation_data"]["fingerprint"]}
+        """By which the data of both parts are known again; not of a part with a file that cannot be read just now."""
+        found = {"train": self._origin["training_data"], "validation": self._origin["validation_data"]}
+        return {part: data["fingerprint"] for part, data in found.items() if not data.get("unreadable")}
 
     def replan(self, plan: Plan) -> None:
         """Go on by another plan, from now on and after --resume."""
