@@ -9,7 +9,9 @@ from microtome.errors import ConfigError
 from tests.test_cli import run
 
 
-@pytest.mark.parametrize("typed", ["MT-D034", "mt-d034", "D034", " d034 ", "[MT-D034]", "d34", "MT-D34", "D0034", "D-034"])
+@pytest.mark.parametrize(
+    "typed", ["MT-D034", "mt-d034", "D034", " d034 ", "[MT-D034]", "d34", "MT-D34", "MT D034", "mt d34", "D0034", "D-034"]
+)
 def test_a_code_may_be_typed_in_any_way(typed: str) -> None:
     assert code_of(typed) == "D034"
 

@@ -96,6 +96,15 @@ def test_masks_of_0_and_255_among_masks_of_0_and_1_are_a_warning_that_says_what_
     assert void_doubts(scans, make_legend(scans, LegendRules(declared=declared)), declared) == []
 
 
+def test_what_to_state_of_masks_of_0_and_255_is_made_of_the_classes_that_there_are() -> None:
+    beside = scan_of({0: 60, 255: 40}, name="b")
+    one, several = [scan_of({0: 60, 7: 40}), beside], [scan_of({0: 60, 1: 20, 2: 20}), beside]
+    [found] = void_doubts(one, make_legend(one, LegendRules()), Declared())
+    assert "`classes: {background: 0, foreground: [7, 255]}`" in found.message
+    [found] = void_doubts(several, make_legend(several, LegendRules()), Declared())
+    assert found.message.endswith("; state `not_annotated: []` in microtome.yaml if it is a class, else `not_annotated: 255`")
+
+
 @pytest.mark.parametrize(("void", "warned"), [(49, False), (50, True)])
 def test_255_on_half_of_all_pixels_is_a_warning_unless_it_is_stated(void: int, warned: bool) -> None:
     scans = [scan_of({0: 90 - void, 1: 10, 255: void}), scan_of({0: 90 - void, 1: 10, 255: void}, name="b")]

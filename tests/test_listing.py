@@ -1,7 +1,11 @@
 """The list of predictions: what it holds while files are written, after a kill, and how seldom it is written."""
 
 import json
+import subprocess
+import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +14,8 @@ from microtome.data import listing as module
 from microtome.data.case import Case
 from microtome.data.legend import Legend
 from microtome.data.listing import LISTING, Entry, Listing, continued_listing, forget_empty, read_listing, recording, write_listing
-from microtome.errors import DataError
+from microtome.errors import DataError, RunError
+from microtome.lock import in_use
 
 LEGEND = Legend(names=("ground", "cell"), values=((0,), (7,)), background=0, reason="seen")
 OTHER = Legend(names=("ground", "cell"), values=((0,), (9,)), background=0, reason="seen")
@@ -76,18 +81,74 @@ def test_two_calls_into_one_folder_list_what_both_wrote(tmp_path: Path) -> None:
     assert entries_of(tmp_path) == {"0.png", "a.png", "b.png"}
 
 
+def write_entries(folder: Path, writer: int) -> None:
+    """Fifteen entries, the list written with each."""
+    module.FILES_BETWEEN = 1
+    with recording(folder, LEGEND, []) as record:
+        for number in range(15):
+            record.add(folder / f"{writer}-{number}.png", case_of(str(number)))
+
+
+# Says that it is there and waits for a line, so that it writes when the others do.
+WRITER = """
+import sys, pathlib
+from tests.test_listing import write_entries
+print("ready", flush=True)
+sys.stdin.readline()
+write_entries(pathlib.Path(sys.argv[1]), 2)
+"""
+
+
 def test_writers_at_the_same_time_lose_no_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "FILES_BETWEEN", 1)
-
-    def write(writer: int) -> None:
-        with recording(tmp_path, LEGEND, []) as record:
-            for number in range(15):
-                record.add(tmp_path / f"{writer}-{number}.png", case_of(str(number)))
-
-    with ThreadPoolExecutor(3) as pool:
-        list(pool.map(write, range(3)))
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == "ready\n"
+        with ThreadPoolExecutor(2) as pool:
+            other.stdin.write("go\n")
+            other.stdin.flush()
+            list(pool.map(lambda writer: write_entries(tmp_path, writer), range(2)))
+    assert other.returncode == 0
     assert entries_of(tmp_path) == {f"{writer}-{number}.png" for writer in range(3) for number in range(15)}
     assert [path.name for path in tmp_path.iterdir()] == [LISTING]
+
+
+def test_a_turn_that_is_not_given_away_ends_no_prediction_and_is_waited_for_again_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, waits = [0.0], list[float]()
+
+    @contextmanager
+    def kept(folder: Path) -> Iterator[None]:
+        waits.append(clock[0])
+        raise in_use(folder / ".turn", None)
+        yield
+
+    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
+    with recording(tmp_path, LEGEND, []) as record, monkeypatch.context() as patch:
+        patch.setattr(module, "taking_turns", kept)
+        for second in (10, 20, 600, 611):
+            clock[0] = second
+            record.add(tmp_path / f"{second}.png", case_of(str(second)))
+        assert waits == [10, 611]
+        with pytest.raises(RunError, match="expected a folder that no other process uses"):
+            record.close()
+    assert entries_of(tmp_path) == {"10.png", "20.png", "600.png", "611.png"}
+
+
+def test_a_list_that_cannot_be_written_ends_a_prediction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "FILES_BETWEEN", 1)
+    full = RunError(tmp_path, expected="room", got="none", do="free space", code="R102")
+
+    def write(folder: Path, listing: Listing) -> None:
+        if listing.entries:
+            raise full
+
+    monkeypatch.setattr(module, "write_listing", write)
+    with pytest.raises(RunError, match="free space"), recording(tmp_path, LEGEND, []) as record:
+        record.add(tmp_path / "a.png", case_of("a"))
 
 
 def test_a_call_that_could_do_nothing_takes_away_its_own_list_alone(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from microtome.data.legend import Legend
 from microtome.data.split import split_dataset
 from microtome.data.synthetic import cells, sparse_annotation, tubules
 from microtome.errors import ConfigError, DataError, DataWarning
+from microtome.evaluation import curves
 from microtome.evaluation import report as report_module
 from microtome.evaluation.curves import charts, format_duration, nice_steps, read_history, readable
 from microtome.evaluation.gallery import (
@@ -48,7 +49,7 @@ from microtome.evaluation.gallery import (
     worst_section,
 )
 from microtome.evaluation.report import build_report, cautions, format_setting, lead, plan_rows, read_run
-from microtome.evaluation.run_files import MOST_LINE_BYTES, ScoresForm, read_file
+from microtome.evaluation.run_files import MOST_LINE, EnvironmentForm, ScoresForm, read_file
 from microtome.evaluation.scores import score_case, summarise
 from microtome.files import write_json, write_text
 from microtome.geometry import affine_from_spacing
@@ -369,7 +370,7 @@ def test_history_of_no_log_and_of_an_empty_one_is_empty(tmp_path: Path) -> None:
 def test_a_log_of_any_length_is_read_and_a_line_without_end_is_none(tmp_path: Path) -> None:
     step = '{"event": "step", "step": %d, "loss": 1.0, "learning_rate": 0.1, "seconds": %d.0}\n'
     with (tmp_path / "log.jsonl").open("w") as file:
-        file.writelines((step % (1, 1), "0" * 3 * MOST_LINE_BYTES + "\n", step % (2, 2)))
+        file.writelines((step % (1, 1), "0" * 3 * MOST_LINE + "\n", step % (2, 2)))
         # 300 MB that take no room on the disk, as a power cut may leave them.
         file.truncate(300 * 2**20)
         file.seek(0, 2)
@@ -378,13 +379,61 @@ def test_a_log_of_any_length_is_read_and_a_line_without_end_is_none(tmp_path: Pa
     assert history.steps.tolist() == history.seconds.tolist() == [1, 2, 3]
 
 
-def test_scores_of_more_cases_than_a_document_of_strangers_may_list_are_read(tmp_path: Path) -> None:
+def test_a_line_without_end_is_one_line_in_the_number_of_a_later_one(tmp_path: Path) -> None:
+    lines = ["0" * 3 * MOST_LINE, "0" * (MOST_LINE - 1), '{"event": "step", "step": -1}']
+    write_text(tmp_path / "log.jsonl", "\n".join(lines))
+    with pytest.raises(DataError, match=r"log\.jsonl:3: "):
+        read_history(tmp_path / "log.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("more", "got"),
+    [
+        ('{"event": "step", "step": 3}', "3 and 2"),
+        ('{"event": "validation", "step": 2, "dice": 0.5, "classes": {"a": 0.5, "b": null}}', "2 and 5"),
+    ],
+)
+def test_more_steps_or_scores_than_a_training_makes_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, got: str
+) -> None:
+    monkeypatch.setattr(curves, "MOST_STEPS", 2)
+    monkeypatch.setattr(curves, "MOST_SCORES", 4)
+    lines = ['{"event": "step", "step": 1}', '{"event": "step", "step": 2}']
+    lines.append('{"event": "validation", "step": 2, "dice": 0.5, "classes": {"a": 0.5}}')
+    write_text(tmp_path / "log.jsonl", "\n".join(lines))
+    assert read_history(tmp_path / "log.jsonl").last_step == 2
+    write_text(tmp_path / "log.jsonl", "\n".join([*lines, more]))
+    with pytest.raises(DataError, match=rf"log\.jsonl: expected at most 2 steps and 4 scores of validations, got {got} or more"):
+        read_history(tmp_path / "log.jsonl")
+
+
+def test_a_large_file_of_more_values_than_rows_have_is_refused_before_it_is_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_files, "MOST_BYTES", 100)
+    monkeypatch.setattr(json_files, "MOST_OWN_VALUES", 40)
+    path = tmp_path / "metrics.json"
+    empty: dict[str, Any] = {"cases": [], "conventions": {"foreground": []}}
+    write_text(path, json.dumps(empty | {"x": [[]] * 17}))
+    assert path.stat().st_size > 100
+    # 22 brackets that open, and 18 commas.
+    assert read_file(path, ScoresForm) is not None
+    write_text(path, json.dumps(empty | {"x": [[]] * 18}))
+    with pytest.raises(DataError, match=r"metrics\.json: expected valid JSON, got 42 values, of at most 40"):
+        read_file(path, ScoresForm)
+
+
+def test_what_does_not_grow_with_the_cases_may_not_be_large(tmp_path: Path) -> None:
+    (tmp_path / "environment.json").write_bytes(b"{}")
+    os.truncate(tmp_path / "environment.json", json_files.MOST_BYTES + 1)
+    with pytest.raises(DataError, match=r"environment\.json: expected valid JSON, got 33554433 bytes, of at most 33554432"):
+        read_file(tmp_path / "environment.json", EnvironmentForm)
+
+
+def test_scores_of_more_bytes_than_a_document_of_strangers_may_have_are_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.json"
     document: dict[str, Any] = {
         "cases": [{"case": "a", "class": "cell", "dice": 0.5, "iou": None}],
         "conventions": {"foreground": ["cell"]},
     }
-    # As long as 40 MB of rows.
     write_text(path, json.dumps(document) + " " * 40_000_000)
     assert path.stat().st_size > json_files.MOST_BYTES
     assert read_file(path, ScoresForm) == document

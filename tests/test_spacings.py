@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import struct
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,8 @@ from tests.dicom_series import series
 
 ARRAY = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
 BAD = (0.0, -2.0, math.nan, math.inf)
+# By one of these words it is seen that the size is what is said; JSON has no NaN and no infinity, of which its reader says no more.
+ABOUT_SIZES = re.compile("size|spacing|sides|scale|pixdim|thickness|distance of sections|Invalid JSON")
 
 
 def nifti(path: Path, size: float, qform: int = 0) -> None:
@@ -49,7 +52,10 @@ def ome(path: Path, size: float, axes: str = "X") -> None:
     tifffile.imwrite(path, ARRAY, ome=True, metadata={"axes": "ZYX"} | {f"PhysicalSize{axis}": 2.0 for axis in "XYZ"})
     content = path.read_bytes()
     for axis in axes:
-        content = content.replace(f'PhysicalSize{axis}="2.0"'.encode(), f'PhysicalSize{axis}="{size}"'[:18].ljust(18, '"').encode())
+        # As long as what stood there: everything behind it is found by its place.
+        before, after = (f'PhysicalSize{axis}="{number}"'.encode() for number in ("2.0", str(size)[:3]))
+        assert (before in content, len(after)) == (True, len(before))
+        content = content.replace(before, after)
     path.write_bytes(content)
 
 
@@ -62,9 +68,21 @@ def hdf5(path: Path, size: float) -> None:
         file.create_dataset("raw", data=ARRAY).attrs["element_size_um"] = [1, size, 1]
 
 
-def nrrd(path: Path, size: float) -> None:
-    text = f"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 5 4 3\nspacings: {size} 1 1\nencoding: raw\n\n"
+def nrrd(path: Path, size: float, more: str = "") -> None:
+    text = f"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 5 4 3\nspacings: {size} 1 1\n{more}encoding: raw\n\n"
     path.write_bytes(text.encode() + ARRAY.tobytes())
+
+
+def nrrd_of_no_kinds(path: Path, size: float) -> None:
+    nrrd(path, size, "kinds: none none none\n")
+
+
+def nrrd_of_unknown_kinds(path: Path, size: float) -> None:
+    nrrd(path, size, "kinds: ??? ??? ???\n")
+
+
+def nrrd_of_one_unknown_kind(path: Path, size: float) -> None:
+    nrrd(path, size, "kinds: ??? domain domain\n")
 
 
 def metaimage(path: Path, size: float) -> None:
@@ -114,6 +132,9 @@ MAKERS: dict[Callable[[Path, float], None], str] = {
     ome_everywhere: "a.ome.tif",
     hdf5: "a.h5",
     nrrd: "a.nrrd",
+    nrrd_of_no_kinds: "a.nrrd",
+    nrrd_of_unknown_kinds: "a.nrrd",
+    nrrd_of_one_unknown_kind: "a.nrrd",
     metaimage: "a.mha",
     dicom_pixels: "a",
     dicom_thickness: "a",
@@ -140,5 +161,23 @@ def test_a_voxel_size_that_cannot_be_is_refused_or_a_warning_with_the_name_of_th
         except DataError as error:
             said, sides = [error.line], ()
     said += [str(each.message) for each in caught]
-    assert [line for line in said if line.startswith(str(path))] != []
+    assert [line for line in said if line.startswith(str(path)) and ABOUT_SIZES.search(line.removeprefix(str(path)))] != []
     assert all(0 < side < math.inf for side in sides)
+
+
+@pytest.mark.parametrize(("kinds", "first"), [("vector domain domain", "nan"), ("RGB-color space space", "-2")])
+def test_an_axis_of_channels_of_a_nrrd_has_no_voxel_size(tmp_path: Path, kinds: str, first: str) -> None:
+    text = f"NRRD0004\ntype: uint8\ndimension: 3\nsizes: 3 5 4\nkinds: {kinds}\nspacings: {first} 2 3\nencoding: raw\n\n"
+    (tmp_path / "a.nrrd").write_bytes(text.encode() + ARRAY.tobytes())
+    assert read_image(tmp_path / "a.nrrd").spacing_mm[-2:] == (3.0, 2.0)
+
+
+@pytest.mark.parametrize(("unit", "said"), [({}, []), ({"unit": "um"}, ["its voxel size along Z, nan mm, cannot be and is not used"])])
+def test_a_distance_of_imagej_that_is_no_number_matters_where_it_has_a_unit(tmp_path: Path, unit: dict[str, str], said: list[str]) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, ARRAY, imagej=True, resolution=(10, 10), metadata={**unit, "spacing": "abc", "axes": "ZYX"})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", DataWarning)
+        assert read_image(path).array.shape == (1, *ARRAY.shape)
+    assert [str(each.message) for each in caught][: len(said)] == [f"{path}: {words}" for words in said]
+    assert len(caught) >= len(said)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from microtome import terminal
@@ -16,6 +17,7 @@ from microtome.evaluation.scores import score_case, summarise
 from microtome.models.registry import find
 from microtome.terminal import Terminal, print_inspection, print_networks, print_scores
 from microtome.training.recipes import RECIPES
+from microtome.words import cut_middle
 from tests.small import small_plan
 from tests.test_recipes import data_for, plan_of
 
@@ -141,6 +143,12 @@ def test_long_names_of_cases_are_cut_in_their_middle_so_that_a_row_is_a_line(
     # Where even the shortest names leave too little room, the last column goes on below.
     assert all(line.rstrip().endswith("cell 10 %") is not wraps for line in lines)
     assert max(map(len, lines)) <= width
+
+
+@pytest.mark.parametrize(("width", "cut"), [(17, "患者ab一番脳b番二"), (12, "患者ab…b番二"), (6, "患…二"), (1, "…")])
+def test_letters_that_take_two_cells_are_counted_as_two(width: int, cut: str) -> None:
+    assert cut_middle("患者ab一番脳b番二", width) == cut
+    assert cell_len(cut) <= width
 
 
 def test_hundreds_of_classes_are_told_by_their_ends(capsys: pytest.CaptureFixture[str]) -> None:

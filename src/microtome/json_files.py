@@ -16,8 +16,9 @@ from microtome.errors import DataError
 
 # Values take up to 25 times the bytes of their text. A dataset.json of 100,000 cases has 20 million.
 MOST_BYTES = 2**25
-# Of what this program writes itself, which grows with the cases: a million rows of scores. Such values take about five times their text.
-MOST_OWN_BYTES = 2**28
+# Of what this program writes itself, which grows with the cases. Such values take about five times their text: they are long, and above
+# MOST_BYTES no more of them are taken than a million rows of scores have. Of the smallest that there are so many take 2 GB.
+MOST_OWN_BYTES, MOST_OWN_VALUES = 2**28, 2**24
 # Brackets in brackets: what we read has up to nine.
 MOST_DEPTH = 64
 # Whole numbers of 64 bits, with or without a sign.
@@ -56,7 +57,9 @@ def load_json(path: Path, *, do: str, most_bytes: int = MOST_BYTES) -> Any:
         DataError: not there, no plain file, too large, or no JSON.
     """
     try:
-        return parse_json(read_limited(path, most_bytes))
+        content = read_limited(path, most_bytes)
+        _check_values(content)
+        return parse_json(content)
     except OSError as error:
         raise DataError(path, expected="a file that can be read", got=error.strerror or str(error), do=do, code="D241") from None
     except ValueError as error:
@@ -95,6 +98,12 @@ def read_limited(path: Path, most_bytes: int) -> bytes:
 def reason(error: Exception) -> str:
     """What is wrong, in one line of at most 200 characters."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def _check_values(content: bytes) -> None:
+    """Refuse, before anything is made of it, a large text of more values than a file of scores or predictions has."""
+    if len(content) > MOST_BYTES and (values := sum(content.count(mark) for mark in b"[{,")) > MOST_OWN_VALUES:
+        raise ValueError(f"{values} values, of at most {MOST_OWN_VALUES}")
 
 
 def _not_a_number(word: str) -> Any:

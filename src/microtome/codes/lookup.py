@@ -56,13 +56,13 @@ class Scope(NamedTuple):
 
 
 def code_of(text: str) -> str:
-    """The code that was typed, `MT-D012`, `[MT-D012]`, `D012`, `d012`, `mt-d12`, or its number where one code alone has it.
+    """The code that was typed, `MT-D012`, `[MT-D012]`, `D012`, `d012`, `mt-d12`, `MT D012`, or its number where one code alone has it.
 
     Raises:
         ConfigError: there is none; proposes the nearest.
     """
     typed = text.strip(" []").upper()
-    code = typed.removeprefix(PREFIX)
+    code = typed.removeprefix(PREFIX).removeprefix(PREFIX.replace("-", " "))
     if found := re.fullmatch(r"([A-Z]?)[- ]?0*([0-9]{1,3})", code, re.ASCII):
         letter, number = found[1], int(found[2])
         alike = [each for each in FAULTS if each.startswith(letter) and int(each[1:]) == number]

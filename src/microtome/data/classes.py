@@ -144,14 +144,25 @@ def void_doubts(scans: Sequence[LabelScan], legend: Legend, declared: Declared) 
     first = some((scan.files[0] for scan in having), 1)
     if all(scan.numbers <= {VOID, NOT_ANNOTATED} for scan in having):
         message = f"{first}: masks of 0 and 255 among masks of other values; 255 is taken as not annotated, so nothing is learned there; "
-        message += "state `classes: {background: 0, foreground: [1, 255]}` in microtome.yaml if it is the foreground, "
-        return [_void_finding(having, message + "else `not_annotated: 255`")]
+        message += f"state {_with_void(legend)}, else `not_annotated: 255`"
+        return [_void_finding(having, message)]
     pictures = [scan for scan in scans if len(scan.shape_vox) == 2]
     share = sum(scan.counts.get(VOID, 0) for scan in pictures) / max(1, sum(sum(scan.counts.values()) for scan in pictures))
     if share < MUCH_VOID:
         return []
     message = f"{first}: {share:.0%} of the labels' pixels are 255, which is taken as not annotated: nothing is learned there; "
     return [_void_finding(having, message + "state `not_annotated: 255` in microtome.yaml if that is right, else `not_annotated: []`")]
+
+
+def _with_void(legend: Legend) -> str:
+    """What to state in microtome.yaml where 255 is annotated: beside one class of foreground it is that, beside several a further one."""
+    if legend.background is None or len(legend.foreground) != 1 or legend.kind != "values":
+        return "`not_annotated: []` in microtome.yaml if it is a class"
+    values = {name: [str(value) for value in each] for name, each in zip(legend.names, legend.values, strict=True)}
+    foreground = legend.names[legend.foreground[0]]
+    values[foreground].append(str(VOID))
+    words = (f"{name}: {each[0] if len(each) == 1 else '[' + ', '.join(each) + ']'}" for name, each in values.items())
+    return f"`classes: {{{', '.join(words)}}}` in microtome.yaml if it is the {foreground}"
 
 
 def _void_finding(scans: Sequence[LabelScan], message: str) -> Finding:

@@ -1,5 +1,6 @@
 """`predictions.json`: which case each prediction in a folder is of, and the legend of their values; several calls may add to one."""
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -13,7 +14,7 @@ from microtome.config import Config, parse_config
 from microtome.data.case import Case
 from microtome.data.description import inside
 from microtome.data.legend import Legend, LegendForm
-from microtome.errors import ConfigError, DataError
+from microtome.errors import ConfigError, DataError, RunError
 from microtome.files import write_json
 from microtome.json_files import MOST_OWN_BYTES, load_json
 from microtome.lock import taking_turns
@@ -21,6 +22,10 @@ from microtome.lock import taking_turns
 LISTING = "predictions.json"
 # The list is written anew after so many files or seconds: with every file, many files would cost the square of their number.
 FILES_BETWEEN, SECONDS_BETWEEN = 50, 5.0
+# Whoever waited in vain for its turn, a minute, writes files for so long before it waits again.
+SECONDS_AFTER_WAITING = 600.0
+# The code of the error that says so.
+_IN_USE = "R121"
 _DO = "predict again or remove it"
 
 
@@ -122,15 +127,26 @@ class Recorder:
         self.folder, self.legend, self.own = folder, legend, frozenset(names)
         self.added: dict[str, Entry] = {}
         # As this call wrote it last, and the file by which it is seen that nobody else did since.
-        self.known: tuple[Listing, tuple[int, int] | None] | None = None
+        self.known: tuple[Listing, tuple[int, ...] | None] | None = None
+        self.not_before = -math.inf
         self._write(self.own)
 
     def add(self, path: Path, case: Case) -> None:
-        """Note that `path`, a file in the folder that is complete, is a prediction of this case."""
+        """Note that `path`, a file in the folder that is complete, is a prediction of this case.
+
+        A turn that another process does not give away ends no prediction: the entry is written with a later one, or at `close`.
+        """
         self.added[path.relative_to(self.folder).as_posix()] = Entry(case=case.name, image=str(case.images[0]))
         self.waiting += 1
-        if self.waiting >= FILES_BETWEEN or time.monotonic() - self.written > SECONDS_BETWEEN:
+        now = time.monotonic()
+        if now < self.not_before or (self.waiting < FILES_BETWEEN and now - self.written <= SECONDS_BETWEEN):
+            return
+        try:
             self._write(self.own)
+        except RunError as error:
+            if error.code != _IN_USE:
+                raise
+            self.not_before = time.monotonic() + SECONDS_AFTER_WAITING
 
     def close(self) -> None:
         """Write the whole list: nothing of this call is under way any more."""
@@ -164,6 +180,7 @@ def recording(folder: Path, legend: Legend, names: Iterable[str]) -> Iterator[Re
 
     Raises:
         DataError: the folder has a list that `predict` did not write, or of a legend with other values.
+        RunError: the list cannot be written; or another process keeps its turn at the first or the last writing of it.
     """
     recorder = Recorder(folder, legend, names)
     yield recorder
@@ -186,13 +203,13 @@ def forget_empty(folder: Path) -> None:
         folder.rmdir()
 
 
-def _seen(folder: Path) -> tuple[int, int] | None:
-    """What tells a list from another that was put in its place; None where there is none."""
+def _seen(folder: Path) -> tuple[int, ...] | None:
+    """What tells a list from another that was put in its place, also where times are coarse; None where there is none."""
     try:
         found = (folder / LISTING).stat()
     except OSError:
         return None
-    return found.st_ino, found.st_mtime_ns
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _codes(legend: Legend) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ import numpy as np
 from microtome.config import Plan, load_yaml, parse_config
 from microtome.evaluation.bootstrap import mean_interval
 from microtome.evaluation.curves import read_history
-from microtome.evaluation.run_files import ScoresForm, TrainedForm, read_events, read_file
+from microtome.evaluation.run_files import ScoresForm, TrainedForm, read_file
 from microtome.geometry import Shape
 
 # A run of fewer steps has learned next to nothing, whatever its network.
@@ -228,7 +228,7 @@ def _row(outcome: Outcome) -> Row:
         multiply_adds=outcome.multiply_adds,
         patch_vox=plan.patch_vox if plan else (),
         batch=plan.batch if plan else None,
-        step_seconds=_step_seconds(outcome.folder / "log.jsonl", plan.batch) if plan else None,
+        step_seconds=_step_seconds(history.speeds, plan.batch) if plan else None,
         peak_bytes=outcome.peak_bytes,
         steps=history.last_step,
         planned_steps=plan.steps if plan else None,
@@ -236,13 +236,13 @@ def _row(outcome: Outcome) -> Row:
     )
 
 
-def _step_seconds(log: Path, batch: int) -> float | None:
-    """Median wall time of the steps; None where none was logged.
+def _step_seconds(speeds: np.ndarray, batch: int) -> float | None:
+    """Median wall time of the steps (n,); None where none was logged.
 
     From the speed of each step, as the `seconds` of a line are rounded and go on through validations.
     """
-    speeds = [speed for event in read_events(log) if (speed := event.get("samples_per_second"))]
-    return batch / statistics.median(speeds) if speeds else None
+    known = speeds[speeds > 0]
+    return batch / float(np.median(known)) if known.size else None
 
 
 def _value(row: Row, name: str) -> float | None:

@@ -12,14 +12,17 @@ from scipy import ndimage
 
 from microtome.data.legend import Legend
 from microtome.data.thumbnails import class_colours
-from microtome.evaluation.run_files import read_events
+from microtome.errors import DataError
+from microtome.evaluation.run_files import DO, read_events
 
 Colour = tuple[int, int, int]
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 1080, 52, 30, 10, 56
 # More points than this are not seen at that width.
 MOST_POINTS = 540
-_STEP_FIELDS = ("step", "loss", "learning_rate", "seconds")
+_STEP_FIELDS = ("step", "loss", "learning_rate", "seconds", "samples_per_second")
+# Five numbers of so many steps take 1.3 GB. Of validations their scores are counted, one of each class and the mean.
+MOST_STEPS, MOST_SCORES = 2**25, 2**22
 INK: Colour = (28, 36, 48)
 BLUE: Colour = (43, 92, 147)
 
@@ -44,7 +47,8 @@ class History:
     """The course of a run so far.
 
     Attributes:
-        steps, losses, rates, seconds: (n,) of each step that was logged: its number, loss, learning rate, wall time since the start.
+        steps, losses, rates, seconds, speeds: (n,) of each step that was logged: its number, loss, learning rate, wall time since the
+            start, samples a second; NaN where one is not logged.
         validations: in the order in which they were made.
         total_seconds: wall time at the last line; None of an empty log.
         planned_steps: as last rescheduled; None if never.
@@ -55,6 +59,7 @@ class History:
     losses: np.ndarray
     rates: np.ndarray
     seconds: np.ndarray
+    speeds: np.ndarray
     validations: tuple[Validation, ...] = ()
     total_seconds: float | None = None
     planned_steps: int | None = None
@@ -76,11 +81,11 @@ def read_history(path: Path) -> History:
     """Read a `log.jsonl`; none, an empty one, and a last line that was cut off are all fine.
 
     Raises:
-        DataError: it holds something else than training logs.
+        DataError: it holds something else than training logs, or more than any training makes.
     """
-    # One event at a time, four numbers of each step: millions of steps fit into memory so.
+    # One event at a time, five numbers of each step: millions of steps fit into memory so.
     columns = [array("d") for _ in _STEP_FIELDS]
-    validations, total = [], -math.inf
+    validations, scores, total = [], 0, -math.inf
     last: dict[str, dict[str, Any]] = {}
     for event in read_events(path):
         seconds = _float(event.get("seconds"))
@@ -90,13 +95,19 @@ def read_history(path: Path) -> History:
                 column.append(_float(event.get(name)))
         elif event["event"] == "validation":
             validations.append(_validation(event))
+            scores += 1 + len(validations[-1].classes)
         elif event["event"] in ("schedule", "end"):
             last[event["event"]] = event
+        if len(columns[0]) > MOST_STEPS or scores > MOST_SCORES:
+            expected = f"at most {MOST_STEPS} steps and {MOST_SCORES} scores of validations"
+            raise DataError(path, expected=expected, got=f"{len(columns[0])} and {scores} or more", do=DO, code="D059")
+    numbers = [np.frombuffer(column) for column in columns]
     return History(
-        steps=np.array(columns[0]),
-        losses=np.array(columns[1]),
-        rates=np.array(columns[2]),
-        seconds=np.array(columns[3]),
+        steps=numbers[0],
+        losses=numbers[1],
+        rates=numbers[2],
+        seconds=numbers[3],
+        speeds=numbers[4],
         validations=tuple(validations),
         total_seconds=total if math.isfinite(total) else None,
         planned_steps=last.get("schedule", {}).get("steps"),

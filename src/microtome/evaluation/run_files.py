@@ -2,18 +2,20 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TextIO
 
 from pydantic import ConfigDict, Field, StrictStr, model_validator
 
 from microtome.config import Config, parse_config
 from microtome.data.legend import LegendForm
 from microtome.errors import ConfigError, DataError
-from microtome.json_files import MOST_OWN_BYTES, load_object, parse_json, reason
+from microtome.json_files import MOST_BYTES, MOST_OWN_BYTES, load_object, parse_json, reason
 
 DO = "copy the run folder again, or run `train` again"
-# A line a step: a hundred million of them. It is read line by line, of which none is longer than so many bytes.
-MOST_LOG_BYTES, MOST_LINE_BYTES = 2**34, 2**20
+# A line a step, of about 150 bytes. It is read line by line, of which none is longer than so many letters.
+MOST_LOG_BYTES, MOST_LINE = 2**33, 2**20
+# What grows with the cases; no other file of a run does.
+_GROWING = ("dataset.json", "metrics.json")
 # Squares of such numbers, and sums of a million of them, are still numbers.
 _LARGEST = 1e150
 
@@ -215,7 +217,7 @@ def read_file(path: Path, form: type[Config], do: str = DO) -> dict[str, Any] | 
     """
     if not path.is_file():
         return None
-    content = dict(load_object(path, do=do, most_bytes=MOST_OWN_BYTES))
+    content = dict(load_object(path, do=do, most_bytes=MOST_OWN_BYTES if path.name in _GROWING else MOST_BYTES))
     _check(path, content, form, do)
     return content
 
@@ -228,7 +230,7 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
     """
     if not path.is_file():
         return
-    for number, line in enumerate(_lines(path), start=1):
+    for number, line in _lines(path):
         try:
             event = parse_json(line)
         except ValueError:
@@ -238,14 +240,24 @@ def read_events(path: Path) -> Iterator[dict[str, Any]]:
             yield event
 
 
-def _lines(path: Path) -> Iterator[str]:
-    """The lines of a log; what is longer than one can be, in pieces, none of which is one."""
+def whole_lines(file: TextIO) -> Iterator[tuple[int, str]]:
+    """The lines of an open log with their numbers, from 1, one at a time; one that is longer than any can be is counted and left out."""
+    number, begins = 0, True
+    while piece := file.readline(MOST_LINE):
+        number += begins
+        ends = piece.endswith("\n")
+        if begins and (ends or len(piece) < MOST_LINE):
+            yield number, piece
+        begins = ends
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The numbered lines of a log."""
     try:
         if (size := path.stat().st_size) > MOST_LOG_BYTES:
             raise DataError(path, expected=f"a log of at most {MOST_LOG_BYTES} bytes", got=str(size), do=DO, code="D059")
         with path.open(encoding="utf-8", errors="replace") as file:
-            while line := file.readline(MOST_LINE_BYTES):
-                yield line
+            yield from whole_lines(file)
     except OSError as error:
         raise DataError(path, expected="a log that can be read", got=reason(error), do=DO, code="D059") from None
 

@@ -156,9 +156,7 @@ def _header(path: Path) -> Any:
 def _slices_of(path: Path, header: Any) -> list[_Slice] | None:
     """The slices of the one series that a path means, in any order; None of a folder with nothing but one segmentation.
 
-    Args:
-        path: of a file, or of a folder.
-        header: the file's; None of a folder.
+    `header` is the file's, None of a folder.
 
     Raises:
         DataError: several series, or none.

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from types import MappingProxyType
@@ -23,8 +23,17 @@ _META_PER_AXIS = ("dimsize", "elementspacing", "elementsize", "offset", "positio
 _META_PER_PAIR = ("transformmatrix", "rotation", "orientation")
 _META_COUNTS = ("elementnumberofchannels", "headersize", "compresseddatasize")
 _META_LONGEST = 2000  # letters of a line; MetaIO has room for 4096
-# What a NRRD says of its place -> what its numbers have to be beside finite.
-_MEASURES = MappingProxyType({"spacings": " above 0", "space directions": ", not 0", "space origin": ""})
+# What a NRRD says of its place -> what its numbers have to be beside finite, in words and of the smallest and the largest of an axis.
+# A direction may point backwards; of a size, programs that read it drop the sign or turn the axis.
+_MEASURES: Mapping[str, tuple[str, Callable[[float, float], bool]]] = MappingProxyType(
+    {
+        "spacings": (" above 0", lambda least, _: least > 0),
+        "space directions": (", not 0", lambda least, most: least < 0 or most > 0),
+        "space origin": ("", lambda *_: True),
+    }
+)
+# The kinds of a NRRD's axes whose places its library takes for voxels; the last two stand for a kind that is not known.
+_MEASURED_KINDS = ("domain", "space", "time", "none", "???")
 _META_NUMBER = r"[-+]?(?:\d{1,400}\.?\d{0,400}|\.\d{1,400})(?:[eE][-+]?\d{1,3})?"
 _PLAIN_TEXT = re.compile(r"[^\x00-\x08\x0b\x0c\x0e-\x1f\x7f]*")
 
@@ -159,7 +168,7 @@ def _check_measures(path: Path, fields: dict[str, str]) -> None:
         DataError: names the field and its value.
     """
     kinds = fields.get("kinds", "").lower().split()
-    for name in _MEASURES:
+    for name, (words, is_sound) in _MEASURES.items():
         vectors = re.findall(r"\(([^)]*)\)", fields.get(name, "")) if name != "spacings" else fields.get(name, "").split()
         for axis, vector in enumerate(vectors):
             try:
@@ -167,14 +176,11 @@ def _check_measures(path: Path, fields: dict[str, str]) -> None:
             except ValueError:
                 # Its library says what is wrong with it.
                 continue
+            sound = all(map(math.isfinite, numbers)) and is_sound(min(numbers), max(numbers))
             # An axis of channels has no voxel size.
-            unmeasured = name == "spacings" and axis < len(kinds) and kinds[axis] not in ("domain", "space")
-            # A direction may point backwards; of a size, programs that read it drop the sign or turn the axis.
-            sound = all(map(math.isfinite, numbers)) and (
-                min(numbers) > 0 if name == "spacings" else any(numbers) or name == "space origin"
-            )
+            unmeasured = name == "spacings" and axis < len(kinds) and kinds[axis] not in _MEASURED_KINDS
             if not unmeasured and not sound:
-                expected, do = f"finite {name}{_MEASURES[name]}", "set its spacing, and export it again"
+                expected, do = f"finite {name}{words}", "set its spacing, and export it again"
                 raise DataError(path, expected=expected, got=f"`{fields[name][:80]}`", do=do, code="D010")
 
 

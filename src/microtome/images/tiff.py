@@ -249,7 +249,7 @@ def _oddities(tiff: Any, page: Any, dims: int) -> Iterator[str]:
     metadata = tiff.imagej_metadata or {}
     if dims == 3 and "unit" in metadata and "spacing" not in metadata:
         yield f"does not say the distance of its sections; 1 {metadata['unit']} is assumed, as in ImageJ"
-    if dims == 3 and float(metadata.get("spacing", 1)) < 0:
+    if dims == 3 and _section_distance(metadata) < 0:
         yield f"its distance of sections, {metadata['spacing']}, is taken without its sign, as in ImageJ"
     if len(tiff.series) > 1:
         yield f"holds {len(tiff.series)} images of different shapes; only the first is read"
@@ -300,8 +300,16 @@ def _imagej_scale(metadata: dict[str, Any], page: Any) -> dict[str, float]:
     units = {"X": unit, "Y": str(metadata.get("yunit", unit)), "Z": str(metadata.get("zunit", unit))}
     mm = {axis: _MM_PER_UNIT[name.lower()] for axis, name in units.items() if name.lower() in _MM_PER_UNIT}
     x, y = _resolution(page)
-    of_unit = {"X": 1 / x, "Y": 1 / y, "Z": abs(float(metadata.get("spacing", 1)))}
+    of_unit = {"X": 1 / x, "Y": 1 / y, "Z": abs(_section_distance(metadata))}
     return {axis: of_unit[axis] * each for axis, each in mm.items()}
+
+
+def _section_distance(metadata: dict[str, Any]) -> float:
+    """The distance of sections of an ImageJ stack in its unit, with its sign; NaN of one that is no number."""
+    try:
+        return float(metadata.get("spacing", 1))
+    except (TypeError, ValueError):
+        return math.nan
 
 
 def _resolution(page: Any) -> tuple[float, float]:

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -20,7 +20,8 @@ from microtome.data.dataset import Dataset
 from microtome.data.planes import plane_name
 from microtome.data.split import Split
 from microtome.errors import ConfigError
-from microtome.files import flush, is_leftover, not_written, sweep, write_json, write_text
+from microtome.evaluation.run_files import whole_lines
+from microtome.files import atomic_path, flush, is_leftover, not_written, sweep, write_json, write_text
 from microtome.training import initial
 from microtome.training.warp import compiled
 
@@ -68,15 +69,15 @@ class RunFolder:
 
     def shorten_log(self, step: int, validations: int, *, ended: bool) -> None:
         """Take out what is made again: lines after a step, validations beyond so many, the end of a run that goes on."""
-        kept: list[str] = []
-        for line, (kind, at) in self._lines():
-            # The one validation that a checkpoint may lack although it is of its step: of minutes that were over before any other.
-            made_again = kind == "validation" and validations == 0
-            validations -= kind == "validation" and at <= step
-            if at <= step and not made_again and (ended or kind != "end"):
-                kept.append(line + "\n")
-        if self.log.exists():
-            write_text(self.log, "".join(kept))
+        if not self.log.exists():
+            return
+        with atomic_path(self.log) as part, part.open("w", encoding="utf-8") as file:
+            for line, (kind, at) in self._lines():
+                # The one validation that a checkpoint may lack although it is of its step: of minutes that were over before any other.
+                made_again = kind == "validation" and validations == 0
+                validations -= kind == "validation" and at <= step
+                if at <= step and not made_again and (ended or kind != "end"):
+                    file.write(line + "\n")
 
     def has_ended(self) -> bool:
         """Whether the log says that the run came to its end."""
@@ -86,11 +87,13 @@ class RunFolder:
         """Whether the run came to its end, and the plan gives it no other minutes since."""
         return self.has_ended() and plan.minutes == read_plan(self.path / "plan.yaml").minutes
 
-    def _lines(self) -> list[tuple[str, tuple[str, float]]]:
-        """The lines of the log, each with what `_event` says of it; a power cut may leave any bytes at its end."""
+    def _lines(self) -> Iterator[tuple[str, tuple[str, float]]]:
+        """The lines of the log, one at a time, each with what `_event` says of it; a power cut may leave any bytes at its end."""
         if not self.log.exists():
-            return []
-        return [(line, _event(line)) for line in self.log.read_bytes().decode(errors="replace").split("\n") if line]
+            return
+        with self.log.open(encoding="utf-8", errors="replace", newline="\n") as file:
+            for _, line in whole_lines(file):
+                yield line.rstrip("\n"), _event(line)
 
     def sweep(self) -> None:
         """Remove what killed processes left half-written; nobody else may be training here.
