@@ -80,9 +80,9 @@ class Part(NamedTuple):
 # The longest first; the shares of a lane add up to 1.
 PARTS = (
     Part("fuzz", 1.0, fuzzing),
-    Part("faults", 0.5, faults),
+    Part("faults", 0.35, faults),
     Part("kills", 0.2, kills),
-    Part("predictions", 0.2, predictions),
+    Part("predictions", 0.35, predictions),
     Part("processes", 0.1, processes),
 )
 
