@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,24 +36,27 @@ torch.set_num_threads(1)
 # Whoever started the tests may have it ignored (nohup).
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 from microtome import cli
-from microtome.training import clock, folder, store
+from microtome.training import clock, folder, store, validation
 here = sys.argv.pop(1)
 def wait(name):
     if name == here:
         print(name, flush=True)
         sys.stdin.readline()
-append, choose = folder.RunFolder.append, store._choose_kind
+append, choose, score = folder.RunFolder.append, store._choose_kind, validation.Validation.score
 def appended(self, event):
     append(self, event)
     wait(f"{event['event']} {event['step']}")
 def chosen(*words):
     wait("preparing")
     return choose(*words)
+def scored(*words):
+    wait("validating")
+    return score(*words)
 heard = clock.Requests.on_signal
 def hearing(self, number, frame):
     heard(self, number, frame)
     print("heard", flush=True)
-folder.RunFolder.append, store._choose_kind = appended, chosen
+folder.RunFolder.append, store._choose_kind, validation.Validation.score = appended, chosen, scored
 clock.Requests.on_signal, clock._SAME_SECONDS = hearing, -1.0
 sys.argv[0] = "microtome"
 cli.main()
@@ -116,14 +120,13 @@ def resumed(cells: Dataset, plan_file: Path, run: Path) -> Path:
     return train(cells, read_plan(plan_file), run, resume=True)
 
 
-# The last is what SLURM does: a warning, then the end.
-@pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGUSR1, signal.SIGTERM)])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_request_ends_the_step_saves_exits_with_75_and_resume_gives_the_unbroken_run(
-    numbers: tuple[int, ...], cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
+    number: int, cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with started(COMMAND, "step 4", "train", cells.root, "--plan", plan_file, "--out", run, "--device", "cpu") as process:
-        code, said = stopped(process, *numbers)
+        code, said = stopped(process, number)
     assert code == 75
     assert said.splitlines()[-1].endswith("step 4: expected 6 steps, got a request to stop; continue with --resume [MT-R004]")
     assert lines(run)[-1]["step"] == 4
@@ -174,12 +177,24 @@ def test_of_two_requests_only_ctrl_c_and_sigterm_insist(monkeypatch: pytest.Monk
     assert caught.value.code == 143
 
 
-def test_two_different_requests_during_a_long_validation_are_one_and_it_is_ended() -> None:
-    # As SLURM sends them, minutes apart.
-    insists, before = clock.Insistence(), iter([0.0, 120.0, 120.4, 121.0])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(clock.time, "monotonic", lambda: next(before))
-        assert [insists(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM)] == [False] * 3 + [True]
+def test_two_different_requests_during_a_validation_are_one_and_it_is_ended(
+    cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    with started(COMMAND, "validating", "train", cells.root, "--plan", plan_file, "--out", run, "--device", "cpu") as process:
+        # The first of two validations, after step 3. So does SLURM ask: a warning, then the end.
+        code, said = stopped(process, signal.SIGUSR1, signal.SIGTERM)
+    assert code == 75
+    assert said.splitlines()[-1].endswith("step 3: expected 6 steps, got a request to stop; continue with --resume [MT-R004]")
+    assert [event["step"] for event in lines(run) if event["event"] == "validation"] == [3]
+    assert_same_weights(resumed(cells, plan_file, run), unbroken)
+
+
+def test_requests_of_two_kinds_minutes_apart_are_one_and_two_of_a_kind_insist(monkeypatch: pytest.MonkeyPatch) -> None:
+    # As SLURM sends them.
+    insists, seconds = clock.Insistence(), iter([0.0, 120.0, 120.4, 121.0])
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    assert [insists(number) for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGTERM)] == [False] * 3 + [True]
 
 
 def test_a_request_while_images_are_prepared_is_heard_then_and_the_run_goes_on(

@@ -16,7 +16,7 @@ from microtome.training.watch import Watch, own_status
 # Two processes, of which this one is the first; its store stops to answer, while the main thread waits in some library.
 MUTE = """
 import json, threading, time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from microtome.training import watch
 class Store:
     def __init__(self): self.asked = 0
@@ -25,11 +25,22 @@ class Store:
     def multi_get(self, keys):
         self.asked += 1
         threading.Event().wait(600 if self.asked > 3 else 0)
-        return [json.dumps(asdict(watch.own_status()))] * len(keys)
+        # The other one lives, however long this one is halted between two looks.
+        return [json.dumps(asdict(replace(watch.own_status(), beat=self.asked)))] * len(keys)
 watch.SECONDS_BETWEEN_LOOKS, watch.MOST_SILENT_SECONDS, watch.MOST_SECONDS_AFTER = 0.02, 1.0, 0.1
 watch.Watch(Store(), 0, 2).start()
 time.sleep(600)
 """
+
+# One that has done its part, and waits in a library for the other, which is gone.
+LEFT = MUTE.replace("asked > 3", "asked < 0").replace(
+    "watch.Watch(Store(), 0, 2).start()",
+    """
+found = watch.Watch(Store(), 0, 2)
+found.start()
+found.leave(None)
+""",
+)
 
 
 class Mute:
@@ -71,6 +82,33 @@ def test_who_ends_waits_for_no_store_that_answers_no_more(mute: Mute) -> None:
     assert found.lock.locked()
     found.leave(cause)
     assert found.ended.is_set()
+
+
+def test_who_is_asked_for_the_cause_is_told_of_a_fault_of_the_look_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Watch(Mute(), 1, 2)
+
+    def broken() -> None:
+        raise ValueError("no such beat")
+
+    monkeypatch.setattr(found, "look", broken)
+    with pytest.raises(ValueError, match="no such beat"):
+        found.verdict(0)
+
+
+def test_who_has_left_is_ended_where_the_connections_to_the_others_do_not_close() -> None:
+    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    assert done.stderr == (
+        "microtome: the training: expected 2 processes until the end, got connections to the others that do not close for 1 s; see its "
+        "messages above for why, then continue with --resume [MT-R130]\n"
+    )
+
+
+def test_without_a_store_and_news_of_the_others_the_first_process_of_each_machine_speaks() -> None:
+    for local, speaks in ((0, True), (1, False)):
+        found = Watch(Mute(), 3, 4, local)
+        found._lost_holder("ended")
+        assert found.speaks() == speaks
 
 
 def test_without_a_store_the_first_process_of_each_machine_speaks() -> None:

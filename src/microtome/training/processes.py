@@ -135,7 +135,7 @@ class Processes(Ranks):
             warnings.simplefilter("ignore")
         try:
             store, own_store = self._store(master=self.is_first and not self.place.hosted), self._store(master=False)
-            self.watch = Watch(own_store, self.rank, self.count)
+            self.watch = Watch(own_store, self.rank, self.count, self.place.local)
             self.watch.start()
         except RuntimeError as error:
             late = self.watch.missing() if self.watch else []
@@ -164,8 +164,12 @@ class Processes(Ranks):
         """Tell the others that this process has done its part."""
         if self.watch is not None:
             self.watch.leave(None)
-        if distributed.is_initialized():
-            distributed.destroy_process_group()
+        try:
+            if distributed.is_initialized():
+                distributed.destroy_process_group()
+        finally:
+            if self.watch is not None:
+                self.watch.close()
 
     def end(self, error: BaseException) -> BaseException:
         """Tell the others that this process ends before its time; returns what it is to end with."""
@@ -175,9 +179,12 @@ class Processes(Ranks):
         found = error if own else self.watch.verdict(3.0 if isinstance(error, LostError) else 0.5)
         told = found if isinstance(found, MicrotomeError) else _ended(self.rank, error)
         self.watch.leave(told)
-        if self.control is not None and distributed.is_initialized():
-            # Whoever waits for this one is told by its connection that it will not come.
-            distributed.destroy_process_group(self.control)
+        try:
+            if self.control is not None and distributed.is_initialized():
+                # Whoever waits for this one is told by its connection that it will not come.
+                distributed.destroy_process_group(self.control)
+        finally:
+            self.watch.close()
         if isinstance(found, MicrotomeError):
             if self.is_first or (not own and self.watch.speaks()):
                 return found

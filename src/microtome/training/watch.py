@@ -126,13 +126,16 @@ class Watch:
         store: of which nobody else uses this connection.
         rank: of this process.
         count: how many there are.
+        local: the number of this process on its machine.
     """
 
-    def __init__(self, store: Any, rank: int, count: int) -> None:
-        self.store, self.rank, self.count = store, rank, count
+    def __init__(self, store: Any, rank: int, count: int, local: int = 0) -> None:
+        self.store, self.rank, self.count, self.local = store, rank, count, local
         self.status, self.others = own_status(), dict[int, Status]()
         self.heard: dict[int, tuple[int, float]] = {}
-        self.fallen, self.ended, self.lock = Fallen(), threading.Event(), threading.Lock()
+        self.fallen, self.lock = Fallen(), threading.Lock()
+        # That this process has told that it ends; that it waits for the others no more.
+        self.ended, self.closed = threading.Event(), threading.Event()
 
     def start(self) -> None:
         """Say that this process is here, and begin to look once all are.
@@ -210,13 +213,23 @@ class Watch:
         Without a store nobody knows that of those on other machines: the first of each machine then speaks.
         """
         alone = _HOLDER in self.fallen.silent
+        if alone and not self.others:
+            # It was gone before it had told where the others are.
+            return self.local == 0
         here = {rank for rank, status in self.others.items() if status.place == self.status.place}
         return all(rank in self.fallen.silent or (alone and rank not in here) for rank in range(self.rank))
 
     def leave(self, error: MicrotomeError | None) -> None:
-        """Tell the others that this process ends, and why if before its time, if they can be told."""
+        """Tell the others that this process ends, and why if before its time, if they can be told.
+
+        From then on it looks after nobody, but is itself still guarded: what it closes next may wait for a process that is gone.
+        """
         self.ended.set()
         _done(lambda: self._say_left(error))
+
+    def close(self) -> None:
+        """Guard this process no more: it waits for nobody."""
+        self.closed.set()
 
     def _say_left(self, error: MicrotomeError | None) -> None:
         """Write that this process ends."""
@@ -247,10 +260,13 @@ class Watch:
         Counted in waits of its own, not by a clock: of a process that was itself halted for long both threads stood still.
         """
         beat, waits = -1, 0
-        while not self.ended.wait(SECONDS_BETWEEN_LOOKS):
+        while not self.closed.wait(SECONDS_BETWEEN_LOOKS):
             waits, beat = (waits + 1 if beat == self.status.beat else 0), self.status.beat
-            if waits * SECONDS_BETWEEN_LOOKS > MOST_SILENT_SECONDS:
+            if waits * SECONDS_BETWEEN_LOOKS > MOST_SILENT_SECONDS and not self.ended.is_set():
                 self._lost_holder(f"has not answered for {MOST_SILENT_SECONDS:.0f} s")
+            elif waits * SECONDS_BETWEEN_LOOKS > MOST_SILENT_SECONDS:
+                got = f"connections to the others that do not close for {MOST_SILENT_SECONDS:.0f} s"
+                self.fallen.add(_HOLDER, _lost("the training", self.count, got), silent=True)
             if self.fallen.errors and time.monotonic() - self.fallen.since > MOST_SECONDS_AFTER:
                 cause = self.fallen.cause()
                 if cause is not None and self.speaks():
@@ -274,10 +290,24 @@ class Watch:
 
 
 def _done(work: Callable[[], None]) -> bool:
-    """Do some work that may wait for a machine that is gone; whether it ended in the time that it has."""
-    thread = threading.Thread(target=work, daemon=True)
+    """Do some work that may wait for a machine that is gone; whether it ended in the time that it has.
+
+    Raises:
+        BaseException: what the work raised.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised below, in the thread that asked
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(MOST_SECONDS_ASKING)
+    if raised:
+        raise raised[0]
     return not thread.is_alive()
 
 
