@@ -21,7 +21,7 @@ from PIL import Image as Pillow
 from microtome.bundle import load_bundle
 from microtome.config import NetworkConfig, Plan, dump_yaml
 from microtome.data.dataset import Dataset, open_dataset
-from microtome.data.split import split_dataset
+from microtome.data.split import Split, split_dataset
 from microtome.data.synthetic import DemoConfig, write_demo_data
 from microtome.errors import ConfigError, DataError, RunError
 from microtome.images.files import read_image
@@ -29,7 +29,7 @@ from microtome.inference.predictor import load
 from microtome.training import loop, store
 from microtome.training import run as run_module
 from microtome.training.checkpoint import load_checkpoint
-from microtome.training.folder import environment, read_plan
+from microtome.training.folder import RunFolder, environment, read_plan
 from microtome.training.rehearsal import make_plan
 from microtome.training.run import train
 from tests.folders import png, text
@@ -328,6 +328,12 @@ def test_other_cases_than_the_run_began_with_are_refused(cells: Dataset, tmp_pat
     fewer = replace(cells, cases=cells.cases[1:])
     with pytest.raises(ConfigError, match=r"dataset\.json: expected the same cases"):
         train(fewer, plan_for(cells), tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize(("written", "read"), [({"train": "ab"}, {"train": "ab"}), (None, {}), (["ab"], {})])
+def test_fingerprints_that_somebody_took_out_of_a_run_are_none(written: Any, read: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(json.dumps({"fingerprints": written}))
+    assert RunFolder(tmp_path).check_split(Split(train=(), validation=())) == read
 
 
 def test_other_pixels_under_the_same_names_are_said_when_a_run_is_resumed(tmp_path: Path) -> None:
