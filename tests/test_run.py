@@ -336,6 +336,13 @@ def test_fingerprints_that_somebody_took_out_of_a_run_are_none(written: Any, rea
     assert RunFolder(tmp_path).check_split(Split(train=(), validation=())) == read
 
 
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null"])
+def test_a_damaged_list_of_cases_is_one_line(content: str, tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text(content)
+    with pytest.raises(DataError, match=r"dataset\.json: expected .*; bring the file back, or start a new run"):
+        RunFolder(tmp_path).check_split(Split(train=(), validation=()))
+
+
 def test_other_pixels_under_the_same_names_are_said_when_a_run_is_resumed(tmp_path: Path) -> None:
     config = DemoConfig(picture_vox=(48, 56), volume_vox=(18, 24, 32), pictures=5)
     data = open_dataset(write_demo_data(tmp_path, config).cells)

@@ -22,6 +22,7 @@ from microtome.data.split import Split
 from microtome.errors import ConfigError
 from microtome.evaluation.run_files import whole_lines
 from microtome.files import atomic_path, flush, is_leftover, not_written, sweep, write_json, write_text
+from microtome.json_files import MOST_OWN_BYTES, load_object
 from microtome.training import initial
 from microtome.training.warp import compiled
 
@@ -140,11 +141,14 @@ class RunFolder:
 
         Raises:
             ConfigError: names one of the cases.
+            DataError: the file is damaged.
         """
         path = self.path / "dataset.json"
-        before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        before: Mapping[str, Any] = {}
+        if path.exists():
+            before = load_object(path, do="bring the file back, or start a new run", most_bytes=MOST_OWN_BYTES)
         for part, cases in (("train", split.train), ("validation", split.validation)):
-            changed = {case.name for case in cases} ^ set(before.get(part, [case.name for case in cases]))
+            changed = {case.name for case in cases} ^ set(map(str, before.get(part, [case.name for case in cases]) or ()))
             if changed:
                 got = f"{len(changed)} others ({sorted(changed)[0]}, ...)"
                 raise ConfigError(
