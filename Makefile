@@ -2,8 +2,8 @@
 PYTHON ?= python3
 # Asked for by itself, before anything that needs it: pip's index decides which build (CUDA or CPU) this machine gets.
 TORCH ?= torch==2.13.0
-# Test processes, each of one thread; 0 runs all tests in one. Which is faster depends on the machine: docs/log.md has what was measured.
-WORKERS ?= 2
+# Test processes, each of one thread; 0 runs all tests in one. One more than the two cores: some tests wait. docs/log.md has what was measured.
+WORKERS ?= 3
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check

@@ -1,7 +1,8 @@
 """What every test may use."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,14 @@ def data_folder() -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where no folder is yet, one after the other: pytest's own numbering looks at all folders there are for each new one."""
+    root = tmp_path_factory.mktemp("caches")
+    return (root / str(number) for number in count())
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def own_cache(caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """What is remembered of engines stays in the test: not in the user's cache, nor in the next test."""
-    monkeypatch.setenv("MICROTOME_CACHE", str(tmp_path_factory.mktemp("cache")))
+    monkeypatch.setenv("MICROTOME_CACHE", str(next(caches)))

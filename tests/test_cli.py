@@ -21,7 +21,7 @@ from microtome.options import changed_plan
 from microtome.terminal import Terminal
 from tests.small import TINY_2D, TINY_3D, small_plan
 
-SMALL = DemoConfig(volume_vox=(24, 40, 40), picture_vox=(64, 64), pictures=6)
+SMALL = DemoConfig(volume_vox=(16, 32, 32), picture_vox=(64, 64), pictures=6)
 MICROTOME = Path(sys.executable).with_name("microtome")
 
 

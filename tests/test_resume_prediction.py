@@ -138,7 +138,7 @@ def kill_again_and_again(start: Callable[[], BaseProcess], place: Path, kills: i
         shutil.rmtree(place)
 
 
-@pytest.mark.parametrize("kills", [6, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.soak)])
 def test_a_process_killed_at_any_instant(
     run: Path, image: Path, unbroken: tuple[Contents, float], tmp_path: Path, kills: int, record_property: Record
 ) -> None:
@@ -212,7 +212,7 @@ def is_worker(child: psutil.Process) -> bool:
         return False
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.soak)])
 def test_a_scheduler_killed_at_any_instant_ends_in_one_line_and_the_same_command_goes_on(
     run: Path, image: Path, unbroken: tuple[Contents, float], tmp_path: Path, kills: int, record_property: Record
 ) -> None:

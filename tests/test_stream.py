@@ -190,7 +190,7 @@ def test_parts_make_up_the_volume_once_and_keep_to_chunks(sides: list[int], most
 
 def test_columns_are_cut_when_one_slab_is_too_much_and_the_promise_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layouts, "MARGIN_BYTES", 2**20)
-    classes, shape = 40, (96, 128, 128)
+    classes, shape = 40, (48, 128, 128)
     plan = plan_of(3, (16, 32, 32)).model_copy(update={"classes": tuple(map(str, range(classes)))})
     answer = np.random.default_rng(0).normal(size=(classes, 16, 32, 32)).astype(np.float32)
     volume, network = in_memory(np.zeros((1, *shape), np.uint8)), FakeNetwork()
