@@ -65,6 +65,8 @@ LEAVES: tuple[Any, ...] = (
 )
 _CONTAINERS: tuple[Any, ...] = ([], {}, [[]], [None], {"": None}, [0, 0, 0], [1, 2], ["a", "b"], {"a": 1}, [[1, 2], [3]], {"0": {"0": 0}})
 _DEEP = (3, 20, 70, 600)
+# Python writes about a thousand: two nestings in each other, or copies of them, are more.
+_MOST_DEEP = 800
 
 
 def changed_tree(tree: Any, rng: random.Random) -> Any:
@@ -72,7 +74,17 @@ def changed_tree(tree: Any, rng: random.Random) -> Any:
     tree = json.loads(json.dumps(tree))
     for _ in range(1 << rng.randrange(3)):
         tree = _changed(tree, rng)
-    return tree
+    return tree if _depth(tree) < _MOST_DEEP else json.loads("[" * 100 + "]" * 100)
+
+
+def _depth(tree: Any) -> int:
+    """How many brackets are in brackets."""
+    deepest, pending = 0, [(tree, 1)]
+    while pending:
+        node, depth = pending.pop()
+        deepest = max(deepest, depth)
+        pending += [(inner, depth + 1) for inner in (node.values() if isinstance(node, dict) else node if isinstance(node, list) else ())]
+    return deepest
 
 
 def _changed(tree: Any, rng: random.Random) -> Any:
@@ -130,7 +142,7 @@ def _nest(holder: Any, key: Any, _: Any, rng: random.Random) -> None:
 def _swap(holder: Any, key: Any, places: Any, rng: random.Random) -> None:
     """A value from another place of the tree, copied."""
     other, name = rng.choice(places)
-    holder[key] = json.loads(json.dumps(other[name]))
+    holder[key] = json.loads(json.dumps(other[name])) if _depth(other[name]) < _MOST_DEEP else None
 
 
 def _double(holder: Any, key: Any, _: Any, rng: random.Random) -> None:

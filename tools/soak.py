@@ -56,7 +56,7 @@ def tests(part: str, file: str, seconds: float) -> Rows:
     """The tests of a file that are for a soak; what is begun is brought to its end, however long it takes."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        words = [sys.executable, "-m", "pytest", "-n", "0", "-m", "soak", "-q", f"--junitxml={report}", file]
+        words = [sys.executable, "-m", "pytest", "-n", "0", "-m", "soak", "-q", f"--junitxml={report}", "-o", "junit_family=xunit1", file]
         done = subprocess.run(words, cwd=REPOSITORY, capture_output=True, text=True, timeout=4 * seconds + 300, check=False)
         rows = _rows_of(part, ElementTree.parse(report)) if report.exists() else []
     if done.returncode and not any(row["failed"] for row in rows):
