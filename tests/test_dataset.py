@@ -413,3 +413,10 @@ def test_a_pattern_of_groups_that_misses_cases_is_a_warning(tmp_path: Path) -> N
     assert "matches 2 of 3 cases (not rat_c)" in found[0].message
     text(tmp_path / "microtome.yaml", 'group_by: "([a-z]+)"')
     assert not [finding for finding in open_dataset(tmp_path).findings if finding.code == "group-by-misses"]
+
+
+@pytest.mark.parametrize("pattern", ["x" * 300, "images/**x.png", "a/" + "y" * 255])
+def test_a_glob_that_no_disk_and_no_glob_takes_is_one_line(pattern: str, tmp_path: Path) -> None:
+    (tmp_path / "microtome.yaml").write_text(f"images: '{pattern}'\nlabels: 'masks/*.png'\n")
+    with pytest.raises(DataError, match=r"microtome\.yaml: expected a glob whose parts have fewer than \d+ bytes"):
+        open_dataset(tmp_path)

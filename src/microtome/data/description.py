@@ -118,12 +118,25 @@ def load_description(folder: Path) -> tuple[DatasetConfig, str]:
 
     Raises:
         ConfigError: not YAML, an unknown name, a value that cannot be.
+        DataError: a glob that cannot be.
     """
     path = next((folder / name for name in NAMES if (folder / name).is_file()), folder / NAMES[0])
     if not path.is_file():
         return DatasetConfig(), str(path)
     values = load_yaml(path)
-    return parse_config(DatasetConfig, {} if values is None else values, path), str(path)
+    config = parse_config(DatasetConfig, {} if values is None else values, path)
+    for pattern in filter(None, (config.images, config.labels)):
+        _check_pattern(pattern, path)
+    return config, str(path)
+
+
+def _check_pattern(pattern: str, named_by: Path) -> None:
+    """Refuse a name or glob that no file system, or no glob, takes."""
+    parts = Path(pattern).parts
+    long = any(len(part.encode("utf-8", "surrogatepass")) >= _MOST_NAME_BYTES for part in parts)
+    if long or any("**" in part and part != "**" for part in parts):
+        expected = f"a glob whose parts have fewer than {_MOST_NAME_BYTES} bytes, with `**` alone between slashes"
+        raise DataError(named_by, expected=expected, got=repr(pattern)[:200], do="mend it", code="D031")
 
 
 def inside(root: Path, name: str, named_by: str | Path) -> Path:

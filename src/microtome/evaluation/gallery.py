@@ -180,7 +180,7 @@ def make_gallery(predictions: Predictions, names: Sequence[str], plan: Plan, dat
         try:
             dataset = data if isinstance(data, Dataset) else open_dataset(data)
             parts = split_dataset(dataset, plan.fold, plan.seed, plan.holdout)
-        except MicrotomeError as error:
+        except (MicrotomeError, OSError) as error:  # a folder's name may be longer than any can be
             return Gallery(notes=(f"The data cannot be read any more, so there are no pictures ({error}).",))
         # Predictions were made with the legend of the run, whatever the folder says today.
         dataset = replace(dataset, legend=predictions.legend)
