@@ -64,10 +64,15 @@ def mute(monkeypatch: pytest.MonkeyPatch) -> Iterator[Mute]:
     store.released.set()
 
 
-def test_a_store_that_answers_no_more_ends_the_process_with_one_line() -> None:
-    done = subprocess.run([sys.executable, "-c", MUTE], capture_output=True, text=True, timeout=120, check=False)
+def last_words(program: str) -> str:
+    """What a process says that ends with 1."""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
-    assert done.stderr == (
+    return done.stderr
+
+
+def test_a_store_that_answers_no_more_ends_the_process_with_one_line() -> None:
+    assert last_words(MUTE) == (
         "microtome: the training: expected 2 processes until the end, got the process that holds them together (torchrun, or the one of "
         "rank 0) has not answered for 1 s; see its messages above for why, then continue with --resume [MT-R130]\n"
     )
@@ -96,9 +101,7 @@ def test_who_is_asked_for_the_cause_is_told_of_a_fault_of_the_look_itself(monkey
 
 
 def test_who_has_left_is_ended_where_the_connections_to_the_others_do_not_close() -> None:
-    done = subprocess.run([sys.executable, "-c", LEFT], capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 1
-    assert done.stderr == (
+    assert last_words(LEFT) == (
         "microtome: the training: expected 2 processes until the end, got connections to the others that do not close for 1 s; see its "
         "messages above for why, then continue with --resume [MT-R130]\n"
     )
