@@ -18,11 +18,12 @@ from benchmarks.peers import child as peers_child
 from benchmarks.startup import help_words
 from microtome.models.blocks import InstanceNorm
 from tests.small import one_thread  # noqa: F401 - a fixture
-from tools import performance
+from tools import performance, soak
 
 TINY = cases.SETTINGS["tiny 32x32"]
 RATES = {"matrix product fp32": 100e9, "fma_avx512": 250e9, "matrix product bf16": 400e9, "memory copy": 50e9}
-RESULTS = sorted(path for path in rows.RESULTS.glob("*.json") if not path.name.endswith(".about.json"))
+# The soak's file has its rows and what they rest on in one.
+RESULTS = sorted(path for path in rows.RESULTS.glob("*.json") if not path.name.endswith(".about.json") and path.stem != "soak")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,15 @@ def test_rows_of_results_have_the_promised_fields(path: Path) -> None:
         assert row["seconds"] is not None or row["error"]
     about = json.loads(path.with_name(f"{path.stem}.about.json").read_text(encoding="utf-8"))
     assert {"command", "date", "machine", "versions"} <= set(about)
+
+
+def test_the_soak_says_what_each_part_tried_and_every_finding() -> None:
+    found = json.loads((rows.RESULTS / "soak.json").read_text(encoding="utf-8"))
+    assert {"command", "date", "machine", "versions", "seconds"} <= set(found)
+    assert {row["part"] for row in found["rows"]} == {part.name for part in soak.PARTS}
+    for row in found["rows"]:
+        assert row["tried"] > 0
+        assert row["failed"] == len(row["findings"])
 
 
 def test_the_page_is_made_from_the_results() -> None:
