@@ -1,7 +1,9 @@
 """Series of DICOM files that the tests write with pydicom; SimpleITK reads them too."""
 
 import os
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import nibabel as nib
 import numpy as np
@@ -13,6 +15,7 @@ from pydicom.dataset import Dataset
 from pydicom.uid import JPEG2000Lossless, RLELossless
 
 from microtome.errors import ConfigError, DataError, DataWarning
+from microtome.images.dicom_seg import are_separate
 from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
 from microtome.images.image import Limits
 from tests.dicom_series import VOLUME, by_simpleitk, dataset, enhanced, oblique, series
@@ -291,6 +294,24 @@ def test_a_header_that_claims_more_than_the_file_has_is_an_error(tmp_path):
         open_volume(tmp_path / "s", limits=Limits(max_side=9))
     with pytest.raises(DataError, match="max_voxels"):
         read_image(tmp_path / "s", limits=Limits(max_voxels=9))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("read", [open_volume, read_image, lambda path: open_volume(path.parent), lambda path: are_separate(path.parent)])
+def test_an_element_that_claims_four_gigabytes_has_no_more_read_than_the_file_holds(tmp_path, read):
+    series(tmp_path / "s", names=range(6))
+    path = tmp_path / "s" / "IM2.dcm"
+    whole = path.read_bytes()
+    element = whole.index(b"\x20\x00\x0e\x00UI")
+    # The number of the series, as bytes of any kind, whose length has 32 bits.
+    claim = b"\x20\x00\x0e\x00UN\0\0" + (2**32 - 16).to_bytes(4, "little")
+    path.write_bytes(whole[:element] + claim + whole[element + 8 :])
+    tracemalloc.start()
+    with suppress(DataError):
+        read(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**26
 
 
 def attempt(path):

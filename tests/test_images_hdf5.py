@@ -235,6 +235,44 @@ def test_a_file_that_was_cut_off_is_an_error(tmp_path, share):
         open_volume(path)
 
 
+def heap_of(path):
+    """Where the first heap of texts in a file begins, and the bytes of the file."""
+    whole = bytearray(path.read_bytes())
+    return whole.index(b"GCOL"), whole
+
+
+def test_a_text_without_a_length_is_refused_by_each_way_to_look_at_the_file(tmp_path):
+    path = written(tmp_path / "a.h5", {"raw": STACK}, axes="zyx")
+    at, whole = heap_of(path)
+    # The head of the collection, one text of 3 letters with its head, and what is free: number 0, then its length.
+    assert whole[at + 16 : at + 43] == b"\1\0\0\0\0\0\0\0\3\0\0\0\0\0\0\0zyx\0\0\0\0\0\0\0\0"
+    free = at + 40
+    assert int.from_bytes(whole[free + 8 : free + 16], "little") == 4096 - 40
+    whole[free + 8 : free + 16] = bytes(8)
+    path.write_bytes(whole)
+    for look in (open_volume, probe_image, read_image):
+        with pytest.raises(DataError, match=rf"a\.h5: expected a whole HDF5 file, got .*the text at byte {free} has no length"):
+            look(path)
+
+
+@pytest.mark.parametrize("lengths", [2, 4, 8])
+def test_texts_are_read_and_looked_at_whatever_the_size_of_lengths_in_the_file(tmp_path, lengths):
+    creation = h5py.h5p.create(h5py.h5p.FILE_CREATE)
+    creation.set_sizes(8, lengths)
+    file = h5py.File(h5py.h5f.create(str(tmp_path / "a.h5").encode(), fcpl=creation))
+    dataset = file.create_dataset("raw", data=STACK[:3, :4, :5])
+    # More than one collection holds.
+    dataset.attrs["texts"] = ["abc" * number for number in range(200 if lengths > 2 else 3)]
+    dataset.attrs["axes"] = ["x", "y", "z"]
+    file.close()
+    np.testing.assert_array_equal(read_image(tmp_path / "a.h5").array[0], STACK[:3, :4, :5].transpose(2, 1, 0))
+    at, whole = heap_of(tmp_path / "a.h5")
+    whole[at + 16 : at + 32] = bytes(16)
+    (tmp_path / "a.h5").write_bytes(whole)
+    with pytest.raises(DataError, match=rf"the text at byte {at + 16} has no length"):
+        open_volume(tmp_path / "a.h5")
+
+
 def test_damaged_chunks_are_an_error_that_names_the_file(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         dataset = file.create_dataset("raw", data=STACK, chunks=(2, 20, 25), compression="gzip")

@@ -298,6 +298,16 @@ def test_a_file_of_voxels_that_is_missing_is_named(tmp_path):
         open_volume(tmp_path / "a.mhd")
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_file_of_voxels_that_was_cut_off_is_an_error_that_names_both_files(tmp_path, packed):
+    sitk.WriteImage(patient(RNG.integers(0, 60_000, (9, 20, 20)).astype("u2")), str(tmp_path / "a.mhd"), packed)
+    voxels = tmp_path / ("a.zraw" if packed else "a.raw")
+    voxels.write_bytes(voxels.read_bytes()[:-100])
+    with pytest.raises(DataError, match=rf"a\.mhd: expected 7200 bytes in {voxels.name}, got \d+: it was cut off") as caught:
+        read_image(tmp_path / "a.mhd")
+    assert caught.value.code == "D002"
+
+
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.99])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])

@@ -218,6 +218,25 @@ def test_a_png_bomb_is_refused_before_memory_is_taken(tmp_path, side, limit):
     assert peak < 2**20
 
 
+@pytest.mark.parametrize("name", [b"IDAT", b"eXIf"])
+def test_a_chunk_that_claims_four_gigabytes_has_no_more_read_than_the_file_holds(tmp_path, name):
+    whole = imagecodecs.png_encode(COLOURS)
+    # The pixels themselves, or what stands behind them.
+    at = whole.index(b"IDAT") - 4 if name == b"IDAT" else len(whole) - 12
+    (tmp_path / "a.png").write_bytes(whole[:at] + struct.pack(">I", 2**32 - 16) + name + whole[at + 8 :])
+    tracemalloc.start()
+    if name == b"IDAT":
+        # Its pixels are all there.
+        np.testing.assert_array_equal(read_image(tmp_path / "a.png").array, COLOURS.transpose(2, 0, 1))
+    else:
+        warned = pytest.warns(DataWarning, match=r"a\.png: its EXIF data are damaged")
+        with warned, pytest.raises(DataError, match=r"a\.png: expected a whole PNG file"):
+            read_image(tmp_path / "a.png")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**22
+
+
 def test_a_picture_that_pillow_calls_a_bomb_is_read_within_our_limits(tmp_path, monkeypatch):
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 100)
     path = tmp_path / "a.png"

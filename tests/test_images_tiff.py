@@ -292,6 +292,48 @@ def test_a_large_imagej_stack_with_one_page_entry_is_read_whole_or_not_at_all(tm
         read_image(tmp_path / "cut.tif")
 
 
+def looks(path):
+    """What each way to look at the values of a file gives."""
+    volume = open_volume(path)
+    return read_image(path).array, volume.pixels[tuple(slice(0, size) for size in volume.pixels.shape)]
+
+
+@pytest.mark.parametrize("options", [{}, {"bigtiff": True}, {"ome": True, "metadata": {"axes": "YX"}}])
+def test_pixels_that_would_begin_at_the_header_are_refused(tmp_path, options):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, STACK[0], **options)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["StripOffsets"].overwrite(0)
+    for look in (read_image, open_volume):
+        with pytest.raises(DataError, match=r"a\.tif: expected pixels behind the header, got pixels at byte 0"):
+            look(path)
+
+
+def test_strips_that_lie_elsewhere_than_those_of_the_first_page_are_refused(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, STACK, ome=True, metadata={"axes": "ZYX"}, rowsperstrip=6)
+    np.testing.assert_array_equal(looks(path), [STACK[None]] * 2)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        first, second = tiff.pages[1].tags["StripOffsets"].value
+        tiff.pages[1].tags["StripOffsets"].overwrite((second, first))
+    for look in (read_image, open_volume):
+        with pytest.raises(DataError, match=rf"expected strips one after the other, .*at bytes {second + 168} and {first}"):
+            look(path)
+
+
+def test_pixels_in_one_piece_are_those_of_their_size_whatever_the_file_says_of_their_bytes(tmp_path):
+    path = tmp_path / "a.tif"
+    with tifffile.TiffWriter(path) as file:
+        for plane in STACK[:2]:
+            file.write(plane, metadata=None, contiguous=False)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        # Page by page, as there are tags between.
+        assert tiff.series[0].dataoffset is None
+        assert tiff.pages[1].is_contiguous
+        tiff.pages[1].tags["StripByteCounts"].overwrite(20)
+    np.testing.assert_array_equal(looks(path), [STACK[None, :2]] * 2)
+
+
 def test_pages_that_form_a_circle_are_an_error(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", STACK[0], metadata=None)
     whole = bytearray((tmp_path / "a.tif").read_bytes())

@@ -41,6 +41,7 @@ LAYERS = (
     "images.nifti_parts",
     "images.npy",
     "images.hdf5_chunks",
+    "images.hdf5_heaps",
     "images.hdf5",
     "images.itk_text",
     "images.itk",

@@ -14,7 +14,7 @@ from microtome.geometry import affine_from_spacing, spacing_of
 from microtome.images.dicom_seg import SEGMENTATION, dicom_files, open_segmentation, pydicom_for
 from microtome.images.image import Header, Limits, decoding
 from microtome.images.itk import LPS_TO_RAS
-from microtome.images.parts import bounds, cut_off, limits_of_parts
+from microtome.images.parts import BoundedFile, bounds, cut_off, limits_of_parts
 from microtome.images.volume import Volume
 
 # What is read of a header; pixels and the thousand other elements are left where they are.
@@ -145,7 +145,7 @@ class _Series:
 
 def _header(path: Path) -> Any:
     """The elements that count; `pixels_at` is where those that were not read begin."""
-    with decoding(path, "DICOM"), path.open("rb") as file:
+    with decoding(path, "DICOM"), BoundedFile(path) as file:
         header = pydicom_for(path).dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
         header.pixels_at = file.tell()
         # Elements are parsed when they are looked at.
@@ -387,8 +387,8 @@ def _values(one: _Slice, dtype: np.dtype[Any]) -> np.ndarray:
     """A slice decoded and rescaled, (samples, Y, X)."""
     from pydicom.pixels.utils import pixel_array
 
-    with decoding(one.path, "DICOM"):
-        stored = pixel_array(one.path, index=one.frame)
+    with decoding(one.path, "DICOM"), BoundedFile(one.path) as file:
+        stored = pixel_array(file, index=one.frame)
     if stored.shape[:2] != one.look[:2]:
         raise DataError(one.path, expected=f"pixels {one.look}", got=f"{stored.shape}", do="export it again", code="D017")
     if one.look.photometric == "MONOCHROME1":

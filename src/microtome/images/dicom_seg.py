@@ -16,6 +16,7 @@ from microtome.files import atomic_path
 from microtome.geometry import format_shape, spacing_of
 from microtome.images.image import Header, Image, Limits, decoding
 from microtome.images.itk import LPS_TO_RAS
+from microtome.images.parts import BoundedFile
 from microtome.images.volume import Volume, volume_of
 
 SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
@@ -33,6 +34,13 @@ def pydicom_for(path: Path) -> Any:
     except ImportError:
         raise missing_extra(str(path), "pydicom", "medical") from None
     return pydicom
+
+
+def read_dicom(path: Path, **options: Any) -> Any:
+    """What a file holds; `options` are those of `pydicom.dcmread`."""
+    dcmread = pydicom_for(path).dcmread
+    with BoundedFile(path) as file:
+        return dcmread(file, **options)
 
 
 def dicom_files(folder: Path) -> Iterator[Path]:
@@ -53,11 +61,11 @@ def are_separate(folder: Path) -> bool:
     Raises:
         ConfigError: pydicom is not installed.
     """
-    pydicom, series, segmentations = pydicom_for(folder), list[str](), 0
+    series, segmentations = list[str](), 0
     for number, path in enumerate(islice(dicom_files(folder), _MOST_LOOKED_AT)):
         with suppress(DataError), decoding(path, "DICOM"):
             tags = ["SOPClassUID", "SeriesInstanceUID", "Rows"]
-            header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=tags)
+            header = read_dicom(path, stop_before_pixels=True, specific_tags=tags)
             own = str(header.get("SeriesInstanceUID", number))
             if header.get("SOPClassUID") == SEGMENTATION:
                 segmentations += 1
@@ -77,8 +85,8 @@ def open_segmentation(path: Path, limits: Limits) -> Volume:
         DataError: damaged, segments that overlap, fractions, no place in a patient, or beyond `limits`.
     """
     highdicom = _highdicom(path)
-    with decoding(path, "DICOM"):
-        segments = highdicom.seg.segread(path)
+    with decoding(path, "DICOM"), BoundedFile(path) as file:
+        segments = highdicom.seg.segread(file)
         place = segments.get_volume_geometry()
         if place is None:
             segments = _without_spacing(highdicom, path)
@@ -158,7 +166,7 @@ def write_seg(path: Path, image: Image) -> None:
     with decoding(files[0], "DICOM"), warnings.catch_warnings():
         # Of names of patients that have one part, and the like.
         warnings.simplefilter("ignore", UserWarning)
-        sources = [pydicom_for(path).dcmread(file, stop_before_pixels=True) for file in dict.fromkeys(files)]
+        sources = [read_dicom(file, stop_before_pixels=True) for file in dict.fromkeys(files)]
         _set_spacing(sources, image)
         for source in sources:
             _fill_required(source)
@@ -245,7 +253,7 @@ def _measures(plain: Any) -> Iterator[Any]:
 
 def _without_spacing(highdicom: Any, path: Path) -> Any:
     """A segmentation whose distance of slices, which its positions belie, is left out."""
-    plain = pydicom_for(path).dcmread(path)
+    plain = read_dicom(path)
     for measures in _measures(plain):
         measures.pop("SpacingBetweenSlices", None)
     return highdicom.seg.Segmentation.from_dataset(plain, copy=False)

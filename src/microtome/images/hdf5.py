@@ -17,6 +17,7 @@ from microtome.errors import DataError, DataWarning, missing_extra
 from microtome.files import atomic_path
 from microtome.geometry import Shape, Spacing, affine_from_spacing, format_shape
 from microtome.images.hdf5_chunks import Chunks, check_claims
+from microtome.images.hdf5_heaps import WatchedFile
 from microtome.images.image import Header, Image, Limits, decoding
 from microtome.images.npy import image_type, samples_last
 from microtome.images.parts import bounds, limits_of_parts
@@ -53,12 +54,17 @@ def open_hdf5(path: Path, limits: Limits) -> Volume:
     h5py = _h5py(path)
     file_path, name = split(path)
     with decoding(path, "HDF5"):
+        with WatchedFile(file_path) as opened, h5py.File(opened, "r") as watched:
+            described = _dataset(path, watched, name)
+            _sources(path, described)
+            dtype = image_type(path, described.dtype)
+            axes = _arranged(path, described)
+            sizes = tuple(1 if axis is None else int(described.shape[axis]) for axis in axes)
+            spacing, known = _spacing(path, described, len(sizes) - 1)
+            name = described.name
+        # Its values are read by the library itself, which has now come through all that leads to them once.
         dataset = _dataset(path, h5py.File(file_path, "r", locking="best-effort"), name)
         sources = _sources(path, dataset)
-        dtype = image_type(path, dataset.dtype)
-        axes = _arranged(path, dataset)
-        sizes = tuple(1 if axis is None else int(dataset.shape[axis]) for axis in axes)
-        spacing, known = _spacing(path, dataset, len(sizes) - 1)
     header = Header(shape_vox=sizes[1:], channels=sizes[0], dtype=dtype.name, spacing_mm=spacing, spacing_known=known, format="hdf5")
     limits_of_parts(limits).check(file_path, header)
     plane = (*(1,) * (len(sizes) - 3), *sizes[-2:])
@@ -99,7 +105,7 @@ def datasets(path: Path) -> dict[str, Shape]:
         DataError: damaged, or no HDF5 file.
     """
     h5py = _h5py(path)
-    with decoding(path, "HDF5"), h5py.File(path, "r", locking="best-effort") as file:
+    with decoding(path, "HDF5"), WatchedFile(path) as opened, h5py.File(opened, "r") as file:
         return _listed(file)
 
 

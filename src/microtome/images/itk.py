@@ -6,6 +6,8 @@ file, and unpacked at the first touch where they are packed.
 
 import re
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -47,8 +49,10 @@ def open_itk(path: Path, limits: Limits) -> Volume:
     header, classes = found.header, {value: name for _, value, name in found.segments}
     if found.layers > 1:
         classes = {number: name for number, (_, _, name) in enumerate(found.segments, start=1)}
+    with _named_by(path, found.text.data):
+        pixels = _pixels(path, found, limits)
     return Volume(
-        pixels=_pixels(path, found, limits),
+        pixels=pixels,
         spacing_mm=header.spacing_mm,
         affine=found.affine,
         axes="CZYX" if len(header.shape_vox) == 3 else "CYX",
@@ -225,7 +229,7 @@ def _pixels(path: Path, found: _Found, limits: Limits) -> Pixels:
     limits.check(text.data, header)
 
     def decode() -> np.ndarray:
-        with decoding(path, "NRRD or MetaImage"):
+        with _named_by(path, text.data), decoding(path, "NRRD or MetaImage"):
             if plain == "raw":
                 array_SC = mapped(text.data, dtype, text.offset, found.file_shape)
             elif plain:
@@ -236,6 +240,17 @@ def _pixels(path: Path, found: _Found, limits: Limits) -> Pixels:
             return native(array) if found.layers == 1 else _merged(array, found.segments)
 
     return Lazy(shape, np.dtype(header.dtype), decode)
+
+
+@contextmanager
+def _named_by(path: Path, data: Path) -> Iterator[None]:
+    """Say of what is wrong with a file of voxels which file led to it."""
+    try:
+        yield
+    except DataError as error:
+        if data == path or error.where != str(data):
+            raise
+        raise DataError(path, expected=f"{error.expected} in {data.name}", got=error.got, do=error.do, code=error.code) from error
 
 
 def _unit_free(sizes: Shape) -> Shape:

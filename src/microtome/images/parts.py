@@ -1,5 +1,6 @@
 """Pixels that stay in their file until a part of them is asked for: what the readers of several formats share."""
 
+import io
 import math
 import os
 import sys
@@ -18,6 +19,8 @@ from microtome.images.image import Limits, native
 
 # Of what is decoded at once, however small the part that is asked for.
 MOST_CHUNK_BYTES = 2**30
+# Reads of so many bytes need no look at where the file ends.
+_SMALL_READ_BYTES = 2**16
 
 
 def limits_of_parts(limits: Limits) -> Limits:
@@ -100,6 +103,22 @@ def mapped(path: Path, dtype: np.dtype[Any], offset: int, shape: Shape) -> np.nd
 def cut_off(path: Path, wanted: int, size: int) -> DataError:
     """The error for a file that ends too early."""
     return DataError(path, expected=f"{wanted} bytes", got=f"{size}: it was cut off", do="copy, download or export it again", code="D002")
+
+
+class BoundedFile(io.BufferedReader):
+    """A file for libraries that read as many bytes as a header names: what is behind its end is neither there nor asked for.
+
+    A read takes the memory that it asks for before it knows how much there is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+        self._size = os.fstat(self.fileno()).st_size
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next bytes, at most `size`; fewer at the end of the file, all that are left without a number."""
+        asked = -1 if size is None else size
+        return super().read(asked if asked <= _SMALL_READ_BYTES else min(asked, max(0, self._size - self.tell())))
 
 
 class Bytes:

@@ -22,6 +22,7 @@ from microtome.errors import DataError, DataWarning
 from microtome.files import atomic_path
 from microtome.geometry import affine_from_spacing
 from microtome.images.image import Header, Image, Limits, Palette, decoding, native
+from microtome.images.parts import BoundedFile
 
 # The plugins themselves, not PIL.Image.open: it refuses by a global limit of its own, we by `Limits`.
 _PLUGINS: MappingProxyType[str, type[ImageFile]] = MappingProxyType(
@@ -82,7 +83,7 @@ def write_png(path: Path, array: np.ndarray) -> None:
 @contextmanager
 def _opened(path: Path, kind: str) -> Iterator[tuple[ImageFile, IO[bytes]]]:
     """The picture with its header read and its pixels not, and the open file below it."""
-    with decoding(path, kind.upper()), path.open("rb") as file, _PLUGINS[kind](file) as picture:
+    with decoding(path, kind.upper()), BoundedFile(path) as file, _PLUGINS[kind](file) as picture:
         yield picture, file
 
 

@@ -1,7 +1,8 @@
 """What is checked of a TIFF file before and after tifffile looks at it: its chain of pages, its ends, and the files that it names."""
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO, Any
@@ -11,6 +12,7 @@ from microtome.errors import DataError
 from microtome.images.parts import cut_off
 
 _MAX_PAGES = 2**22
+_HEADER_BYTES = 8
 _TYPE_BYTES = MappingProxyType({1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 16: 8})
 # Description (OME's and ImageJ's metadata), strips, tiles, resolution, palette: without them it is another image.
 _VITAL_TAGS = (270, 273, 279, 324, 325, 282, 283, 320)
@@ -84,6 +86,25 @@ def check_whole(path: Path, series: Any) -> None:
         if page is None:
             raise DataError(path, expected="all planes", got="a plane that its OME-XML names is missing", do="export it again", code="D002")
         size = page.parent.filehandle.size
-        end = max((start + length for start, length in zip(page.dataoffsets, page.databytecounts, strict=False)), default=0)
-        if end > size:
+        ends = [(start, start + length) for start, length in zip(page.dataoffsets, page.databytecounts, strict=False)]
+        if (end := max((last for _, last in ends), default=0)) > size:
             raise cut_off(path, end, size)
+        _check_in_one_piece(path, page, ends)
+
+
+def _check_in_one_piece(path: Path, page: Any, ends: Sequence[tuple[int, int]]) -> None:
+    """Refuse pixels that tifffile would read in one go from where they are not.
+
+    It does so with every page of a series whose first page lies in one piece. Of a strip among others, an offset of 0 says that it
+    was not stored; of pixels in one piece, the header of the file would be read for them.
+    """
+    if not page.keyframe.is_contiguous:
+        return
+    if ends and ends[0][0] < _HEADER_BYTES:
+        got = f"pixels at byte {ends[0][0]}"
+        raise DataError(path, expected="pixels behind the header", got=got, do="export it again: they were not stored", code="D002")
+    if page.is_frame and not (page.keyframe.is_stk or page.keyframe.is_lsm):
+        for (_, last), (start, _) in pairwise(ends):
+            if last != start:
+                got = f"a page with strips at bytes {last} and {start}"
+                raise DataError(path, expected="strips one after the other, as its first page", got=got, do="export it again", code="D002")

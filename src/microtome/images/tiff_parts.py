@@ -99,6 +99,9 @@ def _paged(path: Path, tiff: Any, plan: Plan) -> "_Pages | None":
     values, count = len(series.pages) * math.prod(key.shaped), math.prod(key.chunked)
     if not tiles or not _is_plain(tiff, plan) or values != math.prod(plan.file_shape):
         return None
+    if key.is_contiguous and any(sum(page.databytecounts) != key.nbytes for page in series.pages):
+        # As a whole it is read by its size, strip by strip it would be by what the file says of each.
+        return None
     alike = all(page.hash == key.hash and len(page.dataoffsets) == len(page.databytecounts) == count for page in series.pages)
     return _Pages(path, plan) if alike else None
 
