@@ -35,9 +35,17 @@ class MicrotomeError(Exception):
 
     def on(self, machine: str) -> Self:
         """The same error, found on another machine, which it names."""
-        words = {"expected": self.expected, "got": f"{self.got} (on {machine})", "do": self.do}
-        line = in_one_line(f"{self.where}: expected {words['expected']}, got {words['got']}; {words['do']}")
-        return _as_it_was(type(self), (line,), {**self.__dict__, **words})
+        return self._with(got=f"{self.got} (on {machine})")
+
+    def led_to_by(self, where: str | Path) -> Self:
+        """The same error about a file that is part of another, which a user gave and which it names first."""
+        return self._with(where=str(where), expected=f"{self.expected} in {Path(self.where).name}")
+
+    def _with(self, **words: str) -> Self:
+        """A copy with some of its parts changed."""
+        parts = {**self.__dict__, **words}
+        line = in_one_line(f"{parts['where']}: expected {parts['expected']}, got {parts['got']}; {parts['do']}")
+        return _as_it_was(type(self), (line,), parts)
 
 
 class DataError(MicrotomeError):

@@ -250,7 +250,7 @@ def _named_by(path: Path, data: Path) -> Iterator[None]:
     except DataError as error:
         if data == path or error.where != str(data):
             raise
-        raise DataError(path, expected=f"{error.expected} in {data.name}", got=error.got, do=error.do, code=error.code) from error
+        raise error.led_to_by(path) from error
 
 
 def _unit_free(sizes: Shape) -> Shape:
