@@ -20,7 +20,7 @@ demo: $(STAMP)  ## the whole road on built-in data; prints where the report is
 	@$(BIN)/microtome demo --out demo
 
 test: $(STAMP)  ## every test that this machine can run
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(STAMP)  ## format, lint, types, docs, known vulnerabilities, tests: in the order that fails fastest
 	@$(BIN)/ruff format --check --quiet . || { echo "make check: some files are not formatted; run \`make fix\`"; exit 1; }

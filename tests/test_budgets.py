@@ -12,64 +12,74 @@ from tools import measure
 from tools.layers import REPOSITORY
 from tools.lock import read_lock
 
-SOURCES = measure.sources()
-FUNCTIONS = [(source, function) for source in SOURCES for function in measure.functions(source)]
-LENGTHS = sorted(measure.body_lines(function) for _, function in FUNCTIONS)
+Sources = list[measure.Source]
+Functions = list[tuple[measure.Source, measure.Function]]
 # The training loop is one screen in time order; cutting it would hide the order.
 LONGER = {("src/microtome/training/loop.py", "train_steps"): 90}
+
+
+@pytest.fixture(scope="module")
+def sources() -> Sources:
+    return measure.sources()
+
+
+@pytest.fixture(scope="module")
+def functions(sources: Sources) -> Functions:
+    return [(source, function) for source in sources for function in measure.functions(source)]
 
 
 def first_function(text: str) -> measure.Function:
     return next(measure.functions(measure.parse(text)))
 
 
-def test_functions_are_short() -> None:
-    assert len(LENGTHS) > 50
-    assert statistics.median(LENGTHS) <= 9
-    assert measure.percentile(LENGTHS, 90) <= 30
+def test_functions_are_short(functions: Functions) -> None:
+    lengths = sorted(measure.body_lines(function) for _, function in functions)
+    assert len(lengths) > 50
+    assert statistics.median(lengths) <= 9
+    assert measure.percentile(lengths, 90) <= 30
 
 
-def test_no_function_is_longer_than_a_screen() -> None:
-    long = {(source.name, function.name): measure.body_lines(function) for source, function in FUNCTIONS}
+def test_no_function_is_longer_than_a_screen(functions: Functions) -> None:
+    long = {(source.name, function.name): measure.body_lines(function) for source, function in functions}
     assert {name: lines for name, lines in long.items() if lines > LONGER.get(name, 60)} == {}
 
 
-def test_blocks_are_nested_at_most_four_deep() -> None:
-    assert [source.at(function, function.name) for source, function in FUNCTIONS if measure.nesting(function) > 4] == []
+def test_blocks_are_nested_at_most_four_deep(functions: Functions) -> None:
+    assert [source.at(function, function.name) for source, function in functions if measure.nesting(function) > 4] == []
 
 
-def test_functions_take_few_parameters() -> None:
-    counts = [(source.at(f, f.name), measure.parameters(f)) for source, f in FUNCTIONS if not measure.is_command(f)]
+def test_functions_take_few_parameters(functions: Functions) -> None:
+    counts = [(source.at(f, f.name), measure.parameters(f)) for source, f in functions if not measure.is_command(f)]
     assert [(name, positional, total) for name, (positional, total) in counts if positional > 5 or total > 8] == []
 
 
-def test_files_are_at_most_400_lines() -> None:
-    assert {source.name: n for source in SOURCES if (n := len(source.text.splitlines())) > 400} == {}
+def test_files_are_at_most_400_lines(sources: Sources) -> None:
+    assert {source.name: n for source in sources if (n := len(source.text.splitlines())) > 400} == {}
 
 
 @pytest.mark.parametrize(
     "find",
     [measure.untyped, measure.undocumented, measure.unexplained_broad_excepts, measure.mutable_globals, measure.prints, measure.unsafe],
 )
-def test_source_has_none_of_these(find: Callable[[measure.Source], list[str]]) -> None:
+def test_source_has_none_of_these(find: Callable[[measure.Source], list[str]], sources: Sources) -> None:
     # Foreign checkpoints are taken apart in one module, which is a process of its own (test_no_pickle, test_interop).
-    kept = [source for source in SOURCES if find is not measure.unsafe or source.name != "src/microtome/interop/unpickling.py"]
+    kept = [source for source in sources if find is not measure.unsafe or source.name != "src/microtome/interop/unpickling.py"]
     assert [finding for source in kept for finding in find(source)] == []
 
 
-def test_errors_carry_the_offending_value() -> None:
-    counted = [measure.raises(source) for source in SOURCES]
+def test_errors_carry_the_offending_value(sources: Sources) -> None:
+    counted = [measure.raises(source) for source in sources]
     bare = [finding for _, findings in counted for finding in findings]
     assert len(bare) <= 0.1 * sum(made for made, _ in counted), bare
 
 
-def test_code_is_commented_sparingly() -> None:
+def test_code_is_commented_sparingly(sources: Sources) -> None:
     # Every function has a docstring, so a comment is left for the surprise inside one: fewer than the 8-15 of code without.
-    assert 2 <= measure.comment_density(SOURCES) <= 25
+    assert 2 <= measure.comment_density(sources) <= 25
 
 
-def test_there_is_about_as_much_test_as_code() -> None:
-    code, tests = (sum(map(measure.code_lines, files)) for files in (SOURCES, measure.sources(REPOSITORY / "tests")))
+def test_there_is_about_as_much_test_as_code(sources: Sources) -> None:
+    code, tests = (sum(map(measure.code_lines, files)) for files in (sources, measure.sources(REPOSITORY / "tests")))
     assert 0.7 <= tests / code <= 2
 
 
@@ -84,11 +94,11 @@ def test_lock_pins_every_dependency_in_range_and_leaves_torch_to_its_own_step() 
     assert [str(r) for r in wanted if r.name != "torch" and not r.specifier.contains(lock.get(canonicalize_name(r.name), "0"))] == []
 
 
-def test_every_dependency_is_imported_somewhere() -> None:
+def test_every_dependency_is_imported_somewhere(sources: Sources) -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))
     named = {"pyyaml": "yaml", "pillow": "PIL"}
     wanted = [canonicalize_name(Requirement(text).name) for text in project["project"]["dependencies"]]
-    imported = {name.partition(".")[0] for source in SOURCES for name in measure.imported(source)}
+    imported = {name.partition(".")[0] for source in sources for name in measure.imported(source)}
     assert {named.get(name, name) for name in wanted} - imported == set()
 
 

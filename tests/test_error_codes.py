@@ -4,6 +4,7 @@ import ast
 import re
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -12,9 +13,10 @@ from microtome.errors import PREFIX
 from tools import errors, measure
 from tools.layers import REPOSITORY
 
-SOURCES = measure.sources()
-LINES = all_lines()
-PAGES = errors.pages()
+Call = tuple[measure.Source, ast.Call]
+Class = tuple[measure.Source, ast.ClassDef]
+# Where an error is made, the call that makes it, and the letter that its code must have.
+Made = tuple[str, ast.Call, str]
 # Names of files keep their small letters where they begin a sentence.
 BEGINS = re.compile(r"[A-Z`\-]|microtome\.yaml|dataset\.json")
 LETTERS = {"DataError": "D", "ConfigError": "C", "RunError": "R"}
@@ -28,60 +30,78 @@ VERBS = re.compile(
 )
 
 
-CALLS, CLASSES = (
-    [(source, node) for source in SOURCES for node in ast.walk(source.tree) if isinstance(node, kind)] for kind in (ast.Call, ast.ClassDef)
-)
+@pytest.fixture(scope="module")
+def nodes() -> tuple[list[Call], list[Class]]:
+    """Every call and every class of the package, with its file: seconds of work, so for whoever runs these tests alone."""
+    sources = measure.sources()
+    calls = [(source, node) for source in sources for node in source.nodes if isinstance(node, ast.Call)]
+    return calls, [(source, node) for source in sources for node in source.nodes if isinstance(node, ast.ClassDef)]
 
 
-def kinds() -> dict[str, str]:
+@pytest.fixture(scope="module")
+def calls(nodes: tuple[list[Call], list[Class]]) -> list[Call]:
+    return nodes[0]
+
+
+@pytest.fixture(scope="module")
+def lines() -> tuple[Line, ...]:
+    return all_lines()
+
+
+@pytest.fixture(scope="module")
+def pages() -> dict[Path, str]:
+    return errors.pages()
+
+
+@pytest.fixture(scope="module")
+def kinds(nodes: tuple[list[Call], list[Class]]) -> dict[str, str]:
     """The classes of errors for people -> the letter of their codes, found class by class until none is new."""
     found, known = dict(LETTERS), 0
     while len(found) > known:
         known = len(found)
         found |= {
-            node.name: found[base.id] for _, node in CLASSES for base in node.bases if isinstance(base, ast.Name) and base.id in found
+            node.name: found[base.id] for _, node in nodes[1] for base in node.bases if isinstance(base, ast.Name) and base.id in found
         }
     return found
 
 
-KINDS = kinds()
+@pytest.fixture(scope="module")
+def made(nodes: tuple[list[Call], list[Class]], kinds: dict[str, str]) -> list[Made]:
+    return list(found_errors(*nodes, kinds))
 
 
-def made() -> Iterator[tuple[str, ast.Call, str]]:
+def found_errors(calls: list[Call], classes: list[Class], kinds: dict[str, str]) -> Iterator[Made]:
     """Every call in the package that makes an error for people: where it stands, the call, the letter that its code must have.
 
     It is found by its class's name alone, not as `lookup` finds it. A class that words itself makes its error in its `__init__`.
     """
     worded = {}
-    for source, node in CLASSES:
-        if node.name in KINDS:
-            calls = [call for call in ast.walk(node) if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__"]
-            if calls:
-                worded[node.name] = (f"{source.name}: {node.name}", calls[0], KINDS[node.name])
-    for source, call in CALLS:
+    for source, node in classes:
+        if node.name in kinds:
+            own = [call for call in ast.walk(node) if isinstance(call, ast.Call) and ast.unparse(call.func) == "super().__init__"]
+            if own:
+                worded[node.name] = (f"{source.name}: {node.name}", own[0], kinds[node.name])
+    for source, call in calls:
         name = getattr(call.func, "id", getattr(call.func, "attr", ""))
-        if name in KINDS and name not in worded:
-            yield source.at(call, ast.unparse(call)), call, KINDS[name]
+        if name in kinds and name not in worded:
+            yield source.at(call, ast.unparse(call)), call, kinds[name]
     yield from worded.values()
 
 
-MADE = list(made())
+def test_errors_are_found_in_the_whole_package(kinds: dict[str, str], made: list[Made]) -> None:
+    assert len(made) >= 300
+    assert {letter for _, _, letter in made} == {"D", "C", "R"}
+    assert {"StoppedError", "TooLittleMemoryError"} <= kinds.keys()
 
 
-def test_errors_are_found_in_the_whole_package() -> None:
-    assert len(MADE) >= 300
-    assert {letter for _, _, letter in MADE} == {"D", "C", "R"}
-    assert {"StoppedError", "TooLittleMemoryError"} <= KINDS.keys()
+def test_every_error_says_where_and_the_three_parts_and_its_code(made: list[Made]) -> None:
+    assert [at for at, call, _ in made if len(call.args) != 1] == []
+    assert [at for at, call, _ in made if {word.arg for word in call.keywords} != {*PARTS, "code"}] == []
 
 
-def test_every_error_says_where_and_the_three_parts_and_its_code() -> None:
-    assert [at for at, call, _ in MADE if len(call.args) != 1] == []
-    assert [at for at, call, _ in MADE if {word.arg for word in call.keywords} != {*PARTS, "code"}] == []
-
-
-def test_every_error_has_a_code_of_the_table_with_the_letter_of_its_kind() -> None:
+def test_every_error_has_a_code_of_the_table_with_the_letter_of_its_kind(made: list[Made]) -> None:
     wrong = []
-    for at, call, letter in MADE:
+    for at, call, letter in made:
         code = next((word.value for word in call.keywords if word.arg == "code"), None)
         if isinstance(code, ast.Constant):
             right = code.value in FAULTS and str(code.value).startswith(letter)
@@ -92,17 +112,17 @@ def test_every_error_has_a_code_of_the_table_with_the_letter_of_its_kind() -> No
     assert wrong == [], "a new kind of fault gets a new number in src/microtome/codes"
 
 
-def test_the_pages_are_made_of_all_of_them() -> None:
+def test_the_pages_are_made_of_all_of_them(lines: tuple[Line, ...], made: list[Made]) -> None:
     def said(code: ast.expr) -> str:
         return str(code.value) if isinstance(code, ast.Constant) else ""
 
-    codes = [said(word.value) for _, call, _ in MADE for word in call.keywords if word.arg == "code"]
-    assert Counter(line.code for line in LINES) == Counter(codes)
-    assert [line for line in LINES if line.code and LETTERS[line.kind] != line.code[0]] == []
+    codes = [said(word.value) for _, call, _ in made for word in call.keywords if word.arg == "code"]
+    assert Counter(line.code for line in lines) == Counter(codes)
+    assert [line for line in lines if line.code and LETTERS[line.kind] != line.code[0]] == []
 
 
-def test_every_code_of_the_table_is_used() -> None:
-    assert sorted(FAULTS.keys() - {line.code for line in LINES}) == []
+def test_every_code_of_the_table_is_used(lines: tuple[Line, ...]) -> None:
+    assert sorted(FAULTS.keys() - {line.code for line in lines}) == []
 
 
 def test_a_code_belongs_to_one_area() -> None:
@@ -111,8 +131,8 @@ def test_a_code_belongs_to_one_area() -> None:
 
 
 @pytest.mark.parametrize("part", PARTS)
-def test_parts_of_a_line_are_words_without_line_end_or_full_stop(part: str) -> None:
-    texts = [(line, line.parts[part]) for line in LINES]
+def test_parts_of_a_line_are_words_without_line_end_or_full_stop(part: str, lines: tuple[Line, ...]) -> None:
+    texts = [(line, line.parts[part]) for line in lines]
     assert [line for line, text in texts if not text.strip() or "\n" in text or text != text.lstrip()] == []
     # Three of them mean: and so on.
     assert [line for line, text in texts if re.search(r"[^.][.;,:]$", text)] == []
@@ -124,16 +144,16 @@ def is_imperative(text: str) -> bool:
     return words.startswith("did you mean") or bool(VERBS.match(words))
 
 
-def test_every_line_ends_with_what_to_do() -> None:
+def test_every_line_ends_with_what_to_do(lines: tuple[Line, ...]) -> None:
     # `or` stands between words of which one is taken.
-    wrong = [line for line in LINES if line.parts["do"] != BLANK and not is_imperative(line.parts["do"])]
+    wrong = [line for line in lines if line.parts["do"] != BLANK and not is_imperative(line.parts["do"])]
     assert wrong == []
-    handed = [line for line in LINES if line.parts["do"] == BLANK]
+    handed = [line for line in lines if line.parts["do"] == BLANK]
     assert len(handed) <= 8, handed
 
 
-def test_what_to_do_is_told_to_those_who_make_the_error_too() -> None:
-    words = [(source, word.value) for source, call in CALLS for word in call.keywords if word.arg == "do"]
+def test_what_to_do_is_told_to_those_who_make_the_error_too(calls: list[Call]) -> None:
+    words = [(source, word.value) for source, call in calls for word in call.keywords if word.arg == "do"]
     fixed = [(source, node) for source, node in words if isinstance(node, ast.Constant)]
     fixed += [
         (source, node.values[0]) for source, node in words if isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant)
@@ -147,9 +167,9 @@ def carries_a_value(line: Line) -> bool:
     return BLANK in line.parts["got"] or bool(re.match(r"(none|nothing|no|neither)\b|--|\d", line.parts["got"]))
 
 
-def test_nine_in_ten_lines_show_what_was_found() -> None:
-    bare = [line for line in LINES if not carries_a_value(line)]
-    assert len(bare) <= 0.1 * len(LINES), bare
+def test_nine_in_ten_lines_show_what_was_found(lines: tuple[Line, ...]) -> None:
+    bare = [line for line in lines if not carries_a_value(line)]
+    assert len(bare) <= 0.1 * len(lines), bare
 
 
 @pytest.mark.parametrize("code", sorted(FAULTS))
@@ -184,11 +204,11 @@ def test_a_number_never_comes_to_stand_for_something_else() -> None:
     assert FAULTS.keys() - ever.keys() == set(), "run `make docs`"
 
 
-def test_pages_have_a_place_for_each_code_with_its_lines_cause_and_cure() -> None:
-    pages = {path.name: text for path, text in PAGES.items()}
-    index = pages["errors.md"]
+def test_pages_have_a_place_for_each_code_with_its_lines_cause_and_cure(pages: dict[Path, str]) -> None:
+    named = {path.name: text for path, text in pages.items()}
+    index = named["errors.md"]
     for area, faults in AREAS.items():
-        text = pages[f"{errors.slug(area)}.md"]
+        text = named[f"{errors.slug(area)}.md"]
         for code, fault in faults.items():
             section = text.partition(f'<a id="mt-{code.lower()}"></a>')[2].partition("<a id=")[0]
             assert section.startswith(f"\n\n## {PREFIX}{code}: {fault.title}\n")
@@ -198,19 +218,19 @@ def test_pages_have_a_place_for_each_code_with_its_lines_cause_and_cure() -> Non
             assert f"(errors/{errors.slug(area)}.md#mt-{code.lower()}) | {fault.title} |" in index
 
 
-def test_a_long_list_of_lines_is_folded() -> None:
+def test_a_long_list_of_lines_is_folded(pages: dict[Path, str]) -> None:
     most = max(FAULTS, key=lambda code: len(forms_of(code)))
     few = next(code for code in FAULTS if len(forms_of(code)) == 1)
     assert len(lines_of(most)) > errors.MOST_FORMS + 1
-    pages = "".join(PAGES.values())
-    section = pages.partition(f"## {PREFIX}{most}: ")[2].partition("<a id=")[0]
+    text = "".join(pages.values())
+    section = text.partition(f"## {PREFIX}{most}: ")[2].partition("<a id=")[0]
     assert section.partition("<details>")[0].count("\n- ") == errors.MOST_FORMS
-    assert "<details>" not in pages.partition(f"## {PREFIX}{few}: ")[2].partition("<a id=")[0]
+    assert "<details>" not in text.partition(f"## {PREFIX}{few}: ")[2].partition("<a id=")[0]
 
 
-def test_pages_are_current() -> None:
-    assert len(PAGES) == len(AREAS) + 2
-    stale = [path.name for path, text in PAGES.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+def test_pages_are_current(pages: dict[Path, str]) -> None:
+    assert len(pages) == len(AREAS) + 2
+    stale = [path.name for path, text in pages.items() if not path.exists() or path.read_text(encoding="utf-8") != text]
     assert stale == [], "run `make docs`"
 
 

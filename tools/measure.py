@@ -10,6 +10,7 @@ import statistics
 import tokenize
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from tools.layers import REPOSITORY, SOURCE
@@ -30,6 +31,11 @@ class Source:
     name: str
     text: str
     tree: ast.Module
+
+    @cached_property
+    def nodes(self) -> tuple[ast.AST, ...]:
+        """All that the tree is made of; walking it takes longer than parsing, and every measure asks."""
+        return tuple(ast.walk(self.tree))
 
     def at(self, node: ast.stmt | ast.expr | ast.excepthandler, what: str) -> str:
         """A finding at a node."""
@@ -52,7 +58,7 @@ def sources(root: Path = SOURCE) -> list[Source]:
 
 def functions(source: Source) -> Iterator[Function]:
     """Every function of a file: methods and nested functions too."""
-    return (node for node in ast.walk(source.tree) if isinstance(node, Function))
+    return (node for node in source.nodes if isinstance(node, Function))
 
 
 def body_lines(function: Function) -> int:
@@ -126,7 +132,7 @@ def raises(source: Source) -> tuple[int, list[str]]:
 
     Passing on a caught error, an error made by a helper, and ways out of a command (`Exit`) do not count.
     """
-    made = [node for node in ast.walk(source.tree) if isinstance(node, ast.Raise) and _makes_error(node.exc)]
+    made = [node for node in source.nodes if isinstance(node, ast.Raise) and _makes_error(node.exc)]
     return len(made), [source.at(node, ast.unparse(node)) for node in made if not _carries_value(node.exc)]
 
 
@@ -146,7 +152,7 @@ def _carries_value(exc: ast.expr | None) -> bool:
 
 def unexplained_broad_excepts(source: Source) -> list[str]:
     """`except:`, `except Exception` and `except BaseException` without a reason of two words in their line."""
-    handlers = [node for node in ast.walk(source.tree) if isinstance(node, ast.ExceptHandler)]
+    handlers = [node for node in source.nodes if isinstance(node, ast.ExceptHandler)]
     broad = [node for node in handlers if node.type is None or {"Exception", "BaseException"} & _names(node.type)]
     return [source.at(node, source.line(node.lineno).strip()) for node in broad if not _has_reason(source.line(node.lineno))]
 
@@ -164,7 +170,7 @@ def _has_reason(line: str) -> bool:
 
 def mutable_globals(source: Source) -> list[str]:
     """Module-level names bound to lists, dicts and sets, and every `global` statement."""
-    found = [source.at(node, f"global {', '.join(node.names)}") for node in ast.walk(source.tree) if isinstance(node, ast.Global)]
+    found = [source.at(node, f"global {', '.join(node.names)}") for node in source.nodes if isinstance(node, ast.Global)]
     for node in source.tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         names = [target.id for target in targets if isinstance(target, ast.Name) and not target.id.startswith("__")]
@@ -193,14 +199,13 @@ def unsafe(source: Source) -> list[str]:
 
 def imported(source: Source) -> list[str]:
     """The modules that a file imports, wherever in it."""
-    nodes = list(ast.walk(source.tree))
-    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    return plain + [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module]
+    plain = [alias.name for node in source.nodes if isinstance(node, ast.Import) for alias in node.names]
+    return plain + [node.module for node in source.nodes if isinstance(node, ast.ImportFrom) and node.module]
 
 
 def _calls(source: Source) -> Iterator[ast.Call]:
     """Every call of a file."""
-    return (node for node in ast.walk(source.tree) if isinstance(node, ast.Call))
+    return (node for node in source.nodes if isinstance(node, ast.Call))
 
 
 def _is_unsafe(call: ast.Call) -> bool:
@@ -226,8 +231,8 @@ def code_lines(source: Source) -> int:
 def _docstring_lines(source: Source) -> set[int]:
     """Lines that belong to docstrings."""
     lines: set[int] = set()
-    for node in ast.walk(source.tree):
-        if isinstance(node, Definition | ast.Module) and ast.get_docstring(node) is not None:
+    for node in source.nodes:
+        if isinstance(node, Definition | ast.Module) and ast.get_docstring(node, clean=False) is not None:
             lines.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
     return lines
 
