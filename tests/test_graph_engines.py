@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 import microtome
 from microtome.bundle import Bundle, Samples, load_bundle
-from microtome.errors import ConfigError, RunError
+from microtome.errors import ConfigError, DataError, RunError
 from microtome.inference import openvino_engine
 from microtome.inference.engines import ENGINES, NAMES, Engines
 from microtome.inference.export import write_graph
@@ -272,6 +273,22 @@ def test_a_missing_graph_is_written_when_its_engine_is_named(tmp_path: Path) -> 
     choice = Engines(plain, engine="openvino", device="cpu").named()
     assert find_graph(plain, "onnx") is not None
     assert choice.reason.startswith("openvino: as asked; labels as torch ")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino", "auto"])
+def test_weights_that_were_changed_are_noticed_by_engines_that_do_not_read_them(tmp_path: Path, engine: str) -> None:
+    pytest.importorskip("onnxruntime" if engine == "auto" else engine)
+    write_graph(saved_model(tmp_path))
+    file = tmp_path / "model" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    with safe_open(file, framework="np") as whole:
+        weight = next(name for name in whole.keys() if not name.startswith("sample:"))  # noqa: SIM118 - no mapping
+        at = content.index(whole.get_tensor(weight).tobytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+    engines = Engines(load_bundle(tmp_path), engine=engine, device="cpu")
+    with pytest.raises(DataError, match=r"model\.safetensors: expected content with hash \w+, got \w+; copy it again"):
+        engines.best(Job(tile_vox=(16, 16), tiles=1)) if engine == "auto" else engines.named()
 
 
 def test_a_graph_of_another_network_is_found_out_by_the_golden_output(bundle: Bundle, tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 import torch
 
-from microtome.bundle import Bundle, Samples, load_bundle, save_bundle
+from microtome.bundle import CHANGED, OF_ANOTHER, Bundle, Samples, load_bundle, save_bundle
 from microtome.config import NetworkConfig, Plan
 from microtome.data.legend import Legend
 from microtome.errors import ConfigError, DataError, RunError
 from microtome.inference import export, graphs
 from microtome.inference.export import run_graph, write_graph
-from microtome.inference.graphs import cache_folder, file_hash, find_graph, graph_folder, graph_mark, record_graph
+from microtome.inference.graphs import cache_folder, faults_of_graphs, file_hash, find_graph, graph_folder, graph_mark, record_graph
 from microtome.inference.restore import arrays_of, restore
 from microtome.models.registry import build
 from microtome.training.golden import answer
@@ -105,12 +105,15 @@ def test_a_damaged_graph_is_not_found(bundle: Bundle, change: str) -> None:
     else:
         (path if change == "no graph" else manifest).unlink()
     assert find_graph(bundle, "onnx") is None
+    assert faults_of_graphs(bundle) == ({} if change == "no graph" else {"graph.onnx": CHANGED})
 
 
 def test_a_graph_of_another_bundle_is_not_found(bundle: Bundle, tmp_path: Path) -> None:
     write_graph(bundle)
+    assert faults_of_graphs(bundle) == {"graph.onnx": ""}
     newer = save_bundle(tmp_path / "model", replace(bundle, provenance={"step": 2}))
     assert find_graph(newer, "onnx") is None
+    assert faults_of_graphs(newer) == {"graph.onnx": OF_ANOTHER}
     write_graph(newer)
     assert find_graph(newer, "onnx") is not None
     assert find_graph(bundle, "onnx") is None

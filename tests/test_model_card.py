@@ -11,6 +11,7 @@ import pytest
 from microtome.bundle import load_bundle, save_bundle
 from microtome.cli import main
 from microtome.errors import DataError
+from microtome.inference.graphs import file_hash, record_graph
 from microtome.model_card import card, card_rows, origin_rows
 from tests.golden_bundles import FOLDER
 from tests.models import saved_model
@@ -95,6 +96,25 @@ def test_a_model_json_that_somebody_edited_is_said_and_the_exit_code_is_2(
     assert "model.json    changed since it was written; nothing is read from it" in shown.out
     assert "classes       nothing (0), cell (7)" in shown.out
     assert shown.err == ""
+
+
+@pytest.mark.parametrize(("change", "code", "says"), [("bytes", 2, "changed since it was written"), ("model", 0, "of another model than")])
+def test_a_graph_that_is_not_this_models_is_said(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str, code: int, says: str
+) -> None:
+    engines = run / "model" / "engines"
+    engines.mkdir()
+    (engines / "graph.onnx").write_bytes(b"a graph")
+    bundle = load_bundle(run)
+    record_graph(engines, bundle, "onnx", [file_hash(engines / "graph.onnx")])
+    assert called(monkeypatch, "model", run) == 0
+    assert "graph.onnx" not in capsys.readouterr().out
+    if change == "bytes":
+        (engines / "graph.onnx").write_bytes(b"a Graph")
+    else:
+        save_bundle(run / "model", replace(bundle, provenance={}))
+    assert called(monkeypatch, "model", run) == code
+    assert f"graph.onnx    {says}" in capsys.readouterr().out
 
 
 def test_changed_weights_are_refused_with_the_file(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

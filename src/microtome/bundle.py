@@ -15,7 +15,7 @@ import hashlib
 import json
 import struct
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +157,16 @@ def fault_of_copy(bundle: Bundle) -> str:
     return "" if recorded == bundle.hash else OF_ANOTHER
 
 
+def check_weights(bundle: Bundle) -> None:
+    """Hold the weights of a bundle that was loaded to their hash, a tensor at a time: for whoever does not touch them.
+
+    Raises:
+        DataError: they were changed since they were written.
+    """
+    if isinstance(bundle.weights, _Group):
+        bundle.weights.check()
+
+
 def _loaded(path: Path) -> Bundle:
     """The bundle in a weights file."""
     tensors = _Tensors(path)
@@ -231,15 +241,23 @@ class _Group(Mapping[str, np.ndarray]):
     """The tensors of one group, read and held to their hash when the first of them is touched."""
 
     def __init__(self, tensors: _Tensors, group: str, recorded: str) -> None:
-        self.tensors, self.recorded = tensors, recorded
+        self.tensors, self.recorded, self.checked = tensors, recorded, False
         self.names = tuple(sorted(name for name in tensors.names if _group(name) == group))
 
     @cached_property
     def arrays(self) -> Arrays:
         """All of them."""
         arrays = self.tensors.arrays(self.names)
-        _check(self.tensors.path, _hash(arrays), self.recorded)
+        if not self.checked:
+            _check(self.tensors.path, _hash(arrays), self.recorded)
+        self.checked = True
         return arrays
+
+    def check(self) -> None:
+        """Hold them to their hash, once, and keep none."""
+        if not self.checked:
+            _check(self.tensors.path, _hash_of((name, self.tensors.arrays((name,))[name]) for name in self.names), self.recorded)
+        self.checked = True
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.arrays[name]
@@ -328,9 +346,14 @@ def _check(path: Path, found: str, recorded: object) -> None:
 
 def _hash(arrays: Arrays, document: Mapping[str, Any] | None = None) -> str:
     """A hash of a description, if there is one, and of names, types, shapes and bytes of arrays."""
+    return _hash_of(((name, arrays[name]) for name in sorted(arrays)), document)
+
+
+def _hash_of(arrays: Iterable[tuple[str, np.ndarray]], document: Mapping[str, Any] | None = None) -> str:
+    """`_hash` of arrays that come one at a time, in the order of their names."""
     digest = hashlib.blake2b(b"" if document is None else json.dumps(document, sort_keys=True).encode(), digest_size=16)
-    for name in sorted(arrays):
-        array = np.asarray(arrays[name], order="C")
+    for name, each in arrays:
+        array = np.asarray(each, order="C")
         # Types in torch's words, by which schema 1 was written.
         digest.update(f"{name} torch.{array.dtype} {array.shape};".encode())
         digest.update(array.reshape(-1).view(np.uint8).data)

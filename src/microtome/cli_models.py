@@ -18,17 +18,19 @@ def model(run: Run, as_json: AsJson = False) -> None:
 
     from microtome.bundle import CHANGED, load_bundle
     from microtome.errors import DataWarning
+    from microtome.inference.graphs import faults_of_graphs
     from microtome.model_card import card, card_rows
     from microtome.terminal import print_card, print_json
 
     # What the warning says is a row of the card.
     warnings.simplefilter("ignore", DataWarning)
-    found = card(load_bundle(run))
+    bundle = load_bundle(run)
+    found = card(bundle) | {"graphs": faults_of_graphs(bundle)}
     if as_json:
         print_json(found)
     else:
         print_card(found["folder"], card_rows(found))
-    if found["copy_for_people"] == CHANGED:
+    if CHANGED in (found["copy_for_people"], *found["graphs"].values()):
         raise typer.Exit(2)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
-from microtome.bundle import Bundle
+from microtome.bundle import Bundle, check_weights
 from microtome.errors import ConfigError, unknown_choice
 from microtome.inference.graphs import Kind as GraphKind
 from microtome.inference.graphs import cache_folder, damaged_graph, find_graph, graph_mark, version_of
@@ -86,6 +86,7 @@ class Engines:
 
         Raises:
             ConfigError: it cannot be used here, or disagrees with the oracle.
+            DataError: the bundle's weights were changed since they were written.
             RunError: its library cannot run the graph.
         """
         return self._search().named("the only one that can do this here" if self.engine == "auto" else "as asked")
@@ -95,6 +96,7 @@ class Engines:
 
         Raises:
             ConfigError: none can be used.
+            DataError: the bundle's weights were changed since they were written.
         """
         choice = self._search().best(job)
         # Looked for only where no graph was found, or all its bytes would be hashed again.
@@ -105,6 +107,9 @@ class Engines:
 
     def _search(self) -> Search:
         """A search among the candidates, with what is remembered of them."""
+        if any(map(_is_graph, (candidate.name for candidate in self.candidates))):
+            # A graph is a copy of the weights: its engine reads none, and that somebody changed them would go unnoticed.
+            check_weights(self.bundle)
         path = cache_folder() / "measured" / f"{self.bundle.hash}.json" if self.bundle.hash and self.samples is not None else None
         return Search(self.candidates, self.samples, Measurements.read(path, self._machine()))
 

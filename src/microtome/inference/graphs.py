@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from microtome.bundle import Bundle
+from microtome.bundle import CHANGED, OF_ANOTHER, Bundle
 from microtome.errors import ConfigError, RunError
 from microtome.files import write_json
 
@@ -43,6 +43,14 @@ def find_graph(bundle: Bundle, kind: Kind) -> Path | None:
 def damaged_graph(bundle: Bundle, kind: Kind) -> Path | None:
     """The file in a graph's place where `find_graph` finds none: not whole, or of another model; None if nothing is there."""
     return next((path for folder in _folders(bundle) if (path := folder / FILES[kind][0]).exists()), None)
+
+
+def faults_of_graphs(bundle: Bundle) -> dict[str, str]:
+    """The graphs beside a model that is there on disk, by the file that an engine is given: CHANGED, OF_ANOTHER, or "" for a whole one."""
+    if bundle.folder is None or not bundle.hash:
+        return {}
+    beside = _folders(bundle)[0]
+    return {FILES[kind][0]: _fault(beside, bundle, kind) for kind in FILES if (beside / FILES[kind][0]).exists()}
 
 
 def graph_folder(bundle: Bundle) -> Path:
@@ -132,10 +140,16 @@ def _is_writable(folder: Path) -> bool:
 
 def _is_whole(folder: Path, bundle: Bundle, kind: Kind) -> bool:
     """Whether a graph lies in the folder with the bytes that it was written with, and was made from this bundle."""
+    return not _fault(folder, bundle, kind)
+
+
+def _fault(folder: Path, bundle: Bundle, kind: Kind) -> str:
+    """What is wrong with a graph in the folder: CHANGED, where it is not there too, or OF_ANOTHER; "" if nothing."""
     try:
         manifest = json.loads((folder / MANIFEST[kind]).read_text(encoding="utf-8"))
-        if manifest["kind"] != kind or manifest["bundle"] != bundle.hash:
-            return False
-        return all(file_hash(folder / name) == manifest["files"][name] for name in FILES[kind])
+        if manifest["kind"] == kind and manifest["bundle"] != bundle.hash:
+            return OF_ANOTHER
+        whole = manifest["kind"] == kind and all(file_hash(folder / name) == manifest["files"][name] for name in FILES[kind])
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
+        return CHANGED
+    return "" if whole else CHANGED
