@@ -24,6 +24,7 @@ from microtome.errors import ConfigError, RunError
 from microtome.files import write_json
 
 Kind = Literal["onnx", "int8"]
+KINDS: tuple[Kind, ...] = ("onnx", "int8")
 
 # The file that an engine is given stands first.
 FILES: Mapping[str, tuple[str, ...]] = MappingProxyType({"onnx": ("graph.onnx",), "int8": ("graph-int8.xml", "graph-int8.bin")})
@@ -50,7 +51,7 @@ def faults_of_graphs(bundle: Bundle) -> dict[str, str]:
     if bundle.folder is None or not bundle.hash:
         return {}
     beside = _folders(bundle)[0]
-    return {FILES[kind][0]: _fault(beside, bundle, kind) for kind in FILES if (beside / FILES[kind][0]).exists()}
+    return {FILES[kind][0]: _fault(beside, bundle, kind) for kind in KINDS if (beside / FILES[kind][0]).exists()}
 
 
 def graph_folder(bundle: Bundle) -> Path:
