@@ -15,10 +15,12 @@ import yaml
 
 from microtome import cli
 from microtome.config import dump_yaml
+from microtome.data.listing import read_listing
 from microtome.data.synthetic import DemoConfig, DemoData, cells, write_demo_data
 from microtome.demo import run_demo
 from microtome.options import changed_plan
 from microtome.terminal import Terminal
+from tests.folders import png
 from tests.small import TINY_2D, TINY_3D, small_plan
 
 SMALL = DemoConfig(volume_vox=(16, 32, 32), picture_vox=(64, 64), pictures=6)
@@ -130,6 +132,8 @@ def test_train_refuses_a_folder_that_holds_a_run(
 ) -> None:
     assert run(monkeypatch, "train", demo_data.cells, "--out", trained, "--steps", 1) == 2
     assert "--resume" in capsys.readouterr().err
+    assert run(monkeypatch, "train", demo_data.cells, "--out", trained / "plan.yaml", "--steps", 1) == 2
+    assert "plan.yaml: expected a new or empty folder, got a file; give another --out [" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -220,7 +224,7 @@ def test_what_was_typed_is_the_reason_of_what_it_changed() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("train", "nowhere", "--out", "run", "--fold", "6/5"), "got '6/5'; try 1/5"),
+        (("plan", "nowhere", "--fold", "6/5"), "got '6/5'; try 1/5"),
         (("inspect", "nowhere", "--fold", "5"), "got '5'; try 1/5"),
         (("predict", "nowhere", "nothing.png", "--out", "out", "--cluster", "local:0"), "got `local:0`; give local:2"),
         (("predict", "nowhere", "nothing.png", "--out", "out", "--cluster", "foo"), "got `foo`; give local:2, tcp://host:8786"),
@@ -248,7 +252,8 @@ def test_a_wrong_name_is_refused_before_the_data_are_looked_at(
 ) -> None:
     words: dict[str, tuple[object, ...]] = {
         "plan": ("nowhere",),
-        "train": ("nowhere", "--out", tmp_path / "run"),
+        # Whether anything is there is asked for before all that takes seconds to import.
+        "train": (tmp_path, "--out", tmp_path / "run"),
         "densify": ("nowhere.tif", "nothing.tif", "--out", tmp_path / "new.tif"),
     }
     assert run(monkeypatch, command, *words[command], option, name) == 2
@@ -266,6 +271,47 @@ def test_resume_goes_on_where_a_longer_plan_says(
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines() if '"step",' in line]
     assert steps == list(range(1, 9))
     assert yaml.safe_load((tmp_path / "run" / "plan.yaml").read_text())["steps"] == 8
+
+
+def test_fewer_steps_than_were_made_are_refused_and_the_run_is_as_it_was(
+    trained: Path, demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(trained, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert run(monkeypatch, "train", demo_data.cells, "--out", tmp_path / "run", "--resume", "--steps", 4) == 2
+    assert "steps: expected no fewer steps than were made, got 4, of which 6 are made" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_plan_that_may_have_been_edited_is_not_overwritten(
+    demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "plan.yaml").write_text("steps: 7 # mine")
+    assert run(monkeypatch, "plan", demo_data.cells, "--out", tmp_path / "plan.yaml") == 2
+    assert "plan.yaml: expected the name of a new file, got one that is there" in capsys.readouterr().err
+    assert (tmp_path / "plan.yaml").read_text() == "steps: 7 # mine"
+
+
+def test_labels_of_one_class_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        png(tmp_path / "data" / "images" / f"{name}.png", np.eye(8))
+        png(tmp_path / "data" / "masks" / f"{name}.png", 0)
+    for words in (("plan", tmp_path / "data"), ("train", tmp_path / "data", "--out", tmp_path / "run", "--steps", 1)):
+        assert run(monkeypatch, *words) == 2
+        assert "expected labels of two classes at least, got background (0) alone; " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_image_given_twice_is_predicted_once(
+    trained: Path, demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = sorted(demo_data.cells_unseen.iterdir())
+    assert run(monkeypatch, "predict", trained, demo_data.cells_unseen, images[0], "--out", tmp_path / "out") == 0
+    listed = read_listing(tmp_path / "out")
+    assert listed is not None
+    assert len(listed.entries) == len(images)
 
 
 def test_plan_is_printed_with_reasons_and_can_be_edited_and_given_back(
@@ -404,8 +450,9 @@ def test_the_demo_goes_all_the_way_and_says_where_the_reports_are(tmp_path: Path
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(130)])
 def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stop: BaseException) -> None:
+    monkeypatch.setattr(sys, "argv", ["microtome", "train", "cells"])
     monkeypatch.setattr(cli, "app", lambda: (_ for _ in ()).throw(stop))
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 130
-    assert "give the same command again, for a training that has begun with --resume" in capsys.readouterr().err
+    assert capsys.readouterr().err == "microtome: stopped; give the same command again, with --resume if its folder has begun\n"

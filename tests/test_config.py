@@ -17,10 +17,10 @@ from microtome.config import (
     OptimiserConfig,
     Plan,
     dump_yaml,
-    load_yaml,
     parse_config,
 )
 from microtome.errors import ConfigError
+from microtome.yaml_files import load_yaml
 
 SMALL: dict[str, Any] = {
     "dims": 2,
@@ -126,6 +126,22 @@ def test_a_wrong_value_is_shown_with_its_field(change: dict[Any, Any], field: st
     else:
         assert f"expected {field}: " in line
         assert line.endswith(f", got {shown}; change `{field}`")
+        assert "should" not in line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": "many"}, "steps: a whole number, got"),
+        ({"steps": 0}, "steps: greater than 0, got"),
+        ({"overlap": "x"}, "overlap: a number, got"),
+        ({"precision": "fp16"}, "precision: 'fp32' or 'bf16', got"),
+        ({"classes": ["one"]}, "classes: at least 2 items"),
+        ({"checkpointing": "perhaps"}, "checkpointing: true or false, got"),
+    ],
+)
+def test_what_a_value_should_be_is_said_in_a_few_words(change: dict[Any, Any], words: str) -> None:
+    assert f"plan.yaml: expected {words}" in refusal({**SMALL, **change})
 
 
 @pytest.mark.parametrize(
@@ -181,6 +197,12 @@ def test_a_huge_value_is_cut_short_in_the_line() -> None:
 )
 def test_what_is_not_plain_yaml_is_refused_in_one_line(tmp_path: Path, content: str | bytes) -> None:
     assert "expected valid YAML, got " in yaml_refusal(tmp_path / "plan.yaml", content)
+
+
+def test_the_place_of_a_fault_in_yaml_is_told_without_the_librarys_name_for_the_file(tmp_path: Path) -> None:
+    line = yaml_refusal(tmp_path / "plan.yaml", "steps: [1, 2\nbatch: 3\n")
+    assert "unicode string" not in line
+    assert "at line 2, column 6" in line
 
 
 @pytest.mark.parametrize("empty", ["", "# only a comment\n"])

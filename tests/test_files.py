@@ -230,6 +230,22 @@ def test_a_quota_is_a_full_disk_and_a_broken_one_is_not(target: Path) -> None:
         assert caught.value.code == code
 
 
+@pytest.mark.parametrize(
+    ("number", "do"),
+    [
+        (errno.EACCES, "get the right to write there, or choose another --out"),
+        (errno.EROFS, "get the right to write there, or choose another --out"),
+        (errno.ENOTDIR, "choose another --out: a file is where a folder has to be"),
+        (errno.ENAMETOOLONG, "choose a shorter --out"),
+        (errno.EIO, "check the disk, or choose another --out"),
+    ],
+)
+def test_what_to_do_is_what_the_systems_error_means(target: Path, number: int, do: str) -> None:
+    with pytest.raises(RunError) as caught, atomic_path(target):
+        raise OSError(number, os.strerror(number))
+    assert caught.value.do == do
+
+
 def test_a_scratch_folder_goes_with_its_content_and_is_a_leftover_where_a_kill_came(tmp_path: Path) -> None:
     with scratch_folder(tmp_path / "cache") as folder:
         (folder / "a.txt").write_text("a")

@@ -219,7 +219,7 @@ def test_a_model_without_samples_is_for_torch_in_float32_unless_asked(tmp_path: 
         Engines(old, engine="openvino", device="cpu")
     engines = Engines(old, device="cpu")
     assert [candidate.name for candidate in engines.candidates] == ["torch"]
-    assert engines.named().reason == "torch: the only one that can do this here"
+    assert engines.named().reason == "torch: the only one to use, as the model has no golden input to hold others to"
     assert Engines(old, engine="torch-bf16", device="cpu").named().reason == "torch-bf16: as asked"
 
 

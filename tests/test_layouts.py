@@ -64,6 +64,15 @@ def test_words_of_a_name_give_its_role_and_the_rest_its_key(name: str, role: str
     assert (role_of(name), key_of(name)) == (role, key)
 
 
+def test_accents_stored_as_one_letter_or_as_two_are_the_same_name() -> None:
+    # macOS writes the second form: e and a combining accent.
+    one, two = "z\u00e9bra", "ze\u0301bra"
+    assert one != two
+    assert key_of(one) == key_of(two) == one
+    root = Path("/data")
+    assert unique_names(root, [root / f"a/{one}.png", root / f"b/{two}.png"]) == [f"a/{one}", f"b/{two}"]
+
+
 def test_natural_order_counts_as_people_do() -> None:
     assert sorted(["c_10", "c_9", "c_09", "b_11"], key=natural) == ["b_11", "c_09", "c_9", "c_10"]
 

@@ -86,10 +86,10 @@ def test_void_is_a_class_where_it_is_said() -> None:
     assert legend_of(0, 1, 2, 255, declared=Declared(ignored=())).names == ("background", "label 1", "label 2", "label 255")
 
 
-def test_masks_of_0_and_255_among_masks_of_0_and_1_are_a_warning_that_says_what_to_state() -> None:
+def test_masks_of_0_and_255_among_masks_of_0_and_1_are_an_error_that_says_what_to_state() -> None:
     scans = [scan_of({0: 60, 1: 40}, name="a"), scan_of({0: 60, 255: 40}, name="b"), scan_of({0: 100}, name="c")]
     [found] = void_doubts(scans, make_legend(scans, LegendRules()), Declared())
-    assert (found.severity, found.files) == ("warning", (Path("b.png"),))
+    assert (found.severity, found.files) == ("error", (Path("b.png"),))
     assert found.message.startswith("b.png: masks of 0 and 255 among masks of other values; 255 is taken as not annotated")
     assert "`classes: {background: 0, foreground: [1, 255]}`" in found.message
     declared = named(background=0, foreground=(1, 255))

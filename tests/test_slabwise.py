@@ -278,7 +278,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 KILLED = (
     "import os, sys; from pathlib import Path\n"
-    "from microtome.config import Plan, load_yaml; from microtome.data.dataset import open_dataset\n"
+    "from microtome.config import Plan; from microtome.yaml_files import load_yaml; from microtome.data.dataset import open_dataset\n"
     "from microtome.training import slabwise, store\n"
     "data, out, kind, left = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])\n"
     "slabwise.SLAB_VALUES = 4000; store._choose_kind = lambda *_: kind\n"

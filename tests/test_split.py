@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from microtome.data.case import Case, Plane, Planes
 from microtome.data.dataset import Dataset, DatasetConfig, open_dataset
 from microtome.data.legend import Legend
-from microtome.data.split import Split, leaks, split_dataset
+from microtome.data.split import Split, cut_case, leaks, split_dataset
 from microtome.errors import ConfigError, DataError, DataWarning
 
 
@@ -183,6 +183,10 @@ def test_rows_of_a_single_picture_are_cut_the_same_way(tmp_path: Path) -> None:
     split = split_dataset(dataset, "1/4")
     assert sections(split) == ([(0, 15)], [(15, 20)])
     assert dataset.read_label(split.validation[0]).shape == (5, 20)
+    [note] = cut_case(split)
+    assert note.severity == "note"
+    assert "one labelled image for both parts: sections (of a picture: rows) 15 to 19 validate, the others train" in note.message
+    assert cut_case(split_dataset(dataset, "all")) == []
 
 
 def test_sparse_stack_is_cut_half_way_between_annotated_sections(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_second_ctrl_c_or_sigterm_leaves_at_once_and_resume_gives_the_unbroken
         assert process.stderr is not None
         said = process.stderr.read()
     assert process.returncode == code
-    assert said.endswith("microtome: stopped; give the same command again, for a training that has begun with --resume\n")
+    assert said.endswith("microtome: stopped; give the same command again, with --resume if its folder has begun\n")
     assert "Traceback" not in said
     assert_same_weights(resumed(cells, plan_file, run), unbroken)
 
@@ -223,16 +223,21 @@ def test_who_is_asked_twice_while_deep_in_a_library_is_gone_in_seconds(number: i
         assert "left at once; what was saved is good" in process.stderr.read()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGHUP, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "command"),
+    [(signal.SIGTERM, 75, "train"), (signal.SIGHUP, 75, "compare"), (signal.SIGUSR1, 75, "predict"), (signal.SIGINT, 130, "predict")],
+)
 def test_a_request_beside_any_training_is_one_line_and_a_code(
-    number: int, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    number: int, code: int, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(sys, "argv", ["microtome", command, "cells"])
     before = [signal.getsignal(asking) for asking in ASKING]
     monkeypatch.setattr(cli, "app", lambda: signal.raise_signal(number))
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == code
-    assert capsys.readouterr().err == ("microtome: stopped; give the same command again, for a training that has begun with --resume\n")
+    resumed = ", with --resume if its folder has begun" if command != "predict" else ""
+    assert capsys.readouterr().err == f"microtome: stopped; give the same command again{resumed}\n"
     assert [signal.getsignal(asking) for asking in ASKING] == before
 
 

@@ -359,7 +359,7 @@ def test_a_killed_preparation_taken_up_again_gives_the_same_bytes(
     (tmp_path / "plan.yaml").write_text(dump_yaml(plan))
     program = (
         "import os, sys; from pathlib import Path; import numpy as np\n"
-        "from microtome.config import Plan, load_yaml; from microtome.data.dataset import open_dataset\n"
+        "from microtome.config import Plan; from microtome.yaml_files import load_yaml; from microtome.data.dataset import open_dataset\n"
         "from microtome.training import arrays, store\n"
         "data, out, kind, left = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])\n"
         "os.cpu_count = lambda: 1; store._choose_kind = lambda *_: kind\n"

@@ -23,6 +23,7 @@ LAYERS = (
     "files",
     "lock",
     "json_files",
+    "yaml_files",
     "cgroups",
     "machine",
     "endings",

@@ -28,6 +28,7 @@ from microtome.options import (
     changed_plan,
     check_names,
     check_target,
+    check_there,
     checked_fold,
     checked_holdout,
     one_line,
@@ -117,7 +118,7 @@ def plan(
     from microtome.terminal import Terminal, print_json, print_plan
     from microtome.training.rehearsal import make_plan
 
-    check_target(out, ".yaml", ".yml")
+    check_target(out, ".yaml", ".yml", new=True)
     checked_fold(fold)
     check_names(network, recipe)
     words: dict[str, Any] = {
@@ -167,6 +168,7 @@ def train(
     import time
 
     started = time.perf_counter()
+    check_there(data)
     from microtome.interop.checkpoints import in_our_names, read_weights
     from microtome.terminal import Terminal
     from microtome.training.folder import check_folder, read_plan
@@ -344,7 +346,11 @@ def main() -> None:
         with leaving():
             app()
     except BaseException as error:  # Ctrl-C and exits too; what means nothing to a person is raised again
-        end = None if debug and isinstance(error, Exception) else ending(error)
+        end = (
+            None
+            if debug and isinstance(error, Exception)
+            else ending(error, next((word for word in sys.argv[1:] if not word.startswith("-")), ""))
+        )
         if end is None:
             raise
         sys.stderr.write(f"microtome: {end.line}\n")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from microtome.config import Plan, load_yaml, parse_config
+from microtome.config import Plan, parse_config
 from microtome.data.dataset import Dataset, open_dataset
 from microtome.data.split import Split, split_dataset
 from microtome.errors import ConfigError, MicrotomeError
@@ -31,6 +31,7 @@ from microtome.models.trace import trace
 from microtome.training.clock import ASKING, handled_by, leave
 from microtome.training.folder import environment
 from microtome.training.rehearsal import only_pictures
+from microtome.yaml_files import load_yaml
 
 # What a training says of itself goes to the terminal, as ever.
 TRAINING = "from microtome.cli import main; from microtome.compare import tell; tell(main)"

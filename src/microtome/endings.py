@@ -6,6 +6,8 @@ from microtome.errors import LeftAtOnceError, MicrotomeError, RunError, StoppedE
 from microtome.machine import is_short_of_memory
 
 _INTERRUPTED = 130
+# The commands that go on with --resume.
+RESUMED = ("train", "compare")
 
 
 class End(NamedTuple):
@@ -15,18 +17,18 @@ class End(NamedTuple):
     exit_code: int
 
 
-def ending(error: BaseException) -> End | None:
-    """The end that an error means; None: of an ordinary one, which says nothing."""
+def ending(error: BaseException, command: str = "") -> End | None:
+    """The end that an error of a command means; None: of an ordinary one, which says nothing."""
     if isinstance(error, MicrotomeError):
         return End(error.line, error.exit_code)
     if not isinstance(error, Exception):
-        return _stopped(error)
+        return _stopped(error, command)
     if is_short_of_memory(error):
         return End(_memory_ended(error).line, 1)
     return End(_unforeseen(error), 1)
 
 
-def _stopped(error: BaseException) -> End | None:
+def _stopped(error: BaseException, command: str) -> End | None:
     """The end of a program that was asked to stop: by Ctrl-C 130, by whatever else 75, for which a job script starts it again.
 
     Typer makes an exit of Ctrl-C, in silence; `leaving` one of other requests, from 128 on, where no training answered them. Who asked
@@ -35,7 +37,7 @@ def _stopped(error: BaseException) -> End | None:
     code = getattr(error, "code", _INTERRUPTED)
     if not isinstance(code, int) or code < 128:
         return None
-    line = "stopped; give the same command again, for a training that has begun with --resume"
+    line = "stopped; give the same command again" + (", with --resume if its folder has begun" if command in RESUMED else "")
     return End(line, code if code == _INTERRUPTED or isinstance(error, LeftAtOnceError) else StoppedError.exit_code)
 
 

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from microtome.errors import DataError, RunError
@@ -17,6 +18,14 @@ from microtome.errors import DataError, RunError
 _PART = re.compile(r"\.part-([0-9a-f]{1,8})-[0-9a-f]{8}-")
 # What a system says where nothing more can be written: the disk is full, or what one account may have of it.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_RIGHTS, _IN_THE_WAY = "get the right to write there, or choose another --out", "choose another --out: a file is where a folder has to be"
+_CURES = MappingProxyType(
+    {
+        **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS),
+        **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), _IN_THE_WAY),
+        errno.ENAMETOOLONG: "choose a shorter --out",
+    }
+)
 
 
 @contextmanager
@@ -149,7 +158,7 @@ def not_written(
     path: Path,
     error: OSError | ValueError,
     expected: str,
-    do: str = "free space or choose another --out",
+    do: str = "",
     *,
     size: int = 0,
     written: int = 0,
@@ -160,15 +169,20 @@ def not_written(
         path: that was to be written.
         error: what the system, or a library, said.
         expected: in words for people, where it is not that the disk is full.
-        do: what a person can do, where it is not that.
+        do: what a person can do, where it is not that; as the system's error means if it is not given.
         size: bytes that the file was to have; 0 where that is not known.
         written: how many of them were.
     """
     said = " ".join(str(getattr(error, "strerror", None) or error).split())[-300:]
     if getattr(error, "errno", None) not in _FULL and not any(os.strerror(number) in said for number in _FULL):
-        return RunError(path, expected=expected, got=said, do=do, code="R001")
+        return RunError(path, expected=expected, got=said, do=do or cure(error), code="R001")
     room = f"room for {size} bytes" if size else "room for what is still to be written"
     return _full(path, room, f"{said} after {written} bytes, with {_free(path)} bytes free")
+
+
+def cure(error: OSError | ValueError) -> str:
+    """What a person can do where a file or folder could not be written, and the disk is not full."""
+    return _CURES.get(getattr(error, "errno", None) or 0, "check the disk, or choose another --out")
 
 
 def remove_folder(path: Path) -> None:

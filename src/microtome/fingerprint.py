@@ -74,12 +74,16 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
     """Measure the labelled `cases`: headers of all, pixels of a dozen spread over them.
 
     Raises:
-        DataError: no cases, or 2D and 3D images, different numbers of channels, or files with and without a voxel size in one dataset.
+        DataError: no cases, labels of one class alone, 2D beside 3D images, different numbers of channels, or files with a voxel size
+            beside files without.
     """
     if not cases:
         raise DataError(
             dataset.root, expected="labelled cases to train on", got="none", do="run `microtome inspect` on the folder", code="D032"
         )
+    if len(dataset.legend.names) < 2:
+        got, do = f"{dataset.legend.words} alone", "annotate what is to be found; `microtome inspect` shows what each label holds"
+        raise DataError(dataset.root, expected="labels of two classes at least", got=got, do=do, code="D067")
     chosen = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, CASES_READ).round().astype(int))]
     samples = [_Sample(dataset, case) for case in chosen]
     first = samples[0]

@@ -43,12 +43,14 @@ def card(bundle: Bundle) -> dict[str, Any]:
 
 def card_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
     """A card in words, a row a fact; what the model does not say is left out."""
-    spacing = " × ".join(f"{each:g}" for each in found["spacing_mm"])
+    # Of images whose files say none it is 1 in the plan, and no millimetre.
+    known = found["provenance"].get("spacing_known") is not False
+    spacing = f" of {' × '.join(f'{each:g}' for each in found['spacing_mm'])} mm" if known else ""
     channels = "1 channel" if found["channels"] == 1 else f"{found['channels']} channels"
     rows = [
         ("network", f"{found['dims']}D {found['network']}, {channels}, {found['numbers']:,} numbers in {found['tensors']} tensors"),
         ("classes", listed((f"{name} ({', '.join(map(str, values))})" for name, values in found["classes"].items()), "classes")),
-        ("patch", f"{format_shape(found['patch_vox'])} voxels of {spacing} mm"),
+        ("patch", f"{format_shape(found['patch_vox'])} voxels{spacing}"),
         *_origin(found["provenance"]),
         ("hash", f"{found['hash']}: {found['bytes']:,} bytes of weights, and the rest, are as they were written"),
         ("model.json", found["copy_for_people"] and f"{found['copy_for_people']}; nothing is read from it"),

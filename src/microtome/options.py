@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from microtome.errors import ConfigError, in_one_line, unknown_choice
+from microtome.errors import ConfigError, DataError, in_one_line, unknown_choice
 
 if TYPE_CHECKING:
     from microtome.config import Plan
@@ -72,13 +72,24 @@ def checked_fold(fold: str | None) -> str | None:
     return fold
 
 
-def check_target(path: Path | None, *suffixes: str) -> None:
-    """Refuse a file to write that is not named as what it will be: it may be somebody's image."""
+def check_target(path: Path | None, *suffixes: str, new: bool = False) -> None:
+    """Refuse a file to write that is not named as what it will be: it may be somebody's image; or one that is there and has to be `new`."""
     if path is not None and (path.suffix.lower() not in suffixes or path.is_dir()):
         got = "a folder" if path.is_dir() else f"`{path.name}`"
         raise ConfigError(
             path, expected=f"the name of a file ending in {' or '.join(suffixes)}", got=got, do="give another name", code="C004"
         )
+
+    if path is not None and new and path.exists():
+        got, do = "one that is there, and may have been edited", "give another name, or remove it"
+        raise ConfigError(path, expected="the name of a new file", got=got, do=do, code="C005")
+
+
+def check_there(data: Path) -> None:
+    """Refuse a folder that is not there before anything is imported that takes seconds; `open_data` says the rest."""
+    if not data.exists():
+        do = "give the folder that holds both"
+        raise DataError(data, expected="a folder of images and labels", got="nothing there", do=do, code="D001")
 
 
 def refuse_beside(word: str, others: Mapping[str, object], do: str = "change the plan instead, or start a new run") -> None:

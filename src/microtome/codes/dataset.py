@@ -28,6 +28,13 @@ FAULTS = MappingProxyType(
             "Check the values in the label files with any viewer, and correct `not_annotated`. Annotate at least a part of a case, background "
             "included.",
         ),
+        "D067": Fault(
+            "One class alone",
+            "All annotated voxels of all labels have one value, so that there is nothing to tell apart. Often the masks were exported empty, or "
+            "the value of the foreground is taken as not annotated.",
+            "Look at the label files with any viewer. `microtome inspect DATA` shows the classes of each; where 255 is a class, state it in "
+            "microtome.yaml as `classes: {background: 0, foreground: 255}`.",
+        ),
         "D034": Fault(
             "Image and label differ in shape",
             "The label has other sizes than its image: it was drawn on a scaled copy, cropped, rotated, or belongs to another image. "

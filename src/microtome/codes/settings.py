@@ -94,6 +94,12 @@ FAULTS = MappingProxyType(
             "An option or argument takes numbers of a certain range or form, and this one is outside, such as a negative size.",
             "Give one as the line says. `microtome COMMAND --help` shows the forms.",
         ),
+        "C045": Fault(
+            "Fewer steps than were made",
+            "A run is resumed with --steps, or with an edited plan.yaml, that asks for fewer steps than it has already made. Steps cannot be "
+            "taken back; the run is unchanged.",
+            "Leave --steps out to finish the run as it was planned, or train anew into another --out.",
+        ),
         "C024": Fault(
             "The device cannot be used",
             "--device takes auto, cpu, cuda or cuda:N. Here torch finds no GPU, or fewer than N + 1: none is there, the driver is too old, or "

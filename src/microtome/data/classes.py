@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -133,10 +134,11 @@ def doubts(scans: Sequence[LabelScan], rules: LegendRules) -> list[Finding]:
 
 
 def void_doubts(scans: Sequence[LabelScan], legend: Legend, declared: Declared) -> list[Finding]:
-    """A warning where 255 is taken as not annotated by custom and may well be the foreground; it says what settles that.
+    """What to look at where 255 is taken as not annotated by custom and may well be the foreground, with what settles that.
 
-    Either every file that has it has nothing but 0 beside it, as masks of 0 and 255 do among others of 0 and 1; or it fills most
-    of the pictures. Of volumes that is the usual case: a few sections are annotated.
+    An error where every file that has it has nothing but 0 beside it, as masks of 0 and 255 do among others of 0 and 1: of these
+    no foreground would be learned. A warning where it fills most of the pictures; of volumes that is the usual case: a few sections
+    are annotated.
     """
     having = [scan for scan in scans if scan.counts.get(VOID)]
     if VOID not in legend.ignored or declared.ignored is not None or not having:
@@ -145,13 +147,17 @@ def void_doubts(scans: Sequence[LabelScan], legend: Legend, declared: Declared) 
     if all(scan.numbers <= {VOID, NOT_ANNOTATED} for scan in having):
         message = f"{first}: masks of 0 and 255 among masks of other values; 255 is taken as not annotated, so nothing is learned there; "
         message += f"state {_with_void(legend)}, else `not_annotated: 255`"
-        return [_void_finding(having, message)]
+        return [_void_finding("error", having, message)]
     pictures = [scan for scan in scans if len(scan.shape_vox) == 2]
     share = sum(scan.counts.get(VOID, 0) for scan in pictures) / max(1, sum(sum(scan.counts.values()) for scan in pictures))
     if share < MUCH_VOID:
         return []
     message = f"{first}: {share:.0%} of the labels' pixels are 255, which is taken as not annotated: nothing is learned there; "
-    return [_void_finding(having, message + "state `not_annotated: 255` in microtome.yaml if that is right, else `not_annotated: []`")]
+    return [
+        _void_finding(
+            "warning", having, message + "state `not_annotated: 255` in microtome.yaml if that is right, else `not_annotated: []`"
+        )
+    ]
 
 
 def _with_void(legend: Legend) -> str:
@@ -165,9 +171,9 @@ def _with_void(legend: Legend) -> str:
     return f"`classes: {{{', '.join(words)}}}` in microtome.yaml if it is the {foreground}"
 
 
-def _void_finding(scans: Sequence[LabelScan], message: str) -> Finding:
-    """A warning about 255 in the labels of these."""
-    return Finding(severity="warning", code="void-or-class", message=message, files=tuple(scan.files[0] for scan in scans))
+def _void_finding(severity: Literal["error", "warning"], scans: Sequence[LabelScan], message: str) -> Finding:
+    """What is said about 255 in the labels of these."""
+    return Finding(severity=severity, code="void-or-class", message=message, files=tuple(scan.files[0] for scan in scans))
 
 
 def choose_background(legend: Legend, config: DatasetConfig, named_by: str) -> Legend:

@@ -8,11 +8,12 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from microtome.config import Config, load_yaml, parse_config
+from microtome.config import Config, parse_config
 from microtome.data.case import LabelValue
 from microtome.data.names import some
 from microtome.data.patterns import quick_pattern
 from microtome.errors import ConfigError, DataError
+from microtome.yaml_files import load_yaml
 
 NAMES = ("microtome.yaml", "microtome.yml")
 # What Linux takes, less what is put behind a name (`_0000`); a longer one is an error wherever it is asked for.

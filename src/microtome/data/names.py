@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -137,8 +138,8 @@ def unique_names(root: Path, files: Sequence[Path]) -> list[str]:
     folders = [path.relative_to(root).parent for path in files]
     full = [(folder / stem_of(path)).as_posix() for folder, path in zip(folders, files, strict=True)]
     for names in ([stem_of(lone_outer(root, path)) for path in files], full):
-        # Written to a disk that ignores case, two names that differ only in it would be one file.
-        if len({name.casefold() for name in names}) == len(files):
+        # Written to a disk that ignores case, or how accents are stored, two names that differ only in that would be one file.
+        if len({unicodedata.normalize("NFC", name).casefold() for name in names}) == len(files):
             return names
     return [path.relative_to(root).as_posix() for path in files]
 
@@ -160,8 +161,8 @@ def relative_words(root: Path, message: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """In small letters, with camel case taken apart: `imagesTr` -> `images_tr`."""
-    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name).lower()
+    """In small letters, with camel case taken apart (`imagesTr` -> `images_tr`); accents as one letter each: macOS stores them as two."""
+    return re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", unicodedata.normalize("NFC", name)).lower()
 
 
 def _walk(root: Path) -> Iterator[Path]:

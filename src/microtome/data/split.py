@@ -88,6 +88,17 @@ def split_dataset(dataset: Dataset, fold: str = "1/5", seed: int = 0, holdout: s
     return _by_names(cases, chosen)
 
 
+def cut_case(split: Split) -> list[Finding]:
+    """A note where one case is cut in two to have something to validate on."""
+    found = []
+    for case in (case for case in split.validation if case.sections and case.images in {other.images for other in split.train}):
+        first, past = case.sections or (0, 0)
+        text = f"{case.group}: one labelled image for both parts: sections (of a picture: rows) {first} to {past - 1} validate, "
+        text += "the others train; they are neighbours, so that scores are a little too good"
+        found.append(Finding(severity="note", code="cut-case", case=case.name, message=text, files=case.images))
+    return found
+
+
 def leaks(split: Split) -> list[Finding]:
     """Images that train and, as another file of the same bytes, validate: their score would be too good.
 

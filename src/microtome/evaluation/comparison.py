@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from microtome.config import Plan, load_yaml, parse_config
+from microtome.config import Plan, parse_config
 from microtome.evaluation.bootstrap import mean_interval
 from microtome.evaluation.curves import read_history
 from microtome.evaluation.run_files import ScoresForm, TrainedForm, read_file
 from microtome.geometry import Shape
+from microtome.yaml_files import load_yaml
 
 # A run of fewer steps has learned next to nothing, whatever its network.
 FEWEST_STEPS = 50

@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from microtome.config import Config, Plan, load_yaml, parse_config
+from microtome.config import Config, Plan, parse_config
 from microtome.data.dataset import Dataset
 from microtome.data.legend import Legend, format_value
 from microtome.data.thumbnails import class_colours
@@ -20,6 +20,7 @@ from microtome.evaluation.pages import environment
 from microtome.evaluation.run_files import DataForm, EnvironmentForm, FilledForm, MetricsForm, read_file
 from microtome.files import write_text
 from microtome.model_card import origin_rows
+from microtome.yaml_files import load_yaml
 
 WORST, BEST = 6, 2
 # Below as many cases the bootstrap's interval is too narrow to be shown without a word (see `bootstrap`).

@@ -89,7 +89,7 @@ class Engines:
             DataError: the bundle's weights were changed since they were written.
             RunError: its library cannot run the graph.
         """
-        return self._search().named("the only one that can do this here" if self.engine == "auto" else "as asked")
+        return self._search().named(f"the only one {self._why_only()}" if self.engine == "auto" else "as asked")
 
     def best(self, job: Job) -> Choice:
         """The engine that is expected to end a job soonest.
@@ -104,6 +104,16 @@ class Engines:
         if damaged is None:
             return choice
         return replace(choice, reason=f"{choice.reason}; {damaged} is damaged, or of another model: --engine onnxruntime writes it anew")
+
+    def _why_only(self) -> str:
+        """Why there is nothing to choose."""
+        if self.head is not None:
+            return "that can answer from a part of the network (--head)"
+        if self.samples is None:
+            return "to use, as the model has no golden input to hold others to"
+        if self.tta == "rotations":
+            return "that turns tiles (--tta rotations)"
+        return "on a GPU" if self.device != "cpu" else "that is installed here"
 
     def _search(self) -> Search:
         """A search among the candidates, with what is remembered of them."""

@@ -137,11 +137,16 @@ def safe_name(name: str) -> str:
 
 
 def _cases(inputs: Sequence[Path], channels: int) -> Iterator[Case]:
-    """The images that paths mean."""
+    """The images that paths mean, each once."""
+    seen = set()
     for path in inputs:
         if url_of(path) is None and not path.exists() and not any(above.is_file() for above in path.parents):
             raise DataError(path, expected="an image or a folder", got="nothing there", do="check the path", code="D001")
-        yield from list_images(path, channels=channels)
+        for case in list_images(path, channels=channels):
+            place = tuple(image if url_of(image) else image.resolve() for image in case.images)
+            if place not in seen:
+                seen.add(place)
+                yield case
 
 
 def _check_out(inputs: Sequence[Path], out: Path) -> None:

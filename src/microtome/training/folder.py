@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from microtome import lock
-from microtome.config import Plan, dump_yaml, load_yaml, parse_config
+from microtome.config import Plan, dump_yaml, parse_config
 from microtome.data.case import Case, Finding
 from microtome.data.dataset import Dataset
 from microtome.data.planes import plane_name
@@ -25,6 +25,7 @@ from microtome.files import atomic_path, flush, is_leftover, not_written, sweep,
 from microtome.json_files import MOST_OWN_BYTES, load_object
 from microtome.training import initial
 from microtome.training.warp import compiled
+from microtome.yaml_files import load_yaml
 
 
 class RunFolder:
@@ -179,9 +180,9 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     if resume and not (folder / "plan.yaml").exists():
         raise ConfigError(folder, expected="a run folder with plan.yaml", got="none", do="check --out, or leave out --resume", code="C006")
     if not resume and folder.exists() and (not folder.is_dir() or not all(map(_is_rest, folder.iterdir()))):
-        raise ConfigError(
-            folder, expected="a new or empty folder", got="one with files in it", do="give another --out, or --resume to go on", code="C005"
-        )
+        got = "one with files in it" if folder.is_dir() else "a file"
+        do = "give another --out" + (", or --resume to go on" if folder.is_dir() else "")
+        raise ConfigError(folder, expected="a new or empty folder", got=got, do=do, code="C005")
 
 
 def _is_rest(path: Path) -> bool:

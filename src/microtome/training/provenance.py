@@ -35,6 +35,7 @@ def origin(dataset: Dataset, split: Split, plan: Plan) -> dict[str, Any]:
         "validation_cases": len(split.validation),
         "training_data": fingerprint_of(dataset.root, split.train),
         "validation_data": fingerprint_of(dataset.root, split.validation),
+        "spacing_known": dataset.config.spacing_mm is not None or all(header.spacing_known for header in dataset.headers.values()),
         "recipe": plan.recipe,
         "seed": plan.seed,
         "command": command(),

@@ -13,8 +13,8 @@ import torch
 from microtome.bundle import Bundle, load_bundle, save_bundle
 from microtome.config import Plan
 from microtome.data.dataset import Dataset
-from microtome.data.split import leaks, split_dataset
-from microtome.errors import DataError, LeftAtOnceError, RunError
+from microtome.data.split import cut_case, leaks, split_dataset
+from microtome.errors import ConfigError, DataError, LeftAtOnceError, RunError
 from microtome.evaluation.report import build_report
 from microtome.files import remove_folder, write_json
 from microtome.inference.devices import pick_device, to_device
@@ -123,7 +123,7 @@ class _Session:
         self.started = time.perf_counter()
         check_plan(dataset, plan)
         self.split = split_dataset(dataset, plan.fold, plan.seed, plan.holdout)
-        self.leaks = leaks(self.split)
+        self.leaks = [*leaks(self.split), *cut_case(self.split)]
         self.validation = Validation(
             dataset=dataset, cases=self.split.validation, plan=plan, device=self.device, folder=folder, ranks=ranks
         )
@@ -177,9 +177,12 @@ class _Session:
             progress = self.state.progress
             self.seconds_before = progress.seconds
             self._check_best()
+        if self.plan.minutes is None and self.plan.steps < progress.step:
+            got, do = f"{self.plan.steps}, of which {progress.step} are made", "leave --steps out, or train anew with another --out"
+            raise ConfigError("steps", expected="no fewer steps than were made", got=got, do=do, code="C045")
         finished = self.files.is_finished(self.plan)
         if self.plan.minutes is None:
-            progress.steps = max(self.plan.steps, progress.step)
+            progress.steps = self.plan.steps
         elif progress.step and not finished and (left := self.seconds_left()) is not None:
             # What the steps took before tells how many fit into what is left, or into minutes that were added.
             progress.steps = progress.step + max(0, int(left * progress.step / progress.seconds))
