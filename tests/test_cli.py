@@ -347,6 +347,8 @@ def test_inspect_says_what_is_wrong_and_leaves_with_2(
     assert run(monkeypatch, "inspect", tmp_path) == 2
     text = capsys.readouterr().out
     assert "two.png" in text
+    # Each error ends with the code of its page, whichever part of the reader found it.
+    assert re.search(r"^error: .*two\.png.* \[MT-D\d{3}\]$", text.replace("\n  ", " "), re.MULTILINE)
     assert "three" in text
     assert run(monkeypatch, "inspect", tmp_path, "--json") == 2
     document = json.loads(capsys.readouterr().out)

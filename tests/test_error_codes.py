@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from microtome.codes.lookup import AREAS, BLANK, FAULTS, PARTS, Line, all_lines, forms_of, lines_of
+from microtome.codes.findings import BY_FINDING
+from microtome.codes.lookup import AREAS, BLANK, FAULTS, PACKAGE, PARTS, Line, all_lines, forms_of, lines_of
 from microtome.errors import PREFIX
 from tools import errors, measure
 from tools.layers import REPOSITORY
@@ -122,7 +123,23 @@ def test_the_pages_are_made_of_all_of_them(lines: tuple[Line, ...], made: list[M
 
 
 def test_every_code_of_the_table_is_used(lines: tuple[Line, ...]) -> None:
-    assert sorted(FAULTS.keys() - {line.code for line in lines}) == []
+    assert sorted(FAULTS.keys() - {line.code for line in lines} - set(BY_FINDING.values())) == []
+
+
+def test_every_error_of_inspect_has_a_code_of_the_table() -> None:
+    words = set()
+    for tree in (ast.parse(path.read_text(encoding="utf-8")) for path in (PACKAGE / "data").glob("*.py")):
+        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+            severity = next((word.value for word in call.keywords if word.arg == "severity"), None)
+            code = next((word.value for word in call.keywords if word.arg == "code"), None)
+            said = ast.unparse(severity) if severity else ""
+            # `_about` is given them in their order; an expression may come to be an error.
+            if isinstance(call.func, ast.Name) and call.func.id == "_about" and ast.unparse(call.args[1]) == "'error'":
+                words.add(ast.literal_eval(call.args[2]))
+            elif code is not None and severity is not None and said not in ("'warning'", "'note'"):
+                words |= {node.value for node in ast.walk(code) if isinstance(node, ast.Constant)} or {"missing-file", "repeated-case"}
+    assert words == set(BY_FINDING)
+    assert set(BY_FINDING.values()) <= set(FAULTS)
 
 
 def test_a_code_belongs_to_one_area() -> None:

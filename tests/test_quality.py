@@ -356,7 +356,9 @@ def test_json_holds_everything_and_no_nan(volumes: Path) -> None:
     assert document["cases"][0]["classes"]["foreground"] == pytest.approx(75 / 1344)
     assert document["cases"][0]["spacing_mm"] == pytest.approx([2, 1, 1])
     assert {f["code"] for f in document["findings"]} == {"not-finite", "unreadable"}
-    assert all(set(f) == {"severity", "code", "case", "message", "files"} for f in document["findings"])
+    # A file that says hello is no NIfTI: the page is that of the reader's own error.
+    assert {f["code"]: f["page"] for f in document["findings"]} == {"not-finite": "MT-D068", "unreadable": "MT-D005"}
+    assert all(set(f) == {"severity", "code", "page", "case", "message", "files"} for f in document["findings"])
 
 
 def test_the_table_leaves_out_columns_that_say_nothing(pictures: Path) -> None:

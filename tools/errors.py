@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from microtome.codes.fault import Fault
-from microtome.codes.lookup import AREAS, BLANK, FAULTS, forms_of
+from microtome.codes.lookup import AREAS, BLANK, FAULTS, findings_of, forms_of
 from microtome.errors import PREFIX, DataError
 from tools.layers import REPOSITORY
 
@@ -86,6 +86,8 @@ def _section(code: str, fault: Fault) -> str:
     if more:
         shown += ["", f"<details><summary>{len(more)} more lines with this code</summary>", "", *more, "", "</details>"]
     head = f'\n<a id="{anchor(code)}"></a>\n\n## {PREFIX}{code}: {fault.title}\n'
+    if words := findings_of(code):
+        shown += [f"- an error of `microtome inspect`: `{'`, `'.join(words)}`"]
     return "\n".join([head, fault.cause, "", f"**What to do.** {fault.cure}", "", "Shown as:", "", *shown]) + "\n"
 
 

@@ -10,6 +10,7 @@ LAYERS = (
     "errors",
     "words",
     "codes.fault",
+    "codes.findings",
     "codes.dataset",
     "codes.evaluation",
     "codes.images",

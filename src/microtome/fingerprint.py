@@ -83,7 +83,7 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
         )
     if len(dataset.legend.names) < 2:
         got, do = f"{dataset.legend.words} alone", "annotate what is to be found; `microtome inspect` shows what each label holds"
-        raise DataError(dataset.root, expected="labels of two classes at least", got=got, do=do, code="D067")
+        raise DataError(dataset.root, expected="labels of two classes at least", got=got, do=do, code="D044")
     chosen = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, CASES_READ).round().astype(int))]
     samples = [_Sample(dataset, case) for case in chosen]
     first = samples[0]

@@ -64,7 +64,7 @@ class Terminal:
         self.say(f"{dataset.root}: {dataset.layout}; {images}, classes {listed(dataset.legend.names, 'classes')}")
         for finding in dataset.findings:
             if finding.severity != "note":
-                self.say(f"{finding.severity}: {finding.message}")
+                self.say(f"{finding.severity}: {finding.line}")
 
     def say_plan(self, plan: Plan) -> None:
         """The plan in three lines."""
@@ -244,7 +244,7 @@ def print_inspection(inspection: "Inspection", cases: "CaseTable", html: Path | 
         for finding in inspection.findings:
             if finding.severity == severity:
                 console.print(f"{severity}:", style=f"bold {colour}", end=" ")
-                _print_line(console, finding.message)
+                _print_line(console, finding.line)
     if not inspection.findings:
         console.print("nothing wrong was found")
     if html is not None:

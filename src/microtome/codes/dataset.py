@@ -28,13 +28,6 @@ FAULTS = MappingProxyType(
             "Check the values in the label files with any viewer, and correct `not_annotated`. Annotate at least a part of a case, background "
             "included.",
         ),
-        "D067": Fault(
-            "One class alone",
-            "All annotated voxels of all labels have one value, so that there is nothing to tell apart. Often the masks were exported empty, or "
-            "the value of the foreground is taken as not annotated.",
-            "Look at the label files with any viewer. `microtome inspect DATA` shows the classes of each; where 255 is a class, state it in "
-            "microtome.yaml as `classes: {background: 0, foreground: 255}`.",
-        ),
         "D034": Fault(
             "Image and label differ in shape",
             "The label has other sizes than its image: it was drawn on a scaled copy, cropped, rotated, or belongs to another image. "
@@ -97,9 +90,29 @@ FAULTS = MappingProxyType(
         ),
         "D044": Fault(
             "Fewer than two classes are annotated",
-            "A network learns to tell classes apart, and this annotation shows only one, or nothing.",
-            "Paint the background too, in a few places or planes: it is a class like the others. If 0 is your background, name the planes "
-            "painted in full with `--planes z10,z20`.",
+            "A network learns to tell classes apart, and this annotation shows only one, or nothing. Often masks were exported empty, or only "
+            "the foreground was painted.",
+            "Look at the label files with any viewer: `microtome inspect DATA` shows what each holds. Paint the background too, in a few "
+            "places or planes: it is a class like the others. For `densify`, if 0 is your background, name the planes painted in full with "
+            "`--planes z10,z20`.",
+        ),
+        "D067": Fault(
+            "An image in training and in validation",
+            "Files of the same pixels are on both sides of the split, so that the network is scored on what it learned by heart.",
+            "Remove all but one of them, or put them into one group with `groups:` or `group_by:` in microtome.yaml.",
+        ),
+        "D068": Fault(
+            "Pixels that are not finite",
+            "The image holds NaN or infinite values, which programs write where nothing was measured. Training and prediction take them as "
+            "the image's mean.",
+            "Set them to a number, such as that of the background, or leave the case out.",
+        ),
+        "D069": Fault(
+            "A value of 255 that may be a class or mean not annotated",
+            "Some masks hold 0 and 255 alone, others smaller numbers. By custom 255 beside class numbers means that nobody annotated there; "
+            "two programs may as well have written the same class as 1 and as 255.",
+            "State it in microtome.yaml: `classes: {background: 0, foreground: [1, 255]}` where both are the foreground, else "
+            "`not_annotated: 255`.",
         ),
         "D045": Fault(
             "Nothing is left to fill",

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from microtome.codes import dataset, evaluation, images, models, networks, prediction, settings, stores, training
 from microtome.codes.fault import Fault
+from microtome.codes.findings import BY_FINDING
 from microtome.errors import PREFIX, ConfigError
 
 AREAS: Mapping[str, Mapping[str, Fault]] = MappingProxyType(
@@ -79,6 +80,7 @@ def explained(code: str) -> str:
     fault = FAULTS[code]
     modules = dict.fromkeys(line.module for line in lines_of(code))
     places = [_wrapped(f"{module}: {purpose(module)}", "  ") for module in modules]
+    places += [_wrapped(f"microtome inspect, as `{word}`", "  ") for word in findings_of(code)]
     cause, cure = _wrapped(fault.cause), _wrapped(f"What to do: {fault.cure}")
     return "\n".join([f"{PREFIX}{code}: {fault.title}", "", cause, "", cure, "", "Comes from:", *places])
 
@@ -89,7 +91,7 @@ def document(code: str) -> dict[str, object]:
     fault = FAULTS[code]
     modules = list(dict.fromkeys(line.module for line in lines_of(code)))
     words = {"code": f"{PREFIX}{code}", "area": area, "title": fault.title, "cause": fault.cause, "cure": fault.cure}
-    return {**words, "forms": list(forms_of(code)), "modules": modules}
+    return {**words, "forms": list(forms_of(code)), "modules": modules, "findings": list(findings_of(code))}
 
 
 def listed() -> str:
@@ -122,6 +124,11 @@ def lines_of(code: str) -> tuple[Line, ...]:
 def forms_of(code: str) -> tuple[str, ...]:
     """The lines that carry a code, as they are shown, each once."""
     return tuple(dict.fromkeys(line.form for line in lines_of(code)))
+
+
+def findings_of(code: str) -> tuple[str, ...]:
+    """The words by which programs know what `microtome inspect` finds and gives this code."""
+    return tuple(word for word, each in BY_FINDING.items() if each == code)
 
 
 def all_lines() -> tuple[Line, ...]:

@@ -5,6 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from microtome.codes.findings import BY_FINDING
+from microtome.errors import PREFIX
+
 # Nothing is learned from voxels of this value and nothing is scored on them.
 NOT_ANNOTATED = -1
 
@@ -59,6 +62,7 @@ class Finding:
         case: the case's name, empty where the finding is about the dataset.
         message: one sentence with the file's name and the value.
         files: the files it is about.
+        fault: of an error that a reader raised its code, such as D012.
     """
 
     severity: Literal["error", "warning", "note"]
@@ -66,6 +70,18 @@ class Finding:
     case: str = ""
     message: str
     files: tuple[Path, ...] = ()
+    fault: str = ""
+
+    @property
+    def page(self) -> str:
+        """The code that `microtome explain` tells more of, MT-D031; "" of what is no error."""
+        code = self.fault or BY_FINDING.get(self.code, "")
+        return f"{PREFIX}{code}" if code and self.severity == "error" else ""
+
+    @property
+    def line(self) -> str:
+        """The message as a terminal shows it, with that code at its end."""
+        return f"{self.message} [{self.page}]" if self.page else self.message
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -396,4 +396,5 @@ def _probe(cases: Sequence[Case]) -> tuple[dict[str, Header], dict[str, DataErro
 
 def _unreadable(case: Case, files: tuple[Path, ...], error: DataError) -> Finding:
     """The finding that a file cannot be read."""
-    return Finding(severity="error", code="unreadable", case=case.name, message=" ".join(str(error).split()), files=files)
+    message = " ".join(str(error).split())
+    return Finding(severity="error", code="unreadable", case=case.name, message=message, files=files, fault=error.code)

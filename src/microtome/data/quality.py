@@ -64,11 +64,14 @@ class Inspection:
             "ok": self.ok,
             "legend": self.legend.to_json(),
             "cases": [_row_json(row, self.legend) for row in self.rows],
-            "findings": [
-                {"severity": f.severity, "code": f.code, "case": f.case, "message": f.message, "files": [str(path) for path in f.files]}
-                for f in self.findings
-            ],
+            "findings": [_finding_json(finding) for finding in self.findings],
         }
+
+
+def _finding_json(finding: Finding) -> dict[str, Any]:
+    """A finding as JSON holds it."""
+    words = {"severity": finding.severity, "code": finding.code, "page": finding.page, "case": finding.case, "message": finding.message}
+    return {**words, "files": [str(path) for path in finding.files]}
 
 
 def inspect_fold(dataset: Dataset, fold: str, seed: int) -> Inspection:
@@ -275,13 +278,15 @@ def _row(root: Path, case: Case, seen: tuple[Volume, Values], part: str, voxels:
 def _unreadable(case: Case, files: tuple[Path, ...], where: str, error: Exception) -> Finding:
     """The finding that a file's reader failed; without a label nothing is lost for training."""
     severity: Severity = "error" if case.labels else "warning"
-    return Finding(severity=severity, code="unreadable", case=case.name, message=_said(where, error), files=files)
+    fault = error.code if isinstance(error, MicrotomeError) else ""
+    return Finding(severity=severity, code="unreadable", case=case.name, message=_said(where, error), files=files, fault=fault)
 
 
 def _mismatch(root: Path, case: Case, error: Exception) -> Finding:
     """The finding that a label does not lie on its image; open_dataset could read its values, so that is what is left."""
     where = relative(root, case.labels[0])
-    return Finding(severity="error", code="grid-mismatch", case=case.name, message=_said(where, error), files=case.images + case.labels)
+    message, fault = _said(where, error), error.code if isinstance(error, MicrotomeError) else ""
+    return Finding(severity="error", code="grid-mismatch", case=case.name, message=message, files=case.images + case.labels, fault=fault)
 
 
 def _said(where: str, error: Exception) -> str:
