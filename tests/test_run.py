@@ -1,5 +1,6 @@
 """Whole runs on made data: what a run folder holds, what a kill costs, what is refused."""
 
+import html
 import json
 import os
 import shutil
@@ -361,6 +362,7 @@ def test_other_pixels_under_the_same_names_are_said_when_a_run_is_resumed(tmp_pa
     split = split_dataset(data, plan_for(data).fold, plan_for(data).seed)
     [path] = split.validation[0].labels
     label = np.array(Pillow.open(path))
+    good = path.read_bytes()
     label[0, 0] = label.max() - label[0, 0]
     Pillow.fromarray(label).save(path)
     with pytest.raises(Killed):
@@ -373,6 +375,12 @@ def test_other_pixels_under_the_same_names_are_said_when_a_run_is_resumed(tmp_pa
     assert load_bundle(tmp_path / "run").provenance["data_changed_since"] == {"validation": begun["validation"]}
     assert line.startswith("images or labels of `validation` have changed under the same names since the run began: what it learned")
     assert line.endswith("put the files back, or train anew with another --out")
+    # What it learned stays in it when the files are put back: nothing is warned of any more, and nothing forgotten.
+    path.write_bytes(good)
+    train(data, plan_for(data), tmp_path / "run", resume=True, on_event=note)
+    assert said == [line]
+    assert load_bundle(tmp_path / "run").provenance["data_changed_since"] == {"validation": begun["validation"]}
+    assert line.partition(":")[0] in html.unescape((tmp_path / "run" / "report.html").read_text())
 
 
 def test_other_slices_than_the_run_held_out_are_refused(tubules: Dataset, tmp_path: Path) -> None:

@@ -163,6 +163,26 @@ class RunFolder:
         fingerprints = before.get("fingerprints")
         return {str(part): str(found) for part, found in fingerprints.items()} if isinstance(fingerprints, dict) else {}
 
+    def note_changed(self, changed: Mapping[str, str], message: str) -> dict[str, str]:
+        """Write down, once and for good, which parts have other files than the run began with; the report shows the message.
+
+        Args:
+            changed: part -> fingerprint of the files that the run began with; may be empty.
+            message: what that means, for people.
+
+        Returns:
+            the same of all times that the run was resumed: what it learned from other files stays in it when they are put back.
+        """
+        path = self.path / "dataset.json"
+        document = load_object(path, do="bring the file back, or start a new run", most_bytes=MOST_OWN_BYTES) if path.exists() else {}
+        recorded = document.get("changed_since")
+        known = {str(part): str(found) for part, found in recorded.items()} if isinstance(recorded, dict) else {}
+        if changed.keys() - known.keys() and isinstance(document.get("findings"), list):
+            finding = {"severity": "warning", "code": "changed-data", "case": "", "message": message, "files": []}
+            findings = [*document["findings"], finding]
+            write_json(path, {**document, "changed_since": {**changed, **known}, "findings": findings})
+        return {**changed, **known}
+
 
 def _held_out(cases: Iterable[Case]) -> dict[str, list[str]]:
     """The planes of each case that it trains without."""

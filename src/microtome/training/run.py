@@ -169,7 +169,7 @@ class _Session:
 
     def _resume(self) -> None:
         """Bring the state and the log to the last checkpoint; a run killed before its first starts at step 0."""
-        self._compare_files(self.files.check_split(self.split))
+        changed = self._changed(self.files.check_split(self.split))
         progress = self.state.progress
         if has_checkpoint(self.files.checkpoint):
             if problem := load_latest(self.files.checkpoint, self.state):
@@ -190,17 +190,16 @@ class _Session:
         # The log first: were the plan with more minutes there beside an end, the run would be taken for finished.
         self.files.shorten_log(progress.step, progress.validations, ended=finished and progress.step >= progress.steps)
         self.files.write_plan(self.plan)
-        if self.begun_with:
-            self.warn(
-                f"images or labels of `{'` and `'.join(self.begun_with)}` have changed under the same names since the run began: what it "
-                "learned and scored before is of other data; put the files back, or train anew with another --out",
-                show=self.log,
-            )
+        message = f"images or labels of `{'` and `'.join(changed)}` have changed under the same names since the run began: what it "
+        message += "learned and scored before is of other data; put the files back, or train anew with another --out"
+        self.begun_with = self.files.note_changed(changed, message)
+        if changed:
+            self.warn(message, show=self.log)
 
-    def _compare_files(self, before: Mapping[str, str]) -> None:
-        """Find whether files are others under the same names: what follows is then no longer the run that was begun."""
+    def _changed(self, before: Mapping[str, str]) -> dict[str, str]:
+        """The parts whose files are others under the same names: what follows is then no longer the run that was begun."""
         now = self._fingerprints
-        self.begun_with = {part: before[part] for part in now if before.get(part, now[part]) != now[part]}
+        return {part: before[part] for part in now if before.get(part, now[part]) != now[part]}
 
     def _check_best(self) -> None:
         """See that the best that the checkpoint knows is the model; a damaged one would be found when all steps are done."""
