@@ -1,16 +1,19 @@
-"""A hundred thousand mutated inputs of every format, some of them guided by what they reach in our code.
+"""A hundred thousand mutated inputs of every format, and some that are guided by what they reach in our code.
 
-`run` shares its time out among the formats: as many processes at a time as there are cores, the fast formats first, so that what
-these leave goes to the slow ones. Every input that is counted was read; nothing is estimated.
+`run` goes on until each format has all of its inputs or the time is over: next is always what has the least of its own, so that
+slow formats get more of the time. Every input that is counted was read; nothing is estimated.
 """
 
 import os
+import random
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,8 +23,10 @@ from tests.fuzzing import Outcome, Target, fuzz
 
 # Of each format.
 INPUTS = 100_000
-# Of the time, what coverage guides; and the least that is worth the start of such a process.
-_GUIDED_SHARE, _LEAST_GUIDED_SECONDS = 0.15, 5.0
+# What is read of a target before it is asked again which has the least.
+_SLICE_SECONDS = 15.0
+# Of the time, what is kept for coverage to guide, and how long it does so of a target, whose start takes as long.
+_GUIDED_SHARE, _GUIDED_SECONDS = 0.05, 10.0
 _Makers = tuple[Callable[[], Target | tuple[Target, ...]], ...]
 # In order of speed, the fastest first.
 FORMATS: MappingProxyType[str, _Makers] = MappingProxyType(
@@ -66,11 +71,15 @@ class _Tally:
     guided: int = 0
     seconds: float = 0.0
     findings: list[str] = field(default_factory=list)
+    known: frozenset[str] = frozenset()
 
     def add(self, outcome: Outcome, seconds: float) -> None:
-        """Count what was read in so many seconds."""
+        """Count what was read in so many seconds; what was found before is not told again."""
         self.tried, self.seconds = self.tried + outcome.tried, self.seconds + seconds
-        self.findings += [f"seed {outcome.seed}, {finding}" for finding in outcome.findings]
+        for finding in outcome.findings:
+            if finding.kind not in self.known:
+                self.findings.append(f"seed {outcome.seed}, {finding}")
+                self.known |= {finding.kind}
 
     def row(self) -> dict[str, Any]:
         """For the table of the soak."""
@@ -78,11 +87,28 @@ class _Tally:
             "part": "fuzz",
             "what": self.name,
             "tried": self.tried,
+            "of": INPUTS,
             "guided": self.guided,
             "failed": len(self.findings),
             "seconds": round(self.seconds, 1),
             "findings": self.findings,
         }
+
+
+@dataclass
+class _Job:
+    """A target, how many of its inputs were read so far, and whether some are read now."""
+
+    tally: _Tally
+    target: Target
+    goal: int
+    tried: int = 0
+    busy: bool = False
+
+    @property
+    def share(self) -> float:
+        """Of the inputs, what was read."""
+        return self.tried / self.goal
 
 
 @cache
@@ -92,21 +118,24 @@ def targets_of(name: str) -> tuple[Target, ...]:
     return tuple(target for each in made for target in (each if isinstance(each, tuple) else (each,)))
 
 
-def share(inputs: int, targets: int) -> int:
-    """The inputs of each of so many targets, rounded up."""
-    return -(-inputs // targets)
+def goals(inputs: int, targets: Sequence[Target]) -> list[int]:
+    """How many inputs each target of a format has by its weight, rounded up."""
+    weights = sum(target.weight for target in targets)
+    return [-int(-inputs * target.weight // weights) for target in targets]
 
 
-def run(seconds: float, formats: Sequence[str] | None = None, *, guided: bool = True) -> list[dict[str, Any]]:
+def run(seconds: float, formats: Sequence[str] | None = None, *, guided: bool = True, joined: Path | None = None) -> list[dict[str, Any]]:
     """Read mutants of each format until all have had `INPUTS`, or the time is over.
 
     Args:
         seconds: of wall time, for all of it.
         formats: by name; None: all.
-        guided: whether a part is guided by coverage, where atheris is installed.
+        guided: whether the end of the time is guided by coverage, where atheris is installed.
+        joined: a file that appears when more than the first core is free; None: all are.
 
     Returns:
-        A row a format: part, what, tried (of which `guided` by coverage), failed, seconds of one process, and what was found.
+        A row a format: part, what, tried `of` how many (of which `guided` by coverage), failed, seconds of one process, and what was
+        found, each kind once.
 
     Raises:
         KeyError: no such format.
@@ -115,42 +144,59 @@ def run(seconds: float, formats: Sequence[str] | None = None, *, guided: bool = 
     if unknown := set(names) - FORMATS.keys():
         raise KeyError(f"{min(unknown)}: one of {', '.join(FORMATS)}")
     tallies = {name: _Tally(name) for name in FORMATS if name in names}
-    workers, end = len(os.sched_getaffinity(0)), time.monotonic() + seconds
-    if guided:
-        each = _GUIDED_SHARE * seconds * workers / sum(len(targets_of(name)) for name in tallies)
-        if each >= _LEAST_GUIDED_SECONDS:
-            jobs = [(tally, target, each) for tally in tallies.values() for target in targets_of(tally.name)]
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(lambda job: _guide(*job), jobs))
-    while (todo := [tally for tally in tallies.values() if tally.tried < INPUTS and not tally.findings]) and end - time.monotonic() > 1:
-        _round(todo, workers, end)
+    jobs = [
+        _Job(tally, target, goal)
+        for tally in tallies.values()
+        for target, goal in zip(targets_of(tally.name), goals(INPUTS, targets_of(tally.name)), strict=True)
+    ]
+    end = time.monotonic() + seconds
+    lock, cores = threading.Lock(), sorted(os.sched_getaffinity(0))
+
+    def work(number: int) -> None:
+        """One of the cores: slices until nothing is left, then what coverage guides."""
+        while number and joined is not None and not joined.exists() and time.monotonic() < end:
+            time.sleep(0.5)
+        last = end - (_GUIDED_SHARE * seconds if guided else 0.0)
+        while last - time.monotonic() > 1 and any(job.tried < job.goal for job in jobs):
+            if (job := _next(jobs, lock)) is None:
+                time.sleep(0.1)
+            else:
+                _read(job, min(_SLICE_SECONDS, last - time.monotonic()), cores[number], lock)
+        while guided and end - time.monotonic() > 2 * _GUIDED_SECONDS and _guide(random.choice(jobs), lock):
+            pass
+
+    with ThreadPoolExecutor(len(cores)) as pool:
+        list(pool.map(work, range(len(cores))))
     return [tallies[name].row() for name in names]
 
 
-def _round(tallies: Sequence[_Tally], workers: int, end: float) -> None:
-    """Each format once, for its part of the time that is left; what it does not use is left to those behind it."""
-    jobs = [
-        (tally, target, share(INPUTS - tally.tried, len(targets_of(tally.name)))) for tally in tallies for target in targets_of(tally.name)
-    ]
-    waiting = len(jobs)
-
-    def work(job: tuple[_Tally, Target, int]) -> None:
-        nonlocal waiting
-        tally, target, inputs = job
-        begun = time.monotonic()
-        outcome = fuzz(target, inputs, seconds=max(0.0, end - begun) * workers / max(waiting, workers))
-        waiting -= 1
-        tally.add(outcome, time.monotonic() - begun)
-        sys.stdout.write(f"{target.name} ({target.file}): {outcome.tried} in {time.monotonic() - begun:.1f} s\n")
-
-    with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(work, jobs))
+def _next(jobs: Sequence[_Job], lock: threading.Lock) -> _Job | None:
+    """What has the least of its inputs, of what nobody reads now; None where there is nothing."""
+    with lock:
+        job = min((job for job in jobs if job.tried < job.goal and not job.busy), key=lambda one: one.share, default=None)
+        if job is not None:
+            job.busy = True
+        return job
 
 
-def _guide(tally: _Tally, target: Target, seconds: float) -> None:
-    """Read inputs that coverage leads to."""
+def _read(job: _Job, seconds: float, core: int, lock: threading.Lock) -> None:
+    """A slice of a target's inputs."""
     begun = time.monotonic()
-    outcome = guided_outcome(target.name, targets_of(target.name).index(target), seconds)
-    if outcome is not None:
-        tally.add(outcome, time.monotonic() - begun)
-        tally.guided += outcome.tried
+    outcome = fuzz(job.target, job.goal - job.tried, seconds=seconds, known=job.tally.known, core=core)
+    took = time.monotonic() - begun
+    with lock:
+        job.busy, job.tried = False, job.tried + outcome.tried
+        job.tally.add(outcome, took)
+    sys.stdout.write(f"{job.target.name} ({job.target.file}): {job.tried} of {job.goal}, {outcome.tried} of them in {took:.1f} s\n")
+
+
+def _guide(job: _Job, lock: threading.Lock) -> bool:
+    """Read inputs that coverage leads to; False where atheris is not installed."""
+    begun = time.monotonic()
+    outcome = guided_outcome(job.target.name, targets_of(job.target.name).index(job.target), _GUIDED_SECONDS)
+    if outcome is None:
+        return False
+    with lock:
+        job.tally.add(outcome, time.monotonic() - begun)
+        job.tally.guided += outcome.tried
+    return True

@@ -3,11 +3,14 @@
 import json
 import random
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import yaml
 from hypothesis import strategies as st
 
+# Where the C parser was built, it takes a tenth of the time.
+SAFE_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 # Values of every type, at the ends of what they hold; what no number, name or path may be.
 LEAVES: tuple[Any, ...] = (
     None,
@@ -67,14 +70,23 @@ _CONTAINERS: tuple[Any, ...] = ([], {}, [[]], [None], {"": None}, [0, 0, 0], [1,
 _DEEP = (3, 20, 70, 600)
 # Python writes about a thousand: two nestings in each other, or copies of them, are more.
 _MOST_DEEP = 800
+# Of the ways down that come to brackets, as many end there.
+_STOPS = 0.2
 
 
 def changed_tree(tree: Any, rng: random.Random) -> Any:
     """A copy of a tree with 1 to 4 changes."""
-    tree = json.loads(json.dumps(tree))
+    tree, nested = _copied(tree), False
     for _ in range(1 << rng.randrange(3)):
-        tree = _changed(tree, rng)
-    return tree if _depth(tree) < _MOST_DEEP else json.loads("[" * 100 + "]" * 100)
+        change = rng.choice(_CHANGES)
+        nested = nested or change is _nest
+        tree = _changed(tree, change, rng)
+    return tree if not nested or _depth(tree) < _MOST_DEEP else json.loads("[" * 100 + "]" * 100)
+
+
+def _copied(tree: Any) -> Any:
+    """A copy of a tree of plain values."""
+    return json.loads(json.dumps(tree))
 
 
 def _depth(tree: Any) -> int:
@@ -87,13 +99,21 @@ def _depth(tree: Any) -> int:
     return deepest
 
 
-def _changed(tree: Any, rng: random.Random) -> Any:
-    places = list(_places(tree))
-    if not places:
+def _changed(tree: Any, change: "_Change", rng: random.Random) -> Any:
+    if not isinstance(tree, dict | list) or not tree:
         return rng.choice(LEAVES)
-    holder, key = rng.choice(places)
-    rng.choice(_CHANGES)(holder, key, places, rng)
+    change(*_place(tree, rng), tree, rng)
     return tree
+
+
+def _place(tree: Any, rng: random.Random) -> tuple[Any, Any]:
+    """Any place in a tree: one way down, a step at a time; each has its turn, however large the branches beside it are."""
+    while True:
+        key = rng.choice(list(tree)) if isinstance(tree, dict) else rng.randrange(len(tree))
+        inner = tree[key]
+        if not isinstance(inner, dict | list) or not inner or rng.random() < _STOPS:
+            return tree, key
+        tree = inner
 
 
 def _places(tree: Any) -> list[tuple[Any, Any]]:
@@ -108,10 +128,10 @@ def _places(tree: Any) -> list[tuple[Any, Any]]:
 
 
 def _replace(holder: Any, key: Any, _: Any, rng: random.Random) -> None:
-    holder[key] = rng.choice(LEAVES) if rng.random() < 0.75 else json.loads(json.dumps(rng.choice(_CONTAINERS)))
+    holder[key] = rng.choice(LEAVES) if rng.random() < 0.75 else _copied(rng.choice(_CONTAINERS))
 
 
-def _number(holder: Any, key: Any, places: Any, rng: random.Random) -> None:
+def _number(holder: Any, key: Any, tree: Any, rng: random.Random) -> None:
     """Another number where one is."""
     value = holder[key]
     if isinstance(value, int | float) and not isinstance(value, bool):
@@ -119,7 +139,7 @@ def _number(holder: Any, key: Any, places: Any, rng: random.Random) -> None:
             (-value, value + 1, value - 1, value * 2, value * 10**6, value * 10**12, value / 3, float(value), str(value))
         )
     else:
-        _replace(holder, key, places, rng)
+        _replace(holder, key, tree, rng)
 
 
 def _remove(holder: Any, key: Any, _: Any, __: random.Random) -> None:
@@ -139,10 +159,10 @@ def _nest(holder: Any, key: Any, _: Any, rng: random.Random) -> None:
         holder[key] = [holder[key]] if rng.random() < 0.5 else {"a": holder[key]}
 
 
-def _swap(holder: Any, key: Any, places: Any, rng: random.Random) -> None:
+def _swap(holder: Any, key: Any, tree: Any, rng: random.Random) -> None:
     """A value from another place of the tree, copied."""
-    other, name = rng.choice(places)
-    holder[key] = json.loads(json.dumps(other[name])) if _depth(other[name]) < _MOST_DEEP else None
+    other, name = _place(tree, rng)
+    holder[key] = _copied(other[name]) if _depth(other[name]) < _MOST_DEEP else None
 
 
 def _double(holder: Any, key: Any, _: Any, rng: random.Random) -> None:
@@ -152,7 +172,8 @@ def _double(holder: Any, key: Any, _: Any, rng: random.Random) -> None:
         holder[key] = value * rng.choice((2, 2, 3, 50))
 
 
-_CHANGES = (_replace, _replace, _replace, _number, _number, _remove, _rename, _nest, _swap, _double)
+_Change = Callable[[Any, Any, Any, random.Random], None]
+_CHANGES: tuple[_Change, ...] = (_replace, _replace, _replace, _number, _number, _remove, _rename, _nest, _swap, _double)
 
 
 def json_changed(data: bytes, rng: random.Random) -> bytes:
@@ -160,9 +181,15 @@ def json_changed(data: bytes, rng: random.Random) -> bytes:
     return json.dumps(changed_tree(json.loads(data), rng)).encode("utf-8", "surrogatepass")
 
 
+@lru_cache(maxsize=64)
+def _parsed(data: bytes) -> Any:
+    """What a YAML text says; nobody changes it."""
+    return yaml.load(data, SAFE_LOADER)
+
+
 def yaml_changed(data: bytes, rng: random.Random) -> bytes:
     """The same of a YAML text, in block or in flow style."""
-    tree = changed_tree(yaml.load(data, getattr(yaml, "CSafeLoader", yaml.SafeLoader)), rng)
+    tree = changed_tree(_parsed(data), rng)
     text = yaml_text(tree) if rng.random() < 0.5 else json.dumps(tree)
     return text.encode("utf-8", "replace")
 
@@ -188,7 +215,7 @@ def changed_trees(tree: Any) -> st.SearchStrategy[Any]:
 
 
 def _with(tree: Any, changes: list[tuple[int, str, Any]]) -> Any:
-    tree = json.loads(json.dumps(tree))
+    tree = _copied(tree)
     for number, kind, value in changes:
         places = _places(tree)
         if not places:

@@ -5,6 +5,7 @@ mutant follows from (seed, number), so a finding is repeated by `Target.mutant(s
 """
 
 import faulthandler
+import gc
 import gzip
 import logging
 import mmap
@@ -54,8 +55,15 @@ _TEXTS = (
 )
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 _FORKS = multiprocessing.get_context("forkserver")
-# Imported once, and not by each process that reads inputs.
-_FORKS.set_forkserver_preload(["tests.fuzz_images", "tests.fuzz_stores", "tests.fuzz_documents"])
+# Imported once, and not by each process that reads inputs; readers import the last ones late.
+_READERS = ("chunked", "dicom", "hdf5", "itk", "npy", "nifti_parts", "tiff_parts")
+_FORKS.set_forkserver_preload(
+    [
+        *("tests.fuzz_images", "tests.fuzz_stores", "tests.fuzz_documents"),
+        *(f"microtome.images.{name}" for name in _READERS),
+        *("highdicom", "pydicom.pixels.utils", "imagecodecs"),
+    ]
+)
 # What a child leaves for the case that it is ended: whether it has begun with an input, its number, and good ones that it has not told.
 _NOTE = struct.Struct("<?QQ")
 _Words = tuple[Sequence[bytes], Sequence[bytes]]  # a dictionary, and other seeds
@@ -188,6 +196,7 @@ class Target:
         change: for formats of which changed bytes are mostly refused at once: a change of what a seed says, for half of the inputs.
         growth_bytes: of memory that one input may add to what is in use.
         seconds: that one input may take.
+        weight: how many inputs it has beside another target of the format; less where each takes many times as long.
     """
 
     name: str
@@ -201,6 +210,7 @@ class Target:
     change: Callable[[bytes, random.Random], bytes] | None = None
     growth_bytes: int = GROWTH_BYTES
     seconds: float = SECONDS_PER_INPUT
+    weight: float = 1.0
 
     def mutant(self, seed: int, number: int) -> bytes:
         """The input of this number; the first ones are the seeds themselves."""
@@ -233,6 +243,11 @@ class Finding:
     number: int
     data: bytes
 
+    @property
+    def kind(self) -> str:
+        """How it begins, by which others of the same reason are known; numbers and places differ."""
+        return re.sub(r"0x[0-9a-f]+|\d+|/\S*/", "#", self.what)[:160]
+
     def __str__(self) -> str:
         return (
             f"input {self.number}: {self.what}\nits {len(self.data)} bytes (gzip, hex): {gzip.compress(self.data, 9, mtime=0).hex()[:6000]}"
@@ -261,7 +276,15 @@ class Outcome:
         assert not self.findings, f"{self.name}, seed {self.seed}:\n" + "\n".join(map(str, self.findings))
 
 
-def fuzz(target: Target, inputs: int, *, seconds: float = 3600.0, seed: int | None = None) -> Outcome:
+def fuzz(
+    target: Target,
+    inputs: int,
+    *,
+    seconds: float = 3600.0,
+    seed: int | None = None,
+    known: frozenset[str] = frozenset(),
+    core: int | None = None,
+) -> Outcome:
     """Read mutants of a target in a process of its own, which is started again where one ends it.
 
     Args:
@@ -269,27 +292,40 @@ def fuzz(target: Target, inputs: int, *, seconds: float = 3600.0, seed: int | No
         inputs: how many; fewer where the time is over.
         seconds: for all of them.
         seed: of all changes; a new one, which is printed, if none is given.
+        known: findings, by `Finding.kind`, that were told already.
+        core: which reads them; None: any.
     """
     outcome = Outcome(target.name, secrets.randbits(32) if seed is None else seed)
     sys.stdout.write(f"{target.name}: seed {outcome.seed}\n")
     end = time.monotonic() + seconds
     with _scratch() as folder:
         while outcome.tried < inputs and time.monotonic() < end and len(outcome.findings) < _MOST_FINDINGS:
-            _one_process(target, outcome, inputs, end, folder)
+            told = known.union(finding.kind for finding in outcome.findings)
+            _one_process(target, outcome, _Part(inputs, end, told, core), folder)
     return outcome
 
 
-def _one_process(target: Target, outcome: Outcome, inputs: int, end: float, folder: Path) -> None:
+@dataclass(frozen=True)
+class _Part:
+    """What a process does of a target: up to which input, until when, which findings it does not tell again, and on which core."""
+
+    inputs: int
+    end: float
+    known: frozenset[str]
+    core: int | None
+
+
+def _one_process(target: Target, outcome: Outcome, part: _Part, folder: Path) -> None:
     """Read on from where the last process ended."""
     ours, theirs = _FORKS.Pipe()
-    child = _FORKS.Process(target=_child, args=(target, outcome.seed, outcome.tried, inputs, end, folder, theirs))
+    child = _FORKS.Process(target=_child, args=(target, outcome.seed, outcome.tried, part, folder, theirs))
     child.start()
     theirs.close()
     for tried, good, slowest, finding in _received(ours):
         outcome.tried, outcome.good, outcome.slowest_s = tried, outcome.good + good, max(outcome.slowest_s, slowest)
         outcome.findings += [finding] if finding else []
         # No seed, no mutants.
-        outcome.tried = tried or inputs
+        outcome.tried = tried or part.inputs
     child.join()
     if child.exitcode == 0:
         return
@@ -302,7 +338,8 @@ def _one_process(target: Target, outcome: Outcome, inputs: int, end: float, fold
         else f"ended the interpreter (exit code {child.exitcode})"
     )
     trace = (folder / "trace").read_text(errors="replace")[-1500:] if (folder / "trace").exists() else ""
-    outcome.findings.append(Finding(f"{how}\n{trace}", number, target.mutant(outcome.seed, number)))
+    finding = Finding(f"{how}\n{trace}", number, target.mutant(outcome.seed, number))
+    outcome.findings += [finding] if finding.kind not in part.known else []
     outcome.tried = number + 1
 
 
@@ -326,8 +363,10 @@ def _scratch() -> Iterator[Path]:
         shutil.rmtree(folder)
 
 
-def _child(target: Target, seed: int, first: int, past: int, end: float, folder: Path, pipe: Connection) -> None:
-    """Read the inputs from the first on; every finding and every thousandth input is told at once."""
+def _child(target: Target, seed: int, first: int, part: _Part, folder: Path, pipe: Connection) -> None:
+    """Read the inputs from the first on; every new finding is told at once, and once a second how many were read."""
+    if part.core is not None:
+        os.sched_setaffinity(0, {part.core})
     with quiet(folder):
         place = folder / f"inputs-{first}"
         place.mkdir()
@@ -336,23 +375,28 @@ def _child(target: Target, seed: int, first: int, past: int, end: float, folder:
             pipe.send((0, 0, 0.0, Finding(refused, first, b"")))
             return
         limit_memory()
-        known, good, slowest, told = set[str](), 0, 0.0, time.monotonic()
+        # What was loaded by now stays.
+        gc.collect()
+        gc.freeze()
+        known, new_ones, good, slowest, told = set(part.known), 0, 0, 0.0, time.monotonic()
         (folder / "number").write_bytes(bytes(_NOTE.size))
         with (folder / "number").open("r+b") as kept:
             note = mmap.mmap(kept.fileno(), _NOTE.size)
-        for number in range(first, past):
+        for number in range(first, part.inputs):
             data = target.mutant(seed, number)
             _NOTE.pack_into(note, 0, 1, number, good)
             begun = time.monotonic()
             found, what = tried(target, data, file, given)
             now = time.monotonic()
             slowest, good = max(slowest, now - begun), good + found
-            new = Finding(what, number, data) if what and what[:160] not in known else None
-            known.add(what[:160])
-            if new or number + 1 == past or now > end or now - told > 1:
+            new = Finding(what, number, data) if what else None
+            new = None if new is None or new.kind in known else new
+            known |= {new.kind} if new else set()
+            new_ones += new is not None
+            if new or number + 1 == part.inputs or now > part.end or now - told > 1:
                 pipe.send((number + 1, good, slowest, new))
                 good, told = 0, now
-            if now > end or len(known) > _MOST_FINDINGS:
+            if now > part.end or new_ones >= _MOST_FINDINGS:
                 return
 
 

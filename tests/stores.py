@@ -7,7 +7,7 @@ import tensorstore as ts
 import torch
 
 from microtome.bundle import Bundle, save_bundle
-from microtome.config import NormalisationConfig, Plan
+from microtome.config import NetworkConfig, NormalisationConfig, Plan
 from microtome.data.legend import Legend
 from microtome.files import write_json
 from microtome.geometry import Shape
@@ -23,11 +23,16 @@ def small_bundle(
     normalisation: NormalisationConfig | None = None,
     background: int | None = 0,
     patch_vox: tuple[int, ...] | None = None,
+    sizes: NetworkConfig | None = None,
 ) -> Path:
     """A run folder with a network of random weights that calls about half of a noisy image an object; the folder."""
     plan: Plan = small_plan() if dims == 2 else small_plan_3d(patch_vox=(8, 16, 16), spacing_mm=(1.0, 1.0, 1.0), batch=1)
     plan = plan.model_copy(
-        update={"normalisation": normalisation or NormalisationConfig(kind="image"), "patch_vox": patch_vox or plan.patch_vox}
+        update={
+            "normalisation": normalisation or NormalisationConfig(kind="image"),
+            "patch_vox": patch_vox or plan.patch_vox,
+            "network": sizes or plan.network,
+        }
     )
     torch.manual_seed(0)
     network = build(plan.network.name, dims=dims, in_channels=1, classes=2, config=plan.network).eval()

@@ -3,7 +3,9 @@
 import ctypes
 import gzip
 import json
+import os
 import random
+import re
 import struct
 import time
 import warnings
@@ -18,9 +20,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from microtome.errors import DataError, DataWarning, MicrotomeError
 from tests import fuzz_documents, fuzz_soak
-from tests.fuzz_soak import FORMATS, share, targets_of
+from tests.fuzz_soak import FORMATS, goals, targets_of
 from tests.fuzz_trees import changed_tree, changed_trees, yaml_text
-from tests.fuzzing import Target, fuzz, mutated, png_mended
+from tests.fuzzing import Outcome, Target, fuzz, mutated, png_mended
 
 # Of each format, in `make test`; `make soak` reads a hundred thousand.
 INPUTS = 200
@@ -162,11 +164,13 @@ def test_changed_trees_are_other_trees_of_every_kind_and_the_first_stays_as_it_i
 def test_mutants_of_every_format_are_read_or_refused_in_one_line(name: str) -> None:
     targets = targets_of(name)
     assert {target.name for target in targets} == {name}
-    for target in targets:
-        outcome = fuzz(target, len(target.seeds) + share(INPUTS, len(targets)), seed=SEED)
+    inputs = goals(INPUTS, targets)
+    assert INPUTS <= sum(inputs) < INPUTS + len(targets)
+    for target, number in zip(targets, inputs, strict=True):
+        outcome = fuzz(target, len(target.seeds) + number, seed=SEED)
         outcome.check()
         assert outcome.good >= len(target.seeds), "every seed is good"
-        assert outcome.tried >= len(target.seeds) + INPUTS // len(targets)
+        assert outcome.tried == len(target.seeds) + number
 
 
 # Trees, as hypothesis draws them: it finds the smallest that fails.
@@ -231,7 +235,7 @@ def test_a_soak_counts_what_it_read_and_keeps_what_it_found(monkeypatch: pytest.
     monkeypatch.setattr(fuzz_soak, "INPUTS", 300)
     rows = fuzz_soak.run(20, ["NPY", "predictions.json"], guided=False)
     assert [(row["part"], row["what"]) for row in rows] == [("fuzz", "NPY"), ("fuzz", "predictions.json")]
-    assert all(row["tried"] >= 300 and row["failed"] == 0 and row["seconds"] > 0 for row in rows)
+    assert all(row["tried"] == row["of"] == 300 and row["failed"] == 0 and row["seconds"] > 0 for row in rows)
 
 
 def test_a_soak_that_finds_something_says_which_input_and_goes_on_with_the_other_formats(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +250,40 @@ def test_a_soak_that_finds_something_says_which_input_and_goes_on_with_the_other
     seed = int(finding.partition(",")[0].removeprefix("seed "))
     assert f"seed {seed}, input 2: raised ValueError" in finding
     assert gzip.decompress(bytes.fromhex(finding.rpartition(": ")[2])) == b"v" == letters(b"gdvgdg").mutant(seed, 2)
+
+
+def test_a_kind_of_finding_is_told_once_and_the_format_goes_on_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_soak, "FORMATS", {"findings": (lambda: letters(b"gvcvnc"),)})
+    monkeypatch.setattr(fuzz_soak, "INPUTS", 12)
+    # Half of them at a time: all are met once more.
+    monkeypatch.setattr(fuzz_soak, "fuzz", lambda target, inputs, **options: fuzz(target, min(inputs, 6), **options))
+    [row] = fuzz_soak.run(20, guided=False)
+    assert (row["tried"], row["of"], row["failed"]) == (12, 12, 3)
+    assert [re.findall(r"input \d+: \w+ \w+ \w+", finding)[0] for finding in row["findings"]] == [
+        "input 1: raised ValueError at",
+        "input 2: ended the interpreter",
+        "input 4: an error without",
+    ]
+
+
+def test_what_has_the_least_of_its_inputs_is_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def some(target: Target, inputs: int, **_: object) -> Outcome:
+        """The slow one gets a tenth of the inputs in the same time."""
+        read.append(target.name)
+        return Outcome(target.name, 0, tried=min(inputs, 10 if target.name == "slow" else 100))
+
+    targets = {name: Target(name=name, seeds=(b"g",), read=read_bravely) for name in ("fast", "slow")}
+    monkeypatch.setattr(fuzz_soak, "FORMATS", {name: (lambda name=name: targets[name],) for name in targets})
+    monkeypatch.setattr(fuzz_soak, "INPUTS", 100)
+    monkeypatch.setattr(fuzz_soak, "fuzz", some)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    targets_of.cache_clear()
+    rows = fuzz_soak.run(20, guided=False)
+    targets_of.cache_clear()
+    assert [row["tried"] for row in rows] == [100, 100]
+    assert read == ["fast"] + ["slow"] * 10
 
 
 def test_a_format_that_nobody_knows_is_no_soak() -> None:

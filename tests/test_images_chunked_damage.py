@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import shutil
 import struct
 from pathlib import Path
@@ -241,3 +242,21 @@ def test_damaged_chunks_and_unknown_codecs_are_named(tmp_path):
 def test_urls_that_cannot_be_are_refused(url):
     with pytest.raises(DataError, match="the URL of a store"):
         open_volume(Path(url))
+
+
+@pytest.mark.parametrize("name", ["zarr.json", ".zattrs"])
+def test_a_pipe_in_place_of_a_document_is_refused_and_not_waited_for(tmp_path, name):
+    store = tmp_path / "a.zarr"
+    put_array(store, STACK, zarr_format=2, chunks=(2, 4, 3))
+    (store / name).unlink(missing_ok=True)
+    os.mkfifo(store / name)
+    with pytest.raises(DataError, match=rf"a\.zarr/{name}: expected JSON, got damaged metadata"):
+        open_volume(store)
+
+
+def test_a_folder_in_place_of_a_document_is_refused(tmp_path):
+    store = tmp_path / "a.zarr"
+    put_array(store, STACK, zarr_format=2, chunks=(2, 4, 3))
+    (store / "zarr.json").mkdir()
+    with pytest.raises(DataError, match=r"a\.zarr: expected a whole chunked store, got what cannot be read \(IsADirectoryError"):
+        open_volume(store)

@@ -27,6 +27,7 @@ LAYERS = (
     "yaml_files",
     "cgroups",
     "machine",
+    "threads",
     "endings",
     "config",
     "geometry",

@@ -2,7 +2,8 @@
 
     python -m tools.soak [--only kills] [--seconds 60]
 
-Two parts run at a time, each in a process of its own on a core of its own.
+Hostile files are read on a core of their own, all the time; the other parts follow each other on a second one, each in a process
+of its own, and lend it to the hostile files when they are done.
 """
 
 import argparse
@@ -17,18 +18,18 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 from microtome.files import write_json
 from tools.layers import REPOSITORY
 
+# Names the file that tells hostile files that a second core is free.
+_JOINED = "MICROTOME_SOAK_JOINED"
 RESULT = REPOSITORY / "benchmarks" / "results" / "soak.json"
 # Of all parts together, with a minute for what they need to start and to end.
 SECONDS = 1680.0
 # A shorter look leaves the numbers of the last soak as they are.
 LEAST_SECONDS = 600.0
-LANES = 2
 Rows = list[dict[str, Any]]
 
 
@@ -65,8 +66,9 @@ def tests(part: str, file: str, seconds: float) -> Rows:
 
 
 def fuzzing(seconds: float) -> Rows:
-    """Mutants of files of each format that is read."""
-    return list(importlib.import_module("tests.fuzz_soak").run(seconds))
+    """Mutants of files of each format that is read; on a second core as soon as the other parts are done."""
+    joined = os.environ.get(_JOINED)
+    return list(importlib.import_module("tests.fuzz_soak").run(seconds, joined=Path(joined) if joined else None))
 
 
 class Part(NamedTuple):
@@ -77,13 +79,13 @@ class Part(NamedTuple):
     run: Callable[[float], Rows]
 
 
-# The longest first; the shares of a lane add up to 1.
+# What the others leave of 1 is for hostile files too, which want about 40 minutes of one core.
 PARTS = (
     Part("fuzz", 1.0, fuzzing),
-    Part("faults", 0.35, faults),
-    Part("kills", 0.2, kills),
     Part("predictions", 0.35, predictions),
-    Part("processes", 0.1, processes),
+    Part("kills", 0.08, kills),
+    Part("processes", 0.06, processes),
+    Part("faults", 0.12, faults),
 )
 
 
@@ -112,24 +114,20 @@ def main() -> int:
 
 
 def run_all(parts: Sequence[tuple[str, float]]) -> Rows:
-    """Parts with their seconds, two at a time, in their order; the rows of all."""
-    lanes: SimpleQueue[int] = SimpleQueue()
+    """Parts with their seconds: the first beside all others, which follow each other; the rows of all.
+
+    The first has the first core, and the second one too when the file that `_JOINED` names appears; the others have that alone.
+    """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    for number in range(LANES):
-        lanes.put(number)
-
-    def run(part: tuple[str, float]) -> Rows:
-        lane = lanes.get()
-        try:
-            return in_process(*part, cores[lane % len(cores)] if cores else None)
-        finally:
-            lanes.put(lane)
-
-    with ThreadPoolExecutor(LANES) as pool:
-        return [row for rows in pool.map(run, parts) for row in rows]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
+        joined = Path(folder) / "joined"
+        first = pool.submit(in_process, *parts[0], None, joined)
+        others = [in_process(*part, cores[1] if len(cores) > 1 else None) for part in parts[1:]]
+        joined.touch()
+        return [row for rows in (first.result(), *others) for row in rows]
 
 
-def in_process(part: str, seconds: float, core: int | None) -> Rows:
+def in_process(part: str, seconds: float, core: int | None, joined: Path | None = None) -> Rows:
     """The rows of a part that runs in a process of its own; one that says that it failed where it did not come to its end."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -137,7 +135,7 @@ def in_process(part: str, seconds: float, core: int | None) -> Rows:
         words = [sys.executable, "-m", "tools.soak", "--part", part, "--seconds", str(seconds), "--out", str(out)]
         # Processes that this one starts stay on its core, and count it alone.
         pinned = ["taskset", "--cpu-list", str(core), *words] if core is not None and _has_taskset() else words
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", **({_JOINED: str(joined)} if joined else {})}
         try:
             done = subprocess.run(
                 pinned, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=5 * seconds + 600, check=False

@@ -4,7 +4,6 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -42,6 +41,7 @@ from microtome.files import check_name
 from microtome.images.files import probe_image
 from microtome.images.image import Header, Image
 from microtome.images.volume import Volume
+from microtome.threads import in_threads, usable_cores
 
 __all__ = [
     "NOT_ANNOTATED",
@@ -388,8 +388,9 @@ def _probe(cases: Sequence[Case]) -> tuple[dict[str, Header], dict[str, DataErro
             return error
         return replace(headers[0], channels=sum(header.channels for header in headers))
 
-    with ThreadPoolExecutor() as pool:
-        results = dict(zip((case.name for case in cases), pool.map(probe, cases), strict=True))
+    # Headers of many files on a network are waited for together; those of a few are read before threads have started.
+    workers = usable_cores() + 4 if len(cases) > 8 else 1
+    results = dict(zip((case.name for case in cases), in_threads(probe, cases, workers), strict=True))
     headers = {name: result for name, result in results.items() if isinstance(result, Header)}
     return headers, {name: result for name, result in results.items() if isinstance(result, DataError)}
 

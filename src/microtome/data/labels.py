@@ -1,10 +1,8 @@
 """Label files -> what stands in them: one pass over every file, a case a thread, and the legend that follows from it."""
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from microtome.geometry import Shape, format_shape
 from microtome.images.files import read_image
 from microtome.images.image import Image, Palette
 from microtome.images.volume import Volume
+from microtome.threads import in_threads
 
 # Voxels counted at a time: bincount turns its input into int64, eight times the size of most labels.
 CHUNK_VOX = 1 << 22
@@ -111,13 +110,12 @@ def scan_labels(cases: Sequence[Case], *, palette: Palette, per_instance: bool) 
         except DataError as error:
             return error
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(scan, cases))
-        scans = [result for result in results if isinstance(result, LabelScan)]
-        if not per_instance and may_be_objects(scans):
-            telling = sorted((each for each in scans if each.numbers), key=lambda each: -len(each.numbers))[:LOOKED_AT]
-            looked_at = dict(zip((each.case for each in telling), pool.map(lambda each: _whole(each, palette), telling), strict=True))
-            scans = [replace(each, whole=looked_at.get(each.case)) for each in scans]
+    results = in_threads(scan, cases)
+    scans = [result for result in results if isinstance(result, LabelScan)]
+    if not per_instance and may_be_objects(scans):
+        telling = sorted((one for one in scans if one.numbers), key=lambda one: -len(one.numbers))[:LOOKED_AT]
+        looked_at = dict(zip((one.case for one in telling), in_threads(lambda one: _whole(one, palette), telling), strict=True))
+        scans = [replace(one, whole=looked_at.get(one.case)) for one in scans]
     named = zip(cases, results, strict=True)
     return scans, {case.name: result for case, result in named if isinstance(result, DataError)}
 

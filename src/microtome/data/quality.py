@@ -1,10 +1,8 @@
 """What is wrong with a dataset, found before anyone trains: every case read once, every fault named with its file."""
 
 import base64
-import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from microtome.data.thumbnails import Thumbnail, class_colours, draw_middle, dra
 from microtome.errors import DataWarning, MicrotomeError
 from microtome.geometry import format_shape, format_sides
 from microtome.images.volume import Volume, volume_of
+from microtome.threads import in_threads, usable_cores
 
 NUMBER_COLUMNS = frozenset({"channels", "annotated"})
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
@@ -103,8 +102,7 @@ def inspect_dataset(dataset: Dataset, split: Split | None = None) -> Inspection:
     with warnings.catch_warnings(record=True) as caught:
         # What a reader warns of becomes a finding; the filter is the process's, so it holds in the threads too.
         warnings.simplefilter("always", DataWarning)
-        with ThreadPoolExecutor(_threads()) as pool:
-            examined = list(pool.map(lambda case: _examine(dataset, case, parts.get(case.images[0], "")), dataset.cases))
+        examined = in_threads(lambda case: _examine(dataset, case, parts.get(case.images[0], "")), dataset.cases, _threads())
     rows = tuple(row for row, _ in examined if row is not None)
     said = {path for finding in dataset.findings if finding.severity == "error" for path in finding.files}
     found = [finding for _, findings in examined for finding in findings if finding.code != "unreadable" or said.isdisjoint(finding.files)]
@@ -164,8 +162,7 @@ def case_thumbnails(dataset: Dataset, inspection: Inspection, limit: int = 64) -
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DataWarning)  # inspect_dataset made findings of them
-        with ThreadPoolExecutor(_threads()) as pool:
-            return tuple(pool.map(draw, chosen))
+        return tuple(in_threads(draw, chosen, _threads()))
 
 
 def inspection_html(inspection: Inspection, thumbnails: Sequence[Thumbnail] = ()) -> str:
@@ -344,7 +341,7 @@ def _row_json(row: CaseRow, legend: Legend) -> dict[str, Any]:
 
 def _threads() -> int:
     """Decoding leaves Python's lock; more than four cases in memory would gain little."""
-    return min(4, os.cpu_count() or 1)
+    return min(4, usable_cores())
 
 
 def _sizes(rows: Sequence[CaseRow]) -> tuple[str, str]:

@@ -1,10 +1,8 @@
 """Folders of predictions and of truth -> scores: every case of the truth is scored or the whole is refused."""
 
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +27,7 @@ from microtome.evaluation.scores import METRICS, CaseScore, score_case, summaris
 from microtome.geometry import Spacing, format_shape
 from microtome.images.files import probe_image, read_image
 from microtome.images.image import Image
+from microtome.threads import in_threads, usable_cores
 
 __all__ = ["METRICS", "CaseScore", "evaluate", "score_case", "summarise"]
 
@@ -131,8 +130,7 @@ def _paired(predictions: Path, truth: Path, listed: Listing | None, truths: Sequ
 
 def _each(truths: Sequence[Truth], score: Callable[[Truth], Result]) -> list[Result]:
     """What a function gives of each case, some at a time."""
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(score, truths))
+    return in_threads(score, truths, min(MOST_THREADS, usable_cores()))
 
 
 def _groups(truths: Sequence[Truth]) -> dict[str, str]:

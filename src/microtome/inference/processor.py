@@ -5,6 +5,8 @@ import platform
 import sys
 from pathlib import Path
 
+from microtome.threads import usable_cores
+
 # What drivers of GPUs that torch knows as `cuda` put there: NVIDIA's own, WSL's, AMD's.
 _GPU_MARKS = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg", "/dev/kfd")
 
@@ -14,9 +16,7 @@ def threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return usable_cores()
 
 
 def processor_name() -> str:
