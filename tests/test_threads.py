@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from microtome.threads import in_threads, usable_cores
+from microtome.threads import in_threads, looked_at_in_threads, usable_cores
 
 
 def test_the_cores_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -35,3 +35,10 @@ def test_several_items_are_under_way_at_a_time_and_come_in_their_order() -> None
 def test_what_goes_wrong_with_an_item_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda item: 1 // item, [1, 0, 1], 2)
+
+
+def test_few_items_are_looked_at_by_this_thread_and_many_by_more_threads_than_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    assert set(looked_at_in_threads(lambda _: threading.get_ident(), range(8))) == {threading.get_ident()}
+    five = threading.Barrier(5, timeout=60)
+    assert len(set(looked_at_in_threads(lambda _: five.wait(), range(10)))) == 5

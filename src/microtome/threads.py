@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+# What is done before threads have started, and how many more than cores may wait for the disks of a network.
+_FEW, _WAITING = 8, 4
 _T = TypeVar("_T")
 _R = TypeVar("_R")
 
@@ -29,3 +31,8 @@ def in_threads(function: Callable[[_T], _R], items: Sequence[_T], most: int | No
         return [function(item) for item in items]
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(function, items))
+
+
+def looked_at_in_threads(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """The same of what waits for disks more than it computes, such as reading headers: by more threads, or by none for a few items."""
+    return in_threads(function, items, usable_cores() + _WAITING if len(items) > _FEW else 1)

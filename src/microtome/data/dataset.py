@@ -41,7 +41,7 @@ from microtome.files import check_name
 from microtome.images.files import probe_image
 from microtome.images.image import Header, Image
 from microtome.images.volume import Volume
-from microtome.threads import in_threads, usable_cores
+from microtome.threads import looked_at_in_threads
 
 __all__ = [
     "NOT_ANNOTATED",
@@ -388,11 +388,9 @@ def _probe(cases: Sequence[Case]) -> tuple[dict[str, Header], dict[str, DataErro
             return error
         return replace(headers[0], channels=sum(header.channels for header in headers))
 
-    # Headers of many files on a network are waited for together; those of a few are read before threads have started.
-    workers = usable_cores() + 4 if len(cases) > 8 else 1
-    results = dict(zip((case.name for case in cases), in_threads(probe, cases, workers), strict=True))
-    headers = {name: result for name, result in results.items() if isinstance(result, Header)}
-    return headers, {name: result for name, result in results.items() if isinstance(result, DataError)}
+    found = list(zip((case.name for case in cases), looked_at_in_threads(probe, cases), strict=True))
+    headers = {name: result for name, result in found if isinstance(result, Header)}
+    return headers, {name: result for name, result in found if isinstance(result, DataError)}
 
 
 def _unreadable(case: Case, files: tuple[Path, ...], error: DataError) -> Finding:
