@@ -15,7 +15,7 @@ from tests.fuzzing import Target
 
 _SMALL = STACK[:2, :4, :3]
 _NAME = "case-x.zarr"
-_CHUNK_WEIGHT = 0.25
+_CHUNK_WEIGHT = 0.2
 _WORDS = tuple(
     word.encode()
     for word in (

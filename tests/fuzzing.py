@@ -61,7 +61,8 @@ _FORKS.set_forkserver_preload(
     [
         *("tests.fuzz_images", "tests.fuzz_stores", "tests.fuzz_documents"),
         *(f"microtome.images.{name}" for name in _READERS),
-        *("highdicom", "pydicom.pixels.utils", "imagecodecs"),
+        # Of torch what the first step of an optimiser imports, which takes seconds.
+        *("highdicom", "pydicom.pixels.utils", "imagecodecs", "torch._dynamo"),
     ]
 )
 # What a child leaves for the case that it is ended: whether it has begun with an input, its number, and good ones that it has not told.
@@ -378,6 +379,7 @@ def _child(target: Target, seed: int, first: int, part: _Part, folder: Path, pip
         # What was loaded by now stays.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(20_000, 20, 20)
         known, new_ones, good, slowest, told = set(part.known), 0, 0, 0.0, time.monotonic()
         (folder / "number").write_bytes(bytes(_NOTE.size))
         with (folder / "number").open("r+b") as kept:

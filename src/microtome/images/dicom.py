@@ -11,7 +11,7 @@ import numpy as np
 
 from microtome.errors import DataError, DataWarning
 from microtome.geometry import affine_from_spacing, spacing_of
-from microtome.images.dicom_seg import SEGMENTATION, dicom_files, open_segmentation, pydicom_for
+from microtome.images.dicom_seg import SEGMENTATION, dicom_files, open_segmentation, pydicom_for, tags_of
 from microtome.images.image import Header, Limits, decoding
 from microtome.images.itk import LPS_TO_RAS
 from microtome.images.parts import BoundedFile, bounds, cut_off, limits_of_parts
@@ -146,10 +146,11 @@ class _Series:
 def _header(path: Path) -> Any:
     """The elements that count; `pixels_at` is where those that were not read begin."""
     with decoding(path, "DICOM"), BoundedFile(path) as file:
-        header = pydicom_for(path).dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
+        header = pydicom_for(path).dcmread(file, stop_before_pixels=True, specific_tags=tags_of(_TAGS))
         header.pixels_at = file.tell()
-        # Elements are parsed when they are looked at.
-        list(header)
+        # Elements are parsed when they are looked at; those of a segmentation by its own reader.
+        if header.get("SOPClassUID") != SEGMENTATION:
+            list(header)
         return header
 
 
@@ -214,10 +215,8 @@ def _slice(path: Path, number: int, header: Any, look: _Look, groups: list[Any])
         places = [group[sequence].value[0] for group in groups if sequence in group]
         return next((place[name].value for place in places if name in place), header.get(name))
 
-    position, orientation = (
-        find("PlanePositionSequence", "ImagePositionPatient"),
-        find("PlaneOrientationSequence", "ImageOrientationPatient"),
-    )
+    position = find("PlanePositionSequence", "ImagePositionPatient")
+    orientation = find("PlaneOrientationSequence", "ImageOrientationPatient")
     placed = bool(position) and bool(orientation)
     spacing = find("PixelMeasuresSequence", "PixelSpacing") or header.get("ImagerPixelSpacing")
     thickness, slope = find("PixelMeasuresSequence", "SliceThickness"), find("PixelValueTransformationSequence", "RescaleSlope")

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -41,6 +42,14 @@ def read_dicom(path: Path, **options: Any) -> Any:
     dcmread = pydicom_for(path).dcmread
     with BoundedFile(path) as file:
         return dcmread(file, **options)
+
+
+@cache
+def tags_of(names: tuple[str, ...]) -> list[Any]:
+    """The numbers of elements, which take longer to look up by name than to read."""
+    from pydicom.tag import Tag
+
+    return [Tag(name) for name in names]
 
 
 def dicom_files(folder: Path) -> Iterator[Path]:

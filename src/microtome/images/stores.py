@@ -249,16 +249,13 @@ def _local(place: Path, name: str) -> bytes | None:
     """The bytes of a file of this machine, read in a twentieth of the time that a store takes to look for it; None where there is none."""
     with reading(place):
         try:
-            with open(place / name, "rb", opener=_never_waiting) as file:
-                # One byte more than may be, which is then said.
-                return file.read(_MOST_JSON_BYTES + 1)
+            # A pipe, for which nobody may ever write, is not waited for.
+            handle = os.open(f"{place}/{name}", os.O_RDONLY | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             return None
-
-
-def _never_waiting(path: str, flags: int) -> int:
-    """Open a file; a pipe, for which nobody may ever write, is not waited for."""
-    return os.open(path, flags | os.O_NONBLOCK)
+        with open(handle, "rb") as file:
+            # One byte more than may be, which is then said.
+            return file.read(_MOST_JSON_BYTES + 1)
 
 
 def _object_of(text: bytes, place: Path, name: str) -> dict[str, Any]:
