@@ -273,6 +273,31 @@ def test_texts_are_read_and_looked_at_whatever_the_size_of_lengths_in_the_file(t
         open_volume(tmp_path / "a.h5")
 
 
+@pytest.mark.parametrize(("axes", "number"), [("zyx", 0), (["z", "y", "x"], 1)])
+def test_a_text_that_claims_gigabytes_is_refused_before_memory_is_taken(tmp_path, axes, number):
+    path = written(tmp_path / "a.h5", {"raw": STACK}, axes=axes)
+    at, whole = heap_of(path)
+    # A text is kept as its length, the place of its heap, and its number there, from 1.
+    texts = [len(axes if isinstance(axes, str) else axes[number]).to_bytes(4, "little"), at.to_bytes(8, "little")]
+    place = whole.index(b"".join((*texts, (number + 1).to_bytes(4, "little"))))
+    whole[place : place + 4] = (2**31 - 1).to_bytes(4, "little")
+    path.write_bytes(whole)
+    with grows_by_at_most(2**24), pytest.raises(DataError, match=r"a\.h5: expected .*a text of 2147483647 bytes as axes"):
+        open_volume(path)
+
+
+def test_an_attribute_of_megabytes_is_refused(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w", libver="latest") as file:
+        file.create_dataset("raw", data=STACK).attrs["element_size_um"] = np.ones(2**18)
+    with pytest.raises(DataError, match=r"a\.h5: expected a whole HDF5 file, got .*2097152 bytes as element_size_um"):
+        open_volume(tmp_path / "a.h5")
+
+
+def test_labels_that_are_fewer_than_dimensions_are_none(tmp_path):
+    path = written(tmp_path / "a.h5", {"raw": STACK}, DIMENSION_LABELS=["x"])
+    np.testing.assert_array_equal(read_image(path).array[0], STACK)
+
+
 def test_damaged_chunks_are_an_error_that_names_the_file(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         dataset = file.create_dataset("raw", data=STACK, chunks=(2, 20, 25), compression="gzip")

@@ -4,6 +4,7 @@ A path leads into the file: `cells.h5/volumes/raw` is the dataset `volumes/raw` 
 """
 
 import json
+import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ _MM_PER_UNIT = MappingProxyType({"nm": 1e-6, "um": 1e-3, "µm": 1e-3, "μm": 1e-
 _LEAST_AXES, _MOST_AXES = 2, 5
 _MOST_LINKS = 16  # soft links that lead to each other are a circle
 _CHUNK_VOX = 64
+_TEXTS = frozenset({"axistags", "axes", "unit", "units", "DIMENSION_LABELS"})  # attributes
+_MOST_ATTRIBUTE_BYTES = 2**20  # ilastik's JSON of axes takes some hundred
 
 
 def open_hdf5(path: Path, limits: Limits) -> Volume:
@@ -57,6 +60,8 @@ def open_hdf5(path: Path, limits: Limits) -> Volume:
         with WatchedFile(file_path) as opened, h5py.File(opened, "r") as watched:
             described = _dataset(path, watched, name)
             _sources(path, described)
+            for attribute in _TEXTS & described.attrs.keys():
+                opened.check_lengths(attribute)
             dtype = image_type(path, described.dtype)
             axes = _arranged(path, described)
             sizes = tuple(1 if axis is None else int(described.shape[axis]) for axis in axes)
@@ -267,7 +272,7 @@ def _elsewhere(path: Path, got: str) -> DataError:
 
 def _axis_names(path: Path, dataset: Any) -> str:
     """A letter of TCZYX for each axis of a dataset, as it says or by their number."""
-    for name in (*_written_names(dataset), "".join(dimension.label[:1] for dimension in dataset.dims)):
+    for name in (*_written_names(dataset), _labels(dataset)):
         letters = name.upper()
         if len(set(letters)) == len(letters) == dataset.ndim and {"Y", "X"} <= set(letters) <= set("TCZYX"):
             return letters
@@ -278,11 +283,32 @@ def _axis_names(path: Path, dataset: Any) -> str:
 
 def _written_names(dataset: Any) -> Iterator[str]:
     """What attributes say of the axes: ilastik's JSON, a word, or a list of letters."""
-    tags, axes = _text(dataset.attrs.get("axistags")), _text(dataset.attrs.get("axes"))
+    tags, axes = _text(_attribute(dataset, "axistags")), _text(_attribute(dataset, "axes"))
     if tags:
         yield "".join(str(tag["key"]) for tag in json.loads(tags)["axes"])
     if axes:
         yield axes
+
+
+def _labels(dataset: Any) -> str:
+    """The first letters of the labels of the dimensions; the library takes for granted that there are as many as dimensions."""
+    if "DIMENSION_LABELS" not in dataset.attrs or dataset.attrs.get_id("DIMENSION_LABELS").shape != (dataset.ndim,):
+        return ""
+    return "".join(dimension.label[:1] for dimension in dataset.dims)
+
+
+def _attribute(dataset: Any, name: str) -> Any:
+    """The value of an attribute; None where there is none.
+
+    Raises:
+        ValueError: it claims more than any program writes, for which the library would take the memory.
+    """
+    if name not in dataset.attrs:
+        return None
+    found = dataset.attrs.get_id(name)
+    if (size := math.prod(found.shape) * found.dtype.itemsize) > _MOST_ATTRIBUTE_BYTES:
+        raise ValueError(f"{size} bytes as {name}")
+    return dataset.attrs[name]
 
 
 def _text(value: Any) -> str:
@@ -316,11 +342,11 @@ def _arranged(path: Path, dataset: Any) -> tuple[int | None, ...]:
 def _spacing(path: Path, dataset: Any, dims: int) -> tuple[Spacing, bool]:
     """The voxel size along S in mm, and whether the dataset says it."""
     for name, mm in _SPACINGS:
-        if name not in dataset.attrs:
+        if (written := _attribute(dataset, name)) is None:
             continue
         # Numbers that are none raise, as all damage does.
-        values = np.asarray(dataset.attrs[name], np.float64).reshape(-1)
-        unit = _text(dataset.attrs.get("unit", dataset.attrs.get("units"))) if name != "element_size_um" else ""
+        values = np.asarray(written, np.float64).reshape(-1)
+        unit = _text(_attribute(dataset, "unit" if "unit" in dataset.attrs else "units")) if name != "element_size_um" else ""
         if len(values) >= dims and np.isfinite(values).all() and (values > 0).all():
             return tuple(float(value) * _mm(unit, mm) for value in values[-dims:]), True
         warnings.warn(f"{path}: its {name} {values.tolist()} is not used; the voxel size is not known", DataWarning, stacklevel=4)

@@ -1,7 +1,9 @@
 """What is checked of an HDF5 file's heaps of texts, through which the library would walk for ever where an entry has no length."""
 
 import io
+import math
 import os
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,13 @@ _LENGTHS = MappingProxyType({2: "H", 4: "I", 8: "Q"})
 # Where superblocks of version 0 and 1, and those of later versions, say it.
 _LENGTH_AT, _NEW_LENGTH_AT = 14, 10
 _ALIGNED = 8
+# An attribute (IV.A.2.m): its version stands 8 or, with the character set, 9 bytes before the name; sizes of name, type and space.
+_VERSIONS, _SIZES = MappingProxyType({8: (1, 2), 9: (3,)}), struct.Struct("<2xHHH")
+# Of a type, and that of sequences of any length; each is stored as its length, the place of a heap of 8 bytes, and a number in it.
+_CLASS, _ANY_LENGTH, _TEXT = 0x0F, 9, struct.Struct("<I12x")
+# The number of axes of an extent (IV.A.2.b) is its second byte; where their sides begin, by its version.
+_SIDES_AT = MappingProxyType({1: 8, 2: 4})
+_PLACE_BYTES, _MOST_KEPT_BYTES = 8, 2**16
 
 
 class WatchedFile(io.BufferedReader):
@@ -21,7 +30,8 @@ class WatchedFile(io.BufferedReader):
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
-        self._length = _LENGTHS[8]
+        self._place_bytes, self._length = 8, _LENGTHS[8]
+        self._pieces: list[bytes] = []
 
     def readinto(self, piece: Any, /) -> int:
         """Fill a piece, with zeros behind the end of the file.
@@ -34,13 +44,32 @@ class WatchedFile(io.BufferedReader):
         view[got:] = bytes(len(view) - got)
         start = bytes(view[: len(_SUPERBLOCK)])
         if start == _SUPERBLOCK:
-            head = os.pread(self.fileno(), _LENGTH_AT + 1, at)
-            self._length = _LENGTHS.get(head[_LENGTH_AT if head[8:9] < b"\2" else _NEW_LENGTH_AT] if len(head) > _LENGTH_AT else 8, "Q")
+            head = os.pread(self.fileno(), _LENGTH_AT + 1, at).ljust(_LENGTH_AT + 1, b"\x08")
+            length_at = _LENGTH_AT if head[8] < 2 else _NEW_LENGTH_AT
+            self._place_bytes, self._length = head[length_at - 1], _LENGTHS.get(head[length_at], "Q")
         elif start.startswith(_HEAP):
             for offset, step in self._steps(at):
                 if step == 0:
                     raise ValueError(f"the text at byte {offset} has no length")
+        elif len(view) <= _MOST_KEPT_BYTES:
+            self._pieces.append(bytes(view))
         return len(view)
+
+    def check_lengths(self, name: str) -> None:
+        """Check the lengths of texts of an attribute, for which the library takes memory before it looks for them.
+
+        Args:
+            name: of an attribute; those of other objects that were read are checked with it.
+
+        Raises:
+            ValueError: a text that is longer than the file.
+        """
+        size = os.fstat(self.fileno()).st_size
+        for piece in self._pieces if self._place_bytes == _PLACE_BYTES else ():
+            for found in re.finditer(re.escape(name.encode()) + b"\0", piece):
+                longest = max(_lengths(piece, *found.span(), self._length), default=0)
+                if longest > size:
+                    raise ValueError(f"a text of {longest} bytes as {name}")
 
     def _steps(self, at: int) -> Iterator[tuple[int, int]]:
         """Where each object of a heap begins, and how far it is to the next."""
@@ -54,6 +83,21 @@ class WatchedFile(io.BufferedReader):
             step = _aligned(entry.size) + _aligned(length) if number else length
             yield at + offset, step
             offset += step
+
+
+def _lengths(piece: bytes, at: int, end: int, form: str) -> Iterator[int]:
+    """The lengths of texts of the attribute whose name is at a place; none of what is no attribute of texts of any length."""
+    head = next((at - before for before in (8, 9) if at >= before and piece[at - before] in _VERSIONS[before]), None)
+    if head is None or (sizes := _SIZES.unpack_from(piece, head))[0] != end - at:
+        return
+    name, kind, space = map(_aligned, sizes) if piece[head] == 1 else sizes
+    extent = at + name + kind
+    if len(piece) > extent + 1 and piece[at + name] & _CLASS == _ANY_LENGTH:
+        sides = struct.Struct(f"<{piece[extent + 1]}{form}")
+        start = extent + _SIDES_AT.get(piece[extent], 0)
+        count = math.prod(sides.unpack_from(piece, start)) if len(piece) >= start + sides.size else 0
+        values = piece[extent + space :][: min(count, len(piece)) * _TEXT.size]
+        yield from (length for (length,) in _TEXT.iter_unpack(values[: len(values) // _TEXT.size * _TEXT.size]))
 
 
 def _aligned(size: int) -> int:
