@@ -9,7 +9,6 @@ import gc
 import gzip
 import logging
 import mmap
-import multiprocessing
 import os
 import random
 import re
@@ -31,6 +30,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from microtome.errors import MicrotomeError
+from tests.forked import FORKS
 
 SECONDS_PER_INPUT = 10
 # Of address space above that at the start, and of memory in use that one input may add where no target says another.
@@ -54,17 +54,6 @@ _TEXTS = (
     b"1e-320",
 )
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
-_FORKS = multiprocessing.get_context("forkserver")
-# Imported once, and not by each process that reads inputs; readers import the last ones late.
-_READERS = ("chunked", "dicom", "hdf5", "itk", "npy", "nifti_parts", "tiff_parts")
-_FORKS.set_forkserver_preload(
-    [
-        *("tests.fuzz_images", "tests.fuzz_stores", "tests.fuzz_documents"),
-        *(f"microtome.images.{name}" for name in _READERS),
-        # Of torch what the first step of an optimiser imports, which takes seconds.
-        *("highdicom", "pydicom.pixels.utils", "imagecodecs", "torch._dynamo"),
-    ]
-)
 # What a child leaves for the case that it is ended: whether it has begun with an input, its number, and good ones that it has not told.
 _NOTE = struct.Struct("<?QQ")
 _Words = tuple[Sequence[bytes], Sequence[bytes]]  # a dictionary, and other seeds
@@ -318,8 +307,8 @@ class _Part:
 
 def _one_process(target: Target, outcome: Outcome, part: _Part, folder: Path) -> None:
     """Read on from where the last process ended."""
-    ours, theirs = _FORKS.Pipe()
-    child = _FORKS.Process(target=_child, args=(target, outcome.seed, outcome.tried, part, folder, theirs))
+    ours, theirs = FORKS.Pipe()
+    child = FORKS.Process(target=_child, args=(target, outcome.seed, outcome.tried, part, folder, theirs))
     child.start()
     theirs.close()
     for tried, good, slowest, finding in _received(ours):

@@ -27,9 +27,11 @@ from microtome.inference.predict import Wanted
 from microtome.inference.predictor import Predictor
 from microtome.inference.slabs import Box
 from microtome.inference.storing import write_store
+from tests.forked import forked_workers
 from tests.small import one_thread  # noqa: F401 - a fixture
 from tests.stores import small_bundle, write_volume_store
 
+dask: Any = pytest.importorskip("dask")
 distributed: Any = pytest.importorskip("distributed")
 SHAPE = (46, 40, 36)
 ALL = Options(probabilities="uint8", uncertainty=True)
@@ -49,10 +51,9 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @contextmanager
 def two_workers() -> Iterator[Any]:
     """A cluster of two processes, where a block may kill one worker and not two."""
-    import dask
-
     words = {"memory_limit": 0, "dashboard_address": "127.0.0.1:0", "silence_logs": 60}
     with (
+        forked_workers(),
         dask.config.set({"distributed.scheduler.allowed-failures": 1}),
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, **words) as made,
     ):
@@ -130,7 +131,9 @@ def test_workers_of_this_machine_come_and_go_with_the_call(run: Path, image: Pat
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     before, said = dict(os.environ), list[str]()
     children = set(multiprocessing.active_children())
-    there = predict(run, image, tmp_path / "there.ome.zarr", "local:2", Options(), say=said.append)
+    # New ones, as they get variables that a fork would read too late.
+    with dask.config.set({"distributed.worker.multiprocessing-method": "spawn"}):
+        there = predict(run, image, tmp_path / "there.ome.zarr", "local:2", Options(), say=said.append)
     assert contents(there) == contents(predict(run, image, tmp_path / "here.ome.zarr", "", Options()))
     assert "2 workers of 1 thread; no dashboard (pip install bokeh)" in said
     assert not any("MALLOC_ARENA_MAX" in line for line in said)

@@ -1,7 +1,6 @@
 """OME-Zarr written by us, block by block, read by zarr-python, ome-zarr and ome-zarr-models."""
 
 import json
-import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from microtome.images import omezarr
 from microtome.images.files import open_volume, read_image
 from microtome.images.stores import Documents, read_json, remove_store, write_json
 from tests.chunked_stores import everything, like, put_stack
+from tests.forked import FORKS
 
 VERSIONS = pytest.mark.parametrize("version", ["0.4", "0.5"])
 RNG = np.random.default_rng(0)
@@ -316,7 +316,7 @@ def fill(place: str, row: int) -> None:
 
 
 def test_many_processes_write_one_label_map(tmp_path):
-    workers = [multiprocessing.get_context("spawn").Process(target=fill, args=(str(tmp_path), row)) for row in range(4)]
+    workers = [FORKS.Process(target=fill, args=(str(tmp_path), row)) for row in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:

@@ -72,15 +72,12 @@ def out(network: Network, shape: Shape) -> Shape:
 
 
 @pytest.mark.parametrize(("name", "dims", "variant"), VARIANTS)
-@pytest.mark.parametrize(("channels", "classes"), [(1, 2), (3, 4)])
-def test_as_in_its_paper_it_gives_logits_of_the_right_shape_at_its_smallest_size(
-    name: str, dims: int, variant: str, channels: int, classes: int
-) -> None:
+def test_as_in_its_paper_it_gives_logits_of_the_right_shape_at_its_smallest_size(name: str, dims: int, variant: str) -> None:
     with torch.device("meta"):
-        network = build(name, dims=dims, in_channels=channels, classes=classes, variant=variant)
+        network = build(name, dims=dims, in_channels=3, classes=4, variant=variant)
         shape = smallest(network)
         assert all(network.valid_size(n, axis) for axis, n in enumerate(shape))
-        assert out(network, shape) == (2, classes, *(n - 2 * network.context_vox for n in shape))
+        assert out(network, shape) == (2, 4, *(n - 2 * network.context_vox for n in shape))
 
 
 @pytest.mark.parametrize(("name", "dims"), FORMS)
@@ -117,7 +114,8 @@ def test_one_image_of_the_smallest_size_trains_or_is_refused_with_a_way_out_that
         except ConfigError as refusal:
             assert "train with a batch of 2 or more" in str(refusal)  # noqa: PT017
             network(torch.cat([one, one]))
-        network.eval()(one)
+        # The paper's network once more, with other numbers of channels and classes than above.
+        assert tuple(network.eval()(one).shape) == (1, 2, *(n - 2 * network.context_vox for n in smallest(network)))
 
 
 @pytest.mark.parametrize(("name", "dims"), FORMS)
@@ -151,8 +149,8 @@ def test_each_tensor_has_one_name_and_a_seed_says_what_is_in_it(name: str, dims:
 def test_it_learns_one_batch_by_heart(name: str, dims: int) -> None:
     """Cross-entropy of three small images falls below 5 % of its start (and of log 3, should the start be worse than ignorance)."""
     network = small(name, dims)
-    image_BCS, target_BS = blobs(network, name, answered=16 if dims == 2 else 8)
-    optimiser = torch.optim.Adam(network.parameters(), lr=5e-3)
+    image_BCS, target_BS = blobs(network, name, answered=12 if dims == 2 else 6)
+    optimiser = torch.optim.Adam(network.parameters(), lr=1e-2)
     losses: list[float] = []
     for _ in range(300):
         loss = nn.functional.cross_entropy(network(image_BCS), target_BS)

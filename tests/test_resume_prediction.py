@@ -1,7 +1,6 @@
 """A prediction into a store, killed at any instant: what was done is kept, and in the end no byte tells of it."""
 
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -30,13 +29,12 @@ from microtome.inference.bricks import Bricks
 from microtome.inference.finishing import Options, predict_maps
 from microtome.inference.predictor import Predictor
 from microtome.inference.storing import write_store
+from tests.forked import FORKS, forked_workers, forks
 from tests.small import one_thread  # noqa: F401 - a fixture
 from tests.stores import small_bundle, write_volume_store
 
 # Bricks of 64 rows, one chunk each.
 SHAPE, BRICKS = (30 * 64 - 21, 15, 16), 30
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["microtome.inference.storing", "microtome.inference.torch_engine", "microtome.models.registry"])
 SCRIPTS = Path(sys.executable).parent
 Contents = dict[str, bytes]
 Record = Callable[[str, object], None]
@@ -213,14 +211,6 @@ def predicted(run: Path, image: Path, place: Path, cluster: str) -> list[str]:
     return said
 
 
-def is_worker(child: psutil.Process) -> bool:
-    """Whether a child of this process is one that Dask started, and lives."""
-    try:
-        return "multiprocessing.spawn" in " ".join(child.cmdline())
-    except psutil.Error:
-        return False
-
-
 @pytest.mark.parametrize("kills", [pytest.param(20, marks=pytest.mark.soak)])
 def test_a_scheduler_killed_at_any_instant_ends_in_one_line_and_the_same_command_goes_on(
     run: Path, image: Path, unbroken: tuple[Contents, float], tmp_path: Path, kills: int, record_property: Record
@@ -263,7 +253,7 @@ def test_workers_killed_at_any_instant_are_replaced_and_nothing_is_lost(
 
     def kill() -> None:
         while len(killed) < kills and not ended.wait(rng.uniform(0, unbroken[1])):
-            if workers := [child.pid for child in psutil.Process().children() if is_worker(child)]:
+            if workers := [child.pid for child in forks()]:
                 killed.append(int(rng.choice(workers)))
                 with suppress(ProcessLookupError):
                     os.kill(killed[-1], signal.SIGKILL)
@@ -274,7 +264,7 @@ def test_workers_killed_at_any_instant_are_replaced_and_nothing_is_lost(
         thread.start()
         try:
             # A block that four workers died of is not tried a fifth time: the same command goes on.
-            with suppress(RunError):
+            with forked_workers(), suppress(RunError):
                 predicted(run, image, place, "local:2")
                 assert contents(place) == unbroken[0]
                 if len(killed) < kills:
@@ -282,7 +272,8 @@ def test_workers_killed_at_any_instant_are_replaced_and_nothing_is_lost(
         finally:
             ended.set()
             thread.join()
-    predicted(run, image, place, "local:2")
+    with forked_workers():
+        predicted(run, image, place, "local:2")
     assert contents(place) == unbroken[0]
     record_property("kills of workers of a prediction", len(killed))
 

@@ -1,7 +1,6 @@
 """Training where memory runs out: smaller micro-batches, the same step again, and the result of a run begun with them."""
 
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from microtome.training.folder import read_plan
 from microtome.training.gradients import Gradients, add_gradients, smaller_steps
 from microtome.training.loop import train_steps
 from microtome.training.run import train
+from tests.forked import ran
 from tests.small import NOTHING, TINY_2D, one_thread, small_plan, small_plan_3d, squares, stored_case
 from tests.test_checkpoint import assert_same, contents, fresh
 from tests.test_loop import CASES, CPU, Recorder, straight
@@ -423,7 +423,7 @@ def test_memory_that_ends_beside_the_network_is_one_line_and_resume_gives_the_un
 # ---- memory that is really short ----
 
 PROGRAM = """
-import json, resource, sys
+import ctypes, json, resource, sys
 import torch
 from torch import Tensor
 from microtome.training.gradients import Gradients, add_gradients
@@ -431,9 +431,11 @@ from tests.small import small_plan
 from tests.test_checkpoint import fresh
 from microtome.training.feeding import Batch
 torch.set_num_threads(1)
+# M_ARENA_MAX: no address space for threads of their own.
+ctypes.CDLL(None).mallopt(-8, 1)
 # oneDNN asks for memory of its own to write code into, and crashes where it gets none.
 torch.backends.mkldnn.set_flags(False)
-plan = small_plan(batch=8, patch_vox=(256, 256))
+plan = small_plan(batch=8, patch_vox=(128, 128))
 generator = torch.Generator().manual_seed(0)
 batch = Batch(torch.randn(8, 1, *plan.patch_vox, generator=generator), torch.zeros(8, *plan.patch_vox, dtype=torch.int16), None)
 small = plan.model_copy(update={"micro_batch": 1})
@@ -457,9 +459,7 @@ print(json.dumps({"said": said, "micro": micro, "same": same and again == expect
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="RLIMIT_AS ends memory on Linux alone")
 def test_a_process_that_may_take_no_more_memory_halves_its_micro_batches_and_computes_the_same() -> None:
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, "150"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, check=False)
+    ended = ran(PROGRAM, "40")
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
     assert told["said"]

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +29,7 @@ from microtome.training.slabwise import PROGRESS, slabs_of
 from microtome.training.store import StoredCase, store_cases
 from tests.containers import hdf5, ome_zarr
 from tests.folders import nifti, text
+from tests.forked import ran
 from tests.small import small_plan, small_plan_3d
 
 pytestmark = pytest.mark.filterwarnings("ignore::microtome.errors.DataWarning")
@@ -309,7 +308,7 @@ def test_a_killed_case_goes_on_at_its_last_slab_and_gives_the_same_bytes(
     (tmp_path / "plan.yaml").write_text(dump_yaml(a_plan))
     killed = tmp_path / "killed"
     arguments = [str(dataset.root), str(killed), kind, str(calls), str(tmp_path / "plan.yaml")]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", KILLED, *arguments], capture_output=True, timeout=120, check=False)
+    done = ran(KILLED, *arguments)
     assert done.returncode == 9, done.stderr
     assert bool([*killed.glob("*.voxels.npz")]) is complete
     noted = json.loads(next(killed.glob(f"*{PROGRESS}")).read_text())["done"]

@@ -3,11 +3,10 @@
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +21,7 @@ from microtome.errors import LeftAtOnceError
 from microtome.training import clock
 from microtome.training.clock import ASKING, leaving, stop_requests
 from microtome.training.run import train
+from tests.forked import Started, anew, forked
 from tests.small import one_thread, small_plan
 from tests.test_run import assert_same_weights, lines
 
@@ -31,7 +31,7 @@ pytestmark = pytest.mark.skipif(signal.getsignal(signal.SIGINT) is signal.SIG_IG
 # The command as it is; before the named event it says so and waits to be told to go on, so that a signal comes exactly there. It says
 # when a signal was heard, and takes the next one for a second request, however soon it comes.
 COMMAND = """
-import signal, sys, torch
+import os, signal, sys, torch
 torch.set_num_threads(1)
 # Whoever started the tests may have it ignored (nohup).
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
@@ -40,7 +40,8 @@ from microtome.training import clock, folder, store, validation
 here = sys.argv.pop(1)
 def wait(name):
     if name == here:
-        print(name, flush=True)
+        # Not by a buffer, which a signal may find in the middle of this.
+        os.write(1, name.encode() + b"\\n")
         sys.stdin.readline()
 append, choose, score = folder.RunFolder.append, store._choose_kind, validation.Validation.score
 def appended(self, event):
@@ -55,7 +56,7 @@ def scored(*words):
 heard = clock.Requests.on_signal
 def hearing(self, number, frame):
     heard(self, number, frame)
-    print("heard", flush=True)
+    os.write(1, b"heard\\n")
 folder.RunFolder.append, store._choose_kind, validation.Validation.score = appended, chosen, scored
 clock.Requests.on_signal, clock._SAME_SECONDS = hearing, -1.0
 sys.argv[0] = "microtome"
@@ -93,25 +94,19 @@ def unbroken(cells: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def started(program: str, *words: Any) -> Iterator[subprocess.Popen[str]]:
+def started(program: str, *words: Any, start: Any = forked) -> Iterator[Started]:
     """A process that has said its first line."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", program, *map(str, words)], env=environment, **pipes) as process:
-        try:
-            assert process.stdout is not None
-            assert process.stdout.readline()
-            yield process
-        finally:
-            process.kill()
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    with start(program, *map(str, words), environment=environment) as process:
+        assert process.stdout.readline()
+        yield process
 
 
-def stopped(process: subprocess.Popen[str], *numbers: int) -> tuple[int, str]:
+def stopped(process: Started, *numbers: int) -> tuple[int | None, str]:
     """Exit code, and what was said, of a process to which signals are sent while it waits."""
     for number in numbers:
         process.send_signal(number)
-    _, said = process.communicate("\n", timeout=120)
-    return process.returncode, said
+    return process.end("\n")
 
 
 def resumed(cells: Dataset, plan_file: Path, run: Path) -> Path:
@@ -120,12 +115,12 @@ def resumed(cells: Dataset, plan_file: Path, run: Path) -> Path:
     return train(cells, read_plan(plan_file), run, resume=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "start"), [(signal.SIGINT, forked), (signal.SIGTERM, anew)])
 def test_a_request_ends_the_step_saves_exits_with_75_and_resume_gives_the_unbroken_run(
-    number: int, cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
+    number: int, start: Any, cells: Dataset, plan_file: Path, unbroken: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    with started(COMMAND, "step 4", "train", cells.root, "--plan", plan_file, "--out", run, "--device", "cpu") as process:
+    with started(COMMAND, "step 4", "train", cells.root, "--plan", plan_file, "--out", run, "--device", "cpu", start=start) as process:
         code, said = stopped(process, number)
     assert code == 75
     assert said.splitlines()[-1].endswith("step 4: expected 6 steps, got a request to stop; continue with --resume [MT-R004]")
@@ -142,13 +137,10 @@ def test_a_second_ctrl_c_or_sigterm_leaves_at_once_and_resume_gives_the_unbroken
     with started(COMMAND, "step 5", "train", cells.root, "--plan", plan_file, "--out", run, "--device", "cpu") as process:
         # It waits in the middle of a step until it is told to go on, which it never is.
         process.send_signal(number)
-        assert process.stdout is not None
         assert process.stdout.readline() == "heard\n"
         process.send_signal(number)
-        process.wait(120)
-        assert process.stderr is not None
-        said = process.stderr.read()
-    assert process.returncode == code
+        ended, said = process.end()
+    assert ended == code
     assert said.endswith("microtome: stopped; give the same command again, with --resume if its folder has begun\n")
     assert "Traceback" not in said
     assert_same_weights(resumed(cells, plan_file, run), unbroken)
@@ -216,10 +208,8 @@ def test_who_is_asked_twice_while_deep_in_a_library_is_gone_in_seconds(number: i
         while process.poll() is None:
             assert time.monotonic() < end, "it does not end"
             process.send_signal(number)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(0.05)
-        assert process.returncode == 128 + number
-        assert process.stderr is not None
+            process.wait(0.05)
+        assert process.poll() == 128 + number
         assert "left at once; what was saved is good" in process.stderr.read()
 
 

@@ -3,8 +3,6 @@
 import errno
 import math
 import os
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -32,6 +30,7 @@ from microtome.training.arrays import MAPPED, SHARDED
 from microtome.training.preparing import VOXELS_A_CLASS, prepare, quantiles, stored_bytes
 from microtome.training.store import StoredCase, run_within, store_cases
 from tests.folders import nifti, png, text
+from tests.forked import ran
 from tests.small import small_plan, small_plan_3d
 
 RNG_SEED = 0
@@ -266,9 +265,8 @@ def test_two_hundred_files_are_stored_and_read_where_a_process_may_open_fewer(tm
         "stored = store_cases(dataset, dataset.labelled, small_plan(), Path(sys.argv[2]))\n"
         "print(len(stored), sum(int(case.label[:].sum()) for case in stored), sum(case.image[0, 0].size for case in stored))\n"
     )
-    arguments = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "data"), str(tmp_path / "cache")]
-    done = subprocess.run(arguments, cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=120, check=True)
-    assert done.stdout.split() == ["100", "800", "400"]
+    done = ran(program, str(tmp_path / "data"), str(tmp_path / "cache"))
+    assert done.stdout.split() == ["100", "800", "400"], done.stderr
 
 
 def at_once(sizes: list[int], memory: int, monkeypatch: pytest.MonkeyPatch, cores: int = 64) -> tuple[list[set[int]], list[int]]:
@@ -374,7 +372,7 @@ def test_a_killed_preparation_taken_up_again_gives_the_same_bytes(
         "store.store_cases(dataset, dataset.labelled, Plan(**load_yaml(Path(sys.argv[5]))), out)\n"
     )
     arguments = [str(cells.root), str(tmp_path / "killed"), kind, str(writes), str(tmp_path / "plan.yaml")]
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program, *arguments], capture_output=True, timeout=120, check=False)
+    done = ran(program, *arguments)
     assert done.returncode == 9, done.stderr
     # One case is whole, and of the next there is a part under a temporary name.
     assert len([*(tmp_path / "killed").glob("*.voxels.npz")]) == 1
