@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from microtome.errors import ConfigError, DataError, DataWarning
 from microtome.geometry import affine_from_spacing
 from microtome.images import hdf5
 from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
+from microtome.images.hdf5_heaps import WatchedFile
 from microtome.images.image import Image, Limits
 from tests.resident import grows_by_at_most, packed_zeros
 
@@ -253,6 +255,33 @@ def test_a_text_without_a_length_is_refused_by_each_way_to_look_at_the_file(tmp_
     for look in (open_volume, probe_image, read_image):
         with pytest.raises(DataError, match=rf"a\.h5: expected a whole HDF5 file, got .*the text at byte {free} has no length"):
             look(path)
+
+
+# 16 and 2**64 - 16 are nought in 64 bits, 16 and 2**64 - 24 lead back; the text begins 16 bytes behind its heap of 4096.
+@pytest.mark.parametrize("length", [2**64 - 16, 2**64 - 24, 2**63, 4096 - 24])
+def test_a_text_that_leads_past_the_end_of_its_heap_is_refused(tmp_path, length):
+    path = written(tmp_path / "a.h5", {"raw": STACK}, axes="zyx")
+    at, whole = heap_of(path)
+    whole[at + 24 : at + 32] = length.to_bytes(8, "little")
+    path.write_bytes(whole)
+    words = rf"a\.h5: expected a whole HDF5 file, got .*the text at byte {at + 16} leads {length + 16} bytes on, of which its heap has 4080"
+    for look in (open_volume, probe_image, read_image):
+        with pytest.raises(DataError, match=words):
+            look(path)
+
+
+def test_what_leads_to_thousands_of_chunks_is_not_kept(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("raw", data=np.ones((200, 100), np.uint8), chunks=(2, 2)).attrs["axes"] = "yx"
+    assert (tmp_path / "a.h5").stat().st_size > 250_000
+    with WatchedFile(tmp_path / "a.h5", ("axes",)) as opened, h5py.File(opened, "r") as file:
+        tracemalloc.start()
+        found = file["raw"].id.get_num_chunks(), file["raw"].attrs["axes"]
+        kept, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        opened.check_lengths("axes")
+    assert found == (5000, "yx")
+    assert kept < 50_000
 
 
 @pytest.mark.parametrize("lengths", [2, 4, 8])

@@ -57,7 +57,7 @@ def open_hdf5(path: Path, limits: Limits) -> Volume:
     h5py = _h5py(path)
     file_path, name = split(path)
     with decoding(path, "HDF5"):
-        with WatchedFile(file_path) as opened, h5py.File(opened, "r") as watched:
+        with WatchedFile(file_path, _TEXTS) as opened, h5py.File(opened, "r") as watched:
             described = _dataset(path, watched, name)
             _sources(path, described)
             for attribute in _TEXTS & described.attrs.keys():

@@ -1,11 +1,11 @@
-"""What is checked of an HDF5 file's heaps of texts, through which the library would walk for ever where an entry has no length."""
+"""What is checked of an HDF5 file's heaps of texts, through which the library would walk for ever where an entry leads back."""
 
 import io
 import math
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -26,10 +26,17 @@ _PLACE_BYTES, _MOST_KEPT_BYTES = 8, 2**16
 
 
 class WatchedFile(io.BufferedReader):
-    """A file from which h5py reads what describes a dataset; not made for its values, as each read passes through Python."""
+    """A file from which h5py reads what describes a dataset; not made for its values, as each read passes through Python.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: of the file.
+        names: of attributes whose lengths will be checked; what has none of them is not kept.
+    """
+
+    def __init__(self, path: Path, names: Collection[str] = ()) -> None:
         super().__init__(io.FileIO(path))
+        # Of no names, what is nowhere.
+        self._names = re.compile(b"|".join(re.escape(name.encode()) + b"\0" for name in sorted(names)) or rb"(?!)")
         self._place_bytes, self._length = 8, _LENGTHS[8]
         self._pieces: list[bytes] = []
 
@@ -48,10 +55,13 @@ class WatchedFile(io.BufferedReader):
             length_at = _LENGTH_AT if head[8] < 2 else _NEW_LENGTH_AT
             self._place_bytes, self._length = head[length_at - 1], _LENGTHS.get(head[length_at], "Q")
         elif start.startswith(_HEAP):
-            for offset, step in self._steps(at):
+            for offset, step, left in self._steps(at):
                 if step == 0:
                     raise ValueError(f"the text at byte {offset} has no length")
-        elif len(view) <= _MOST_KEPT_BYTES:
+                if step > left:
+                    # The library adds in 64 bits: nearly 2**64 bytes further is where it stands, or before.
+                    raise ValueError(f"the text at byte {offset} leads {step} bytes on, of which its heap has {left}")
+        elif len(view) <= _MOST_KEPT_BYTES and self._names.search(view):
             self._pieces.append(bytes(view))
         return len(view)
 
@@ -59,7 +69,7 @@ class WatchedFile(io.BufferedReader):
         """Check the lengths of texts of an attribute, for which the library takes memory before it looks for them.
 
         Args:
-            name: of an attribute; those of other objects that were read are checked with it.
+            name: of an attribute, one of the `names`; those of other objects that were read are checked with it.
 
         Raises:
             ValueError: a text that is longer than the file.
@@ -71,8 +81,8 @@ class WatchedFile(io.BufferedReader):
                 if longest > size:
                     raise ValueError(f"a text of {longest} bytes as {name}")
 
-    def _steps(self, at: int) -> Iterator[tuple[int, int]]:
-        """Where each object of a heap begins, and how far it is to the next."""
+    def _steps(self, at: int) -> Iterator[tuple[int, int, int]]:
+        """Where each object of a heap begins, how far it is to the next, and how far to the end of the heap."""
         head, entry = struct.Struct(f"<8x{self._length}"), struct.Struct(f"<H6x{self._length}")
         size = head.unpack(os.pread(self.fileno(), head.size, at).ljust(head.size, b"\0"))[0]
         heap = os.pread(self.fileno(), min(size, os.fstat(self.fileno()).st_size), at)
@@ -81,7 +91,7 @@ class WatchedFile(io.BufferedReader):
             number, length = entry.unpack_from(heap, offset)
             # Number 0 is what is free, its own head included.
             step = _aligned(entry.size) + _aligned(length) if number else length
-            yield at + offset, step
+            yield at + offset, step, len(heap) - offset
             offset += step
 
 
