@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from microtome import bundle as module
-from microtome.bundle import CHANGED, OF_ANOTHER, Bundle, Samples, fault_of_copy, load_bundle, save_bundle
+from microtome.bundle import CHANGED, OF_ANOTHER, Bundle, Samples, check_weights, fault_of_copy, load_bundle, save_bundle
 from microtome.config import NetworkConfig, Plan
 from microtome.data.legend import Legend
 from microtome.errors import DataError, DataWarning, MicrotomeError, RunError
@@ -329,6 +329,17 @@ def test_every_67th_byte_of_the_weights_file_changed_is_noticed(run: Path) -> No
         if found is not None or "expected" not in line:
             unnoticed.append(index)
     assert unnoticed == []
+
+
+def test_weights_changed_after_they_were_checked_are_noticed_when_they_are_read(run: Path) -> None:
+    file, bundle = run / "model" / "model.safetensors", load_bundle(run)
+    check_weights(bundle)
+    weight = np.asarray(load_bundle(run).weights[next(iter(bundle.weights))]).tobytes()
+    with file.open("r+b") as same:
+        same.seek(file.read_bytes().index(weight))
+        same.write(bytes([weight[0] ^ 1]))
+    with pytest.raises(DataError, match="expected content with hash"):
+        dict(bundle.weights)
 
 
 def test_every_7th_byte_of_the_copy_for_people_changed_is_noticed_and_changes_nothing(run: Path) -> None:

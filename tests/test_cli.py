@@ -279,7 +279,7 @@ def test_fewer_steps_than_were_made_are_refused_and_the_run_is_as_it_was(
     shutil.copytree(trained, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     assert run(monkeypatch, "train", demo_data.cells, "--out", tmp_path / "run", "--resume", "--steps", 4) == 2
-    assert "steps: expected no fewer steps than were made, got 4, of which 6 are made" in capsys.readouterr().err
+    assert "run/plan.yaml: expected steps of 6 or more, which are made, got 4; train for fewer steps" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 
@@ -288,7 +288,7 @@ def test_a_plan_that_may_have_been_edited_is_not_overwritten(
 ) -> None:
     (tmp_path / "plan.yaml").write_text("steps: 7 # mine")
     assert run(monkeypatch, "plan", demo_data.cells, "--out", tmp_path / "plan.yaml") == 2
-    assert "plan.yaml: expected the name of a new file, got one that is there" in capsys.readouterr().err
+    assert "plan.yaml: expected the name of a new file, got a file of 15 bytes" in capsys.readouterr().err
     assert (tmp_path / "plan.yaml").read_text() == "steps: 7 # mine"
 
 
@@ -298,10 +298,37 @@ def test_labels_of_one_class_are_refused_in_one_line(
     for name in ("a", "b"):
         png(tmp_path / "data" / "images" / f"{name}.png", np.eye(8))
         png(tmp_path / "data" / "masks" / f"{name}.png", 0)
-    for words in (("plan", tmp_path / "data"), ("train", tmp_path / "data", "--out", tmp_path / "run", "--steps", 1)):
-        assert run(monkeypatch, *words) == 2
-        assert "expected labels of two classes at least, got background (0) alone; " in capsys.readouterr().err
+    for stated in ("", "classes: {background: 0, cell: 1}"):
+        (tmp_path / "data" / "microtome.yaml").write_text(stated or "instances: false")
+        for words in (("plan", tmp_path / "data"), ("train", tmp_path / "data", "--out", tmp_path / "run", "--steps", 1)):
+            assert run(monkeypatch, *words) == 2
+            assert "expected labels of two classes at least, got background alone; " in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_links_of_several_names_to_one_image_are_images_each(
+    trained: Path, demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    shutil.copy(min(demo_data.cells_unseen.iterdir()), images / "blank.png")
+    for name in ("case_a", "case_b"):
+        (images / f"{name}.png").symlink_to("blank.png")
+    assert run(monkeypatch, "predict", trained, images, "--out", tmp_path / "out") == 0
+    listed = read_listing(tmp_path / "out")
+    assert listed is not None
+    assert {entry.case for entry in listed.entries.values()} == {"blank", "case_a", "case_b"}
+
+
+def test_a_path_that_the_system_does_not_take_is_one_line_about_the_path(
+    demo_data: DemoData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = tmp_path / ("x" * 300)
+    for words in ((demo_data.cells, "--out", long), (long, "--out", tmp_path / "run")):
+        assert run(monkeypatch, "train", *words, "--steps", 1) == 2
+        line = capsys.readouterr().err
+        assert "expected a path that can be opened, got File name too long; check its length" in line
+        assert line.endswith("[MT-D001]\n")
 
 
 def test_an_image_given_twice_is_predicted_once(
@@ -438,7 +465,7 @@ def test_a_seed_that_no_generator_takes_is_refused_in_words(
 @pytest.mark.slow
 def test_the_demo_goes_all_the_way_and_says_where_the_reports_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.warns(UserWarning, match="no voxel size"):
-        run_demo(tmp_path / "demo", 0.08, Terminal(), SMALL)
+        run_demo(tmp_path / "demo", 0.15, Terminal(), SMALL)
     text = capsys.readouterr().err
     assert text.count("dense IoU") == 3
     index = (tmp_path / "demo" / "report.html").read_text()
@@ -457,4 +484,4 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 130
-    assert capsys.readouterr().err == "microtome: stopped; give the same command again, with --resume if its folder has begun\n"
+    assert capsys.readouterr().err == "microtome: stopped; give the same command again; add --resume if the folder of --out exists\n"

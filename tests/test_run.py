@@ -377,7 +377,23 @@ def test_other_pixels_under_the_same_names_are_said_when_a_run_is_resumed(tmp_pa
     train(data, plan_for(data), tmp_path / "run", resume=True, on_event=note)
     assert said == [line]
     assert load_bundle(tmp_path / "run").provenance["data_changed_since"] == {"validation": begun["validation"]}
-    assert line.partition(":")[0] in html.unescape((tmp_path / "run" / "report.html").read_text())
+    assert line.partition(";")[0] in html.unescape((tmp_path / "run" / "report.html").read_text())
+
+
+def test_files_that_were_put_back_before_a_step_was_made_with_others_leave_no_mark(tmp_path: Path) -> None:
+    config = DemoConfig(picture_vox=(48, 56), volume_vox=(18, 24, 32), pictures=5)
+    data = open_dataset(write_demo_data(tmp_path, config).cells)
+    run = train(data, plan_for(data), tmp_path / "run")
+    [path] = split_dataset(data, plan_for(data).fold, plan_for(data).seed).train[0].labels
+    good = path.read_bytes()
+    label = np.array(Pillow.open(path))
+    label[0, 0] = label.max() - label[0, 0]
+    Pillow.fromarray(label).save(path)
+    train(data, plan_for(data), run, resume=True)
+    path.write_bytes(good)
+    train(data, plan_for(data, steps=plan_for(data).steps + 1), run, resume=True)
+    assert "changed_since" not in json.loads((run / "dataset.json").read_text())
+    assert "data_changed_since" not in load_bundle(run).provenance
 
 
 def test_other_slices_than_the_run_held_out_are_refused(tubules: Dataset, tmp_path: Path) -> None:

@@ -183,10 +183,10 @@ def test_rows_of_a_single_picture_are_cut_the_same_way(tmp_path: Path) -> None:
     split = split_dataset(dataset, "1/4")
     assert sections(split) == ([(0, 15)], [(15, 20)])
     assert dataset.read_label(split.validation[0]).shape == (5, 20)
-    [note] = cut_case(split)
+    [note] = cut_case(split, dataset)
     assert note.severity == "note"
     assert "one labelled image for both parts: sections (of a picture: rows) 15 to 19 validate, the others train" in note.message
-    assert cut_case(split_dataset(dataset, "all")) == []
+    assert cut_case(split_dataset(dataset, "all"), dataset) == []
 
 
 def test_sparse_stack_is_cut_half_way_between_annotated_sections(tmp_path: Path) -> None:

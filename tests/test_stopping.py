@@ -141,7 +141,7 @@ def test_a_second_ctrl_c_or_sigterm_leaves_at_once_and_resume_gives_the_unbroken
         process.send_signal(number)
         ended, said = process.end()
     assert ended == code
-    assert said.endswith("microtome: stopped; give the same command again, with --resume if its folder has begun\n")
+    assert said.endswith("microtome: stopped; give the same command again; add --resume if the folder of --out exists\n")
     assert "Traceback" not in said
     assert_same_weights(resumed(cells, plan_file, run), unbroken)
 
@@ -226,7 +226,7 @@ def test_a_request_beside_any_training_is_one_line_and_a_code(
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == code
-    resumed = ", with --resume if its folder has begun" if command != "predict" else ""
+    resumed = "; add --resume if the folder of --out exists" if command != "predict" else ""
     assert capsys.readouterr().err == f"microtome: stopped; give the same command again{resumed}\n"
     assert [signal.getsignal(asking) for asking in ASKING] == before
 

@@ -81,13 +81,13 @@ def area_page(area: str) -> str:
 
 
 def _section(code: str, fault: Fault) -> str:
-    lines = [f"- {_literal(form)}" for form in forms_of(code)]
+    words = findings_of(code)
+    lines = [f"- an error of `microtome inspect`: `{'`, `'.join(words)}`"] if words else []
+    lines += [f"- {_literal(form)}" for form in forms_of(code)]
     shown, more = (lines, []) if len(lines) <= MOST_FORMS + 1 else (lines[:MOST_FORMS], lines[MOST_FORMS:])
     if more:
         shown += ["", f"<details><summary>{len(more)} more lines with this code</summary>", "", *more, "", "</details>"]
     head = f'\n<a id="{anchor(code)}"></a>\n\n## {PREFIX}{code}: {fault.title}\n'
-    if words := findings_of(code):
-        shown += [f"- an error of `microtome inspect`: `{'`, `'.join(words)}`"]
     return "\n".join([head, fault.cause, "", f"**What to do.** {fault.cure}", "", "Shown as:", "", *shown]) + "\n"
 
 

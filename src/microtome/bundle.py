@@ -248,8 +248,8 @@ class _Group(Mapping[str, np.ndarray]):
     def arrays(self) -> Arrays:
         """All of them."""
         arrays = self.tensors.arrays(self.names)
-        if not self.checked:
-            _check(self.tensors.path, _hash(arrays), self.recorded)
+        # Though `check` may have held them to it: the file may have been changed since.
+        _check(self.tensors.path, _hash(arrays), self.recorded)
         self.checked = True
         return arrays
 

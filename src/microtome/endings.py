@@ -1,13 +1,20 @@
 """How a program ends: whatever ended it becomes one line for people and an exit code."""
 
+import errno
+from types import MappingProxyType
 from typing import NamedTuple
 
-from microtome.errors import LeftAtOnceError, MicrotomeError, RunError, StoppedError, in_one_line
+from microtome.errors import DataError, LeftAtOnceError, MicrotomeError, RunError, StoppedError, in_one_line
 from microtome.machine import is_short_of_memory
 
 _INTERRUPTED = 130
-# The commands that go on with --resume.
-RESUMED = ("train", "compare")
+# What has to be said beside the same words, by command.
+_RESUMED = "; add --resume if the folder of --out exists"
+_AGAIN = MappingProxyType(
+    {"train": _RESUMED, "compare": _RESUMED, "densify": "; remove the folder of its run first, or give another --run"}
+)
+# Of a path that somebody gave: neither a fault of this program nor one of the disk.
+_OF_PATHS = (errno.ENAMETOOLONG, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENOTDIR)
 
 
 class End(NamedTuple):
@@ -25,7 +32,17 @@ def ending(error: BaseException, command: str = "") -> End | None:
         return _stopped(error, command)
     if is_short_of_memory(error):
         return End(_memory_ended(error).line, 1)
+    if isinstance(error, OSError) and error.errno in _OF_PATHS and isinstance(error.filename, str):
+        found = _unusable(error, error.filename)
+        return End(found.line, found.exit_code)
     return End(_unforeseen(error), 1)
+
+
+def _unusable(error: OSError, path: str) -> DataError:
+    """The error for a path that the system does not take, wherever it was looked at first."""
+    shown = path if len(path) <= 120 else f"{path[:80]}...{path[-30:]}"
+    do = "check its length, and the right to enter each of its folders"
+    return DataError(in_one_line(shown), expected="a path that can be opened", got=error.strerror or str(error), do=do, code="D001")
 
 
 def _stopped(error: BaseException, command: str) -> End | None:
@@ -37,7 +54,7 @@ def _stopped(error: BaseException, command: str) -> End | None:
     code = getattr(error, "code", _INTERRUPTED)
     if not isinstance(code, int) or code < 128:
         return None
-    line = "stopped; give the same command again" + (", with --resume if its folder has begun" if command in RESUMED else "")
+    line = f"stopped; give the same command again{_AGAIN.get(command, '')}"
     return End(line, code if code == _INTERRUPTED or isinstance(error, LeftAtOnceError) else StoppedError.exit_code)
 
 

@@ -81,8 +81,11 @@ def take_fingerprint(dataset: Dataset, cases: Sequence[Case]) -> Fingerprint:
         raise DataError(
             dataset.root, expected="labelled cases to train on", got="none", do="run `microtome inspect` on the folder", code="D032"
         )
-    if len(dataset.legend.names) < 2:
-        got, do = f"{dataset.legend.words} alone", "annotate what is to be found; `microtome inspect` shows what each label holds"
+    counts = [counts for case in cases if (counts := dataset.class_counts.get(case.name))]
+    seen = [name for name, voxels in zip(dataset.legend.names, np.sum(counts, axis=0), strict=False) if voxels] if counts else []
+    if len(seen) < 2 and (counts or len(dataset.legend.names) < 2):
+        do = "annotate what is to be found; `microtome inspect` shows what each label holds"
+        got = f"{seen[0]} alone" if seen else "none"
         raise DataError(dataset.root, expected="labels of two classes at least", got=got, do=do, code="D044")
     chosen = [cases[i] for i in np.unique(np.linspace(0, len(cases) - 1, CASES_READ).round().astype(int))]
     samples = [_Sample(dataset, case) for case in chosen]

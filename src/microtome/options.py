@@ -81,7 +81,7 @@ def check_target(path: Path | None, *suffixes: str, new: bool = False) -> None:
         )
 
     if path is not None and new and path.exists():
-        got, do = "one that is there, and may have been edited", "give another name, or remove it"
+        got, do = f"a file of {path.stat().st_size} bytes", "give another name, or remove it: it may have been edited"
         raise ConfigError(path, expected="the name of a new file", got=got, do=do, code="C005")
 
 

@@ -114,6 +114,11 @@ FAULTS = MappingProxyType(
             "State it in microtome.yaml: `classes: {background: 0, foreground: [1, 255]}` where both are the foreground, else "
             "`not_annotated: 255`.",
         ),
+        "D070": Fault(
+            "dataset.json and the files do not agree",
+            "A case has another number of image files than dataset.json has channels, or is listed twice. It is left out.",
+            "Add or remove files until each case has one for each channel (`NAME_0000`, `NAME_0001`, ...), and list each case once.",
+        ),
         "D045": Fault(
             "Nothing is left to fill",
             "Every voxel of the annotation counts as annotated, so that `densify` has nothing to add.",

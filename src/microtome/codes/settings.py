@@ -98,7 +98,7 @@ FAULTS = MappingProxyType(
             "Fewer steps than were made",
             "A run is resumed with --steps, or with an edited plan.yaml, that asks for fewer steps than it has already made. Steps cannot be "
             "taken back; the run is unchanged.",
-            "Leave --steps out to finish the run as it was planned, or train anew into another --out.",
+            "Set `steps` in plan.yaml, or --steps, to at least as many as the line says are made, or train anew into another --out.",
         ),
         "C024": Fault(
             "The device cannot be used",

@@ -17,7 +17,7 @@ from microtome.data.labels import count_codes
 from microtome.data.legend import Legend
 from microtome.data.names import relative, relative_words
 from microtome.data.parts import looked_at
-from microtome.data.split import Split, split_dataset
+from microtome.data.split import Split, cut_case, split_dataset
 from microtome.data.thumbnails import Thumbnail, class_colours, draw_middle, draw_thumbnail
 from microtome.errors import DataWarning, MicrotomeError
 from microtome.geometry import format_shape, format_sides
@@ -106,7 +106,7 @@ def inspect_dataset(dataset: Dataset, split: Split | None = None) -> Inspection:
     rows = tuple(row for row, _ in examined if row is not None)
     said = {path for finding in dataset.findings if finding.severity == "error" for path in finding.files}
     found = [finding for _, findings in examined for finding in findings if finding.code != "unreadable" or said.isdisjoint(finding.files)]
-    found += [*_warned(caught), *findings_of(rows, dataset.legend)]
+    found += [*_warned(caught), *findings_of(rows, dataset.legend), *(cut_case(split, dataset) if split else ())]
     found = [replace(finding, message=relative_words(dataset.root, finding.message)) for finding in found]
     return Inspection(
         root=dataset.root, layout=dataset.layout, legend=dataset.legend, rows=rows, findings=_in_order([*dataset.findings, *found])

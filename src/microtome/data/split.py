@@ -88,9 +88,11 @@ def split_dataset(dataset: Dataset, fold: str = "1/5", seed: int = 0, holdout: s
     return _by_names(cases, chosen)
 
 
-def cut_case(split: Split) -> list[Finding]:
-    """A note where one case is cut in two to have something to validate on."""
-    found = []
+def cut_case(split: Split, dataset: Dataset) -> list[Finding]:
+    """A note where the only case is cut in two, and nobody said where, to have something to validate on."""
+    found: list[Finding] = []
+    if dataset.config.validation_sections:
+        return found
     for case in (case for case in split.validation if case.sections and case.images in {other.images for other in split.train}):
         first, past = case.sections or (0, 0)
         text = f"{case.group}: one labelled image for both parts: sections (of a picture: rows) {first} to {past - 1} validate, "

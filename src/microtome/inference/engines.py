@@ -113,6 +113,8 @@ class Engines:
             return "to use, as the model has no golden input to hold others to"
         if self.tta == "rotations":
             return "that turns tiles (--tta rotations)"
+        if not self.bundle.hash:
+            return "to use, as the model was never saved, and graphs lie beside saved ones"
         return "on a GPU" if self.device != "cpu" else "that is installed here"
 
     def _search(self) -> Search:

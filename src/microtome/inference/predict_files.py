@@ -1,6 +1,7 @@
 """Image files -> label files beside each other in a folder: which images, under which names, never over what others wrote."""
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -143,7 +144,8 @@ def _cases(inputs: Sequence[Path], channels: int) -> Iterator[Case]:
         if url_of(path) is None and not path.exists() and not any(above.is_file() for above in path.parents):
             raise DataError(path, expected="an image or a folder", got="nothing there", do="check the path", code="D001")
         for case in list_images(path, channels=channels):
-            place = tuple(image if url_of(image) else image.resolve() for image in case.images)
+            # Not resolved: links of several names to one file are several images.
+            place = tuple(str(image) if url_of(image) else os.path.abspath(image) for image in case.images)
             if place not in seen:
                 seen.add(place)
                 yield case

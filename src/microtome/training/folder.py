@@ -111,9 +111,9 @@ class RunFolder:
         write_text(self.path / "plan.yaml", dump_yaml(plan))
 
     def describe(
-        self, dataset: Dataset, plan: Plan, split: Split, leaks: Iterable[Finding], fingerprints: Mapping[str, str] = MappingProxyType({})
+        self, dataset: Dataset, plan: Plan, split: Split, more: Iterable[Finding], fingerprints: Mapping[str, str] = MappingProxyType({})
     ) -> None:
-        """Write what the run is about before it begins; `fingerprints` are of the files of `train` and `validation`."""
+        """Write what the run is about before it begins; `more` are findings of its split, `fingerprints` of its files by part."""
         self.write_plan(plan)
         document = {
             "root": str(dataset.root),
@@ -125,7 +125,7 @@ class RunFolder:
             "fingerprints": dict(fingerprints),
             "findings": [
                 {"severity": f.severity, "code": f.code, "case": f.case, "message": f.message, "files": [str(p) for p in f.files]}
-                for f in (*dataset.findings, *leaks)
+                for f in (*dataset.findings, *more)
             ],
         }
         write_json(self.path / "dataset.json", document)
@@ -145,9 +145,7 @@ class RunFolder:
             DataError: the file is damaged.
         """
         path = self.path / "dataset.json"
-        before: Mapping[str, Any] = {}
-        if path.exists():
-            before = load_object(path, do="bring the file back, or start a new run", most_bytes=MOST_OWN_BYTES)
+        before = self._description()
         for part, cases in (("train", split.train), ("validation", split.validation)):
             changed = {case.name for case in cases} ^ set(map(str, before.get(part, [case.name for case in cases]) or ()))
             if changed:
@@ -163,25 +161,34 @@ class RunFolder:
         fingerprints = before.get("fingerprints")
         return {str(part): str(found) for part, found in fingerprints.items()} if isinstance(fingerprints, dict) else {}
 
-    def note_changed(self, changed: Mapping[str, str], message: str) -> dict[str, str]:
+    def changed_before(self) -> dict[str, str]:
+        """What `note_changed` wrote down in earlier sessions of the run."""
+        recorded = self._description().get("changed_since")
+        return {str(part): str(found) for part, found in recorded.items()} if isinstance(recorded, dict) else {}
+
+    def note_changed(self, changed: Mapping[str, str], message: str) -> None:
         """Write down, once and for good, which parts have other files than the run began with; the report shows the message.
+
+        What a run learned from other files stays in it when the first ones are put back.
 
         Args:
             changed: part -> fingerprint of the files that the run began with; may be empty.
             message: what that means, for people.
-
-        Returns:
-            the same of all times that the run was resumed: what it learned from other files stays in it when they are put back.
         """
+        if changed.keys() <= (known := self.changed_before()).keys():
+            return
+        document = self._description()
+        finding = {"severity": "warning", "code": "changed-data", "case": "", "message": message, "files": []}
+        findings = document.get("findings")
+        findings = [*(findings if isinstance(findings, list) else []), finding]
+        write_json(self.path / "dataset.json", {**document, "changed_since": {**changed, **known}, "findings": findings})
+
+    def _description(self) -> dict[str, Any]:
+        """What `describe` wrote; nothing where a kill came before it."""
         path = self.path / "dataset.json"
-        document = load_object(path, do="bring the file back, or start a new run", most_bytes=MOST_OWN_BYTES) if path.exists() else {}
-        recorded = document.get("changed_since")
-        known = {str(part): str(found) for part, found in recorded.items()} if isinstance(recorded, dict) else {}
-        if changed.keys() - known.keys() and isinstance(document.get("findings"), list):
-            finding = {"severity": "warning", "code": "changed-data", "case": "", "message": message, "files": []}
-            findings = [*document["findings"], finding]
-            write_json(path, {**document, "changed_since": {**changed, **known}, "findings": findings})
-        return {**changed, **known}
+        if not path.exists():
+            return {}
+        return dict(load_object(path, do="bring the file back, or start a new run", most_bytes=MOST_OWN_BYTES))
 
 
 def _held_out(cases: Iterable[Case]) -> dict[str, list[str]]:
@@ -200,9 +207,11 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     if resume and not (folder / "plan.yaml").exists():
         raise ConfigError(folder, expected="a run folder with plan.yaml", got="none", do="check --out, or leave out --resume", code="C006")
     if not resume and folder.exists() and (not folder.is_dir() or not all(map(_is_rest, folder.iterdir()))):
-        got = "one with files in it" if folder.is_dir() else "a file"
-        do = "give another --out" + (", or --resume to go on" if folder.is_dir() else "")
-        raise ConfigError(folder, expected="a new or empty folder", got=got, do=do, code="C005")
+        if not folder.is_dir():
+            raise ConfigError(folder, expected="a new or empty folder", got="a file", do="give another --out", code="C005")
+        raise ConfigError(
+            folder, expected="a new or empty folder", got="one with files in it", do="give another --out, or --resume to go on", code="C005"
+        )
 
 
 def _is_rest(path: Path) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
@@ -123,7 +123,7 @@ class _Session:
         self.started = time.perf_counter()
         check_plan(dataset, plan)
         self.split = split_dataset(dataset, plan.fold, plan.seed, plan.holdout)
-        self.leaks = [*leaks(self.split), *cut_case(self.split)]
+        self.split_findings = [*leaks(self.split), *cut_case(self.split, dataset)]
         self.validation = Validation(
             dataset=dataset, cases=self.split.validation, plan=plan, device=self.device, folder=folder, ranks=ranks
         )
@@ -161,10 +161,10 @@ class _Session:
             keep_initial(self.folder / FILE, self.state.network, self.initial)
             if self.initial is not None:
                 self.on_event({"event": "finding", "step": 0, "severity": "note", "message": f"begins with {self.initial.record['words']}"})
-        for finding in self.leaks:
+        for finding in self.split_findings:
             self.on_event({"event": "finding", "step": 0, "severity": finding.severity, "message": finding.message})
         if not self.files.is_described():
-            self.files.describe(self.dataset, self.plan, self.split, self.leaks, self._fingerprints)
+            self.files.describe(self.dataset, self.plan, self.split, self.split_findings, self._fingerprints)
         write_json(self.folder / "environment.json", environment(self.device))
 
     def _resume(self) -> None:
@@ -175,11 +175,11 @@ class _Session:
             if problem := load_latest(self.files.checkpoint, self.state):
                 self.warn(problem)
             progress = self.state.progress
+            if self.plan.minutes is None and self.plan.steps < progress.step:
+                expected, do = f"steps of {progress.step} or more, which are made", "train for fewer steps with another --out"
+                raise ConfigError(self.folder / "plan.yaml", expected=expected, got=str(self.plan.steps), do=do, code="C045")
             self.seconds_before = progress.seconds
             self._check_best()
-        if self.plan.minutes is None and self.plan.steps < progress.step:
-            got, do = f"{self.plan.steps}, of which {progress.step} are made", "leave --steps out, or train anew with another --out"
-            raise ConfigError("steps", expected="no fewer steps than were made", got=got, do=do, code="C045")
         finished = self.files.is_finished(self.plan)
         if self.plan.minutes is None:
             progress.steps = self.plan.steps
@@ -190,11 +190,9 @@ class _Session:
         # The log first: were the plan with more minutes there beside an end, the run would be taken for finished.
         self.files.shorten_log(progress.step, progress.validations, ended=finished and progress.step >= progress.steps)
         self.files.write_plan(self.plan)
-        message = f"images or labels of `{'` and `'.join(changed)}` have changed under the same names since the run began: what it "
-        message += "learned and scored before is of other data; put the files back, or train anew with another --out"
-        self.begun_with = self.files.note_changed(changed, message)
+        self.begun_with = {**changed, **self.files.changed_before()}
         if changed:
-            self.warn(message, show=self.log)
+            self.warn(f"{_changed_words(changed)}; put the files back, or train anew with another --out", show=self.log)
 
     def _changed(self, before: Mapping[str, str]) -> dict[str, str]:
         """The parts whose files are others under the same names: what follows is then no longer the run that was begun."""
@@ -327,6 +325,8 @@ class _Session:
     def _save(self, state: TrainState, is_best: bool) -> None:
         """Write log, checkpoint and model."""
         self.files.keep_log()
+        # Now it has learned from other files, or was chosen by them; before its first step they could be put back.
+        self.files.note_changed(self.begun_with, _changed_words(self.begun_with))
         state.progress.seconds = self.seconds()
         save_checkpoint(self.files.checkpoint, state)
         if is_best:
@@ -388,3 +388,10 @@ class _Session:
     def _report_seconds(total: float) -> float:
         """What the report may take of so many seconds."""
         return min(REPORT_SECONDS, FIRST_RESERVE * total)
+
+
+def _changed_words(parts: Iterable[str]) -> str:
+    """That other files took the place of those that a run began with."""
+    words = "` and `".join(parts)
+    said = f"images or labels of `{words}` have changed under the same names since the run began: "
+    return f"{said}what it learned and scored before is of other data"
