@@ -112,8 +112,9 @@ class _Watch:
         self.read_so_far += 1
         self.count[:8] = self.read_so_far.to_bytes(8, "little")
         _, what = tried(self.target, data, self.file, self.given)
-        if what and what[:160] not in self.known and len(self.known) < _MOST_FINDINGS:
-            self.known.add(what[:160])
+        kind = Finding(what, self.read_so_far, data).kind
+        if what and kind not in self.known and len(self.known) < _MOST_FINDINGS:
+            self.known.add(kind)
             _keep(self.folder, self.read_so_far, what, data)
 
     def mutate(self, data: bytes, most: int, seed: int) -> bytes:

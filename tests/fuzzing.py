@@ -56,6 +56,9 @@ _TEXTS = (
 _NUMBER = re.compile(rb"-?\d+(?:\.\d+)?(?:[eE][-+]?\d+)?")
 # What a child leaves for the case that it is ended: whether it has begun with an input, its number, and good ones that it has not told.
 _NOTE = struct.Struct("<?QQ")
+# How a finding begins that was raised, up to its message; a frame of a trace; and what differs from one to the next in words.
+_RAISED, _FRAME = re.compile(r"raised \w+ at [^\n]*?:\d+: "), re.compile(r'File "[^"\n]*", line \d+')
+_DIFFERS, _LONGEST_KIND = re.compile(r"0x[0-9a-f]+|\d+|/\S*/"), 160
 _Words = tuple[Sequence[bytes], Sequence[bytes]]  # a dictionary, and other seeds
 
 
@@ -235,8 +238,18 @@ class Finding:
 
     @property
     def kind(self) -> str:
-        """How it begins, by which others of the same reason are known; numbers and places differ."""
-        return re.sub(r"0x[0-9a-f]+|\d+|/\S*/", "#", self.what)[:160]
+        """By which others of the same reason are known: what was raised, in which line of which file, and its message without numbers.
+
+        What ended the interpreter or wanted memory has the line where it did. What took too long is met at any line.
+        """
+        head, _, trace = self.what.partition("\n")
+        if raised := _RAISED.match(head):
+            return raised[0] + _DIFFERS.sub("#", head[raised.end() :])
+        frames = _FRAME.findall(trace)
+        if frames and head.startswith(("ended", "wanted")):
+            # A crash has its last frame first.
+            return f"{head} {frames[0] if head.startswith('ended') else frames[-1]}"
+        return _DIFFERS.sub("#", self.what)[:_LONGEST_KIND]
 
     def __str__(self) -> str:
         return (
@@ -443,7 +456,7 @@ def tried(target: Target, data: bytes, file: Path, given: Path) -> tuple[bool, s
     except BaseException as error:  # noqa: BLE001 - whatever it is, it is a finding
         last = traceback.extract_tb(error.__traceback__)[-1]
         trace = "".join(traceback.format_exception(error)[-14:])
-        what = f"raised {type(error).__name__} at {last.filename}:{last.lineno}\n{trace}"
+        what = f"raised {type(error).__name__} at {last.filename}:{last.lineno}: {' '.join(str(error).split())}\n{trace}"
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024

@@ -35,6 +35,10 @@ PHASES = [phase for phase in Phase if phase is not Phase.explain]
 # What watches: it finds what goes wrong, and by its number.
 
 
+# Of three inputs, in one line of this file.
+MESSAGES = {b"1": "alpha 1", b"2": "alpha 2", b"o": "omega"}
+
+
 def read_bravely(path: Path) -> None:
     """Does, with a file of one letter, what that letter says."""
     data = path.read_bytes()
@@ -46,6 +50,8 @@ def read_bravely(path: Path) -> None:
         bytearray(2**28)
     if data == b"v":
         raise ValueError("a number that is none")
+    if data in MESSAGES:
+        raise ValueError(MESSAGES[data])
     if data == b"n":
         raise DataError("elsewhere", expected="x", got="y", do="z", code="D001")
     if data == b"m":
@@ -90,6 +96,12 @@ def test_what_no_input_may_do_is_found_and_told_by_its_number(letter: str, words
     assert (outcome.tried, outcome.good) == (6, 5 if letter == "s" else 4)
     with pytest.raises(AssertionError, match=r"letters, seed 1:\ninput 3: "):
         outcome.check()
+
+
+def test_what_is_raised_in_another_line_or_with_another_message_is_another_finding() -> None:
+    outcome = fuzz(letters(b"g1o2vov1"), 8, seed=1)
+    assert [(finding.number, finding.data) for finding in outcome.findings] == [(1, b"1"), (2, b"o"), (4, b"v")]
+    assert outcome.tried == 8
 
 
 def test_good_files_and_files_that_are_refused_in_one_line_are_no_findings() -> None:
