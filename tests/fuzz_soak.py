@@ -6,6 +6,7 @@ slow formats get more of the time. Every input that is counted was read; nothing
 
 import os
 import random
+import secrets
 import sys
 import threading
 import time
@@ -97,11 +98,12 @@ class _Tally:
 
 @dataclass
 class _Job:
-    """A target, how many of its inputs were read so far, and whether some are read now."""
+    """A target, the seed of its inputs, how many of them were read so far, in their order, and whether some are read now."""
 
     tally: _Tally
     target: Target
     goal: int
+    seed: int = field(default_factory=lambda: secrets.randbits(32))
     tried: int = 0
     busy: bool = False
 
@@ -182,7 +184,8 @@ def _next(jobs: Sequence[_Job], lock: threading.Lock) -> _Job | None:
 def _read(job: _Job, seconds: float, core: int, lock: threading.Lock) -> None:
     """A slice of a target's inputs."""
     begun = time.monotonic()
-    outcome = fuzz(job.target, job.goal - job.tried, seconds=seconds, known=job.tally.known, core=core)
+    left = job.goal - job.tried
+    outcome = fuzz(job.target, left, seconds=seconds, seed=job.seed, first=job.tried, known=job.tally.known, core=core)
     took = time.monotonic() - begun
     with lock:
         job.busy, job.tried = False, job.tried + outcome.tried

@@ -263,16 +263,23 @@ class Outcome:
 
     Attributes:
         seed: which repeats them.
+        first: number of the first input.
         tried, good: inputs read, and those that gave an image.
         slowest_s: the longest that one took.
     """
 
     name: str
     seed: int
+    first: int = 0
     tried: int = 0
     good: int = 0
     slowest_s: float = 0.0
     findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def next(self) -> int:
+        """The number of the input behind those that were read."""
+        return self.first + self.tried
 
     def check(self) -> None:
         """Fail with all that was found."""
@@ -285,6 +292,7 @@ def fuzz(
     *,
     seconds: float = 3600.0,
     seed: int | None = None,
+    first: int = 0,
     known: frozenset[str] = frozenset(),
     core: int | None = None,
 ) -> Outcome:
@@ -295,24 +303,25 @@ def fuzz(
         inputs: how many; fewer where the time is over.
         seconds: for all of them.
         seed: of all changes; a new one, which is printed, if none is given.
+        first: number of the first of them.
         known: findings, by `Finding.kind`, that were told already.
         core: which reads them; None: any.
     """
-    outcome = Outcome(target.name, secrets.randbits(32) if seed is None else seed)
+    outcome = Outcome(target.name, secrets.randbits(32) if seed is None else seed, first)
     sys.stdout.write(f"{target.name}: seed {outcome.seed}\n")
     end = time.monotonic() + seconds
     with _scratch() as folder:
         while outcome.tried < inputs and time.monotonic() < end and len(outcome.findings) < _MOST_FINDINGS:
             told = known.union(finding.kind for finding in outcome.findings)
-            _one_process(target, outcome, _Part(inputs, end, told, core), folder)
+            _one_process(target, outcome, _Part(first + inputs, end, told, core), folder)
     return outcome
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a process does of a target: up to which input, until when, which findings it does not tell again, and on which core."""
+    """What a process does of a target: before which input it stops, until when, which findings it does not tell again, on which core."""
 
-    inputs: int
+    stop: int
     end: float
     known: frozenset[str]
     core: int | None
@@ -321,19 +330,18 @@ class _Part:
 def _one_process(target: Target, outcome: Outcome, part: _Part, folder: Path) -> None:
     """Read on from where the last process ended."""
     ours, theirs = FORKS.Pipe()
-    child = FORKS.Process(target=_child, args=(target, outcome.seed, outcome.tried, part, folder, theirs))
+    child = FORKS.Process(target=_child, args=(target, outcome.seed, outcome.next, part, folder, theirs))
     child.start()
     theirs.close()
-    for tried, good, slowest, finding in _received(ours):
-        outcome.tried, outcome.good, outcome.slowest_s = tried, outcome.good + good, max(outcome.slowest_s, slowest)
+    for behind, good, slowest, finding in _received(ours):
+        outcome.tried, outcome.good = behind - outcome.first, outcome.good + good
+        outcome.slowest_s = max(outcome.slowest_s, slowest)
         outcome.findings += [finding] if finding else []
-        # No seed, no mutants.
-        outcome.tried = tried or part.inputs
     child.join()
     if child.exitcode == 0:
         return
     noted, number, untold = _NOTE.unpack((folder / "number").read_bytes()) if (folder / "number").exists() else (0, 0, 0)
-    number = number if noted else outcome.tried
+    number = number if noted else outcome.next
     outcome.good += untold
     how = (
         f"took longer than {target.seconds:g} s"
@@ -343,7 +351,7 @@ def _one_process(target: Target, outcome: Outcome, part: _Part, folder: Path) ->
     trace = (folder / "trace").read_text(errors="replace")[-1500:] if (folder / "trace").exists() else ""
     finding = Finding(f"{how}\n{trace}", number, target.mutant(outcome.seed, number))
     outcome.findings += [finding] if finding.kind not in part.known else []
-    outcome.tried = number + 1
+    outcome.tried = number + 1 - outcome.first
 
 
 def _received(pipe: Connection) -> Iterator[tuple[int, int, float, Finding | None]]:
@@ -375,7 +383,8 @@ def _child(target: Target, seed: int, first: int, part: _Part, folder: Path, pip
         place.mkdir()
         file, given = target.placed(place)
         if refused := seed_refused(target, file, given):
-            pipe.send((0, 0, 0.0, Finding(refused, first, b"")))
+            # No seed, no mutants.
+            pipe.send((part.stop, 0, 0.0, Finding(refused, first, b"")))
             return
         limit_memory()
         # What was loaded by now stays.
@@ -386,7 +395,7 @@ def _child(target: Target, seed: int, first: int, part: _Part, folder: Path, pip
         (folder / "number").write_bytes(bytes(_NOTE.size))
         with (folder / "number").open("r+b") as kept:
             note = mmap.mmap(kept.fileno(), _NOTE.size)
-        for number in range(first, part.inputs):
+        for number in range(first, part.stop):
             data = target.mutant(seed, number)
             _NOTE.pack_into(note, 0, 1, number, good)
             begun = time.monotonic()
@@ -397,7 +406,7 @@ def _child(target: Target, seed: int, first: int, part: _Part, folder: Path, pip
             new = None if new is None or new.kind in known else new
             known |= {new.kind} if new else set()
             new_ones += new is not None
-            if new or number + 1 == part.inputs or now > part.end or now - told > 1:
+            if new or number + 1 == part.stop or now > part.end or now - told > 1:
                 pipe.send((number + 1, good, slowest, new))
                 good, told = 0, now
             if now > part.end or new_ones >= _MOST_FINDINGS:

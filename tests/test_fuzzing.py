@@ -11,6 +11,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 
 from microtome.errors import DataError, DataWarning, MicrotomeError
+from microtome.evaluation.report import build_report
 from tests import fuzz_documents, fuzz_soak
 from tests.fuzz_soak import FORMATS, goals, targets_of
 from tests.fuzz_trees import changed_tree, changed_trees, yaml_text
@@ -116,6 +118,12 @@ def test_a_seed_that_is_refused_is_a_finding_as_its_mutants_would_reach_nothing(
     assert finding.what.startswith("seed 1 is refused: ")
 
 
+def test_inputs_from_a_number_on_have_the_numbers_of_all() -> None:
+    outcome = fuzz(letters(b"vgggcggv"), 4, first=3, seed=1)
+    assert [finding.number for finding in outcome.findings] == [4]
+    assert (outcome.tried, outcome.good, outcome.next) == (4, 3, 7)
+
+
 def test_the_time_that_is_given_ends_it_and_says_how_many_were_read() -> None:
     outcome = fuzz(Target(name="many", seeds=(b"g" * 50,), read=read_bravely), 10**9, seconds=0.5, seed=1)
     outcome.check()
@@ -183,6 +191,20 @@ def test_mutants_of_every_format_are_read_or_refused_in_one_line(name: str) -> N
         outcome.check()
         assert outcome.good >= len(target.seeds), "every seed is good"
         assert outcome.tried == len(target.seeds) + number
+
+
+def test_of_every_file_of_a_run_pages_are_made_of_mutants_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages: list[Path] = []
+    monkeypatch.setattr(fuzz_documents, "build_report", lambda folder: pages.append(build_report(folder)))
+    for name, target in enumerate(each for each in targets_of("run folder") if each.read is fuzz_documents.read_report):
+        file, given = target.placed(tmp_path / str(name))
+        before = len(pages)
+        for number in range(1, 26):
+            file.write_bytes(target.mutant(SEED, number))
+            with suppress(MicrotomeError):
+                target.read(given)
+        assert len(pages) > before
+    assert len(pages) >= 30
 
 
 # Trees, as hypothesis draws them: it finds the smallest that fails.
@@ -264,10 +286,29 @@ def test_a_soak_that_finds_something_says_which_input_and_goes_on_with_the_other
     assert gzip.decompress(bytes.fromhex(finding.rpartition(": ")[2])) == b"v" == letters(b"gdvgdg").mutant(seed, 2)
 
 
+def test_a_soak_reads_other_mutants_of_one_seed_in_each_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    slices: list[tuple[Outcome, str]] = []
+
+    def some(target: Target, inputs: int, **options: Any) -> Outcome:
+        outcome = fuzz(target, min(inputs, 4), **options)
+        slices.append((outcome, target.dictionary[0][outcome.first : outcome.next].decode()))
+        return outcome
+
+    # Two that end the process, the second as the last of a slice.
+    monkeypatch.setattr(fuzz_soak, "FORMATS", {"letters": (lambda: letters(b"gcdgddgcgd"),)})
+    monkeypatch.setattr(fuzz_soak, "INPUTS", 10)
+    monkeypatch.setattr(fuzz_soak, "fuzz", some)
+    [row] = fuzz_soak.run(20, guided=False)
+    assert (row["tried"], row["failed"]) == (10, 1)
+    assert [(outcome.first, outcome.next, read) for outcome, read in slices] == [(0, 4, "gcdg"), (4, 8, "ddgc"), (8, 10, "gd")]
+    assert [outcome.good for outcome, _ in slices] == [2, 1, 1]
+    assert len({outcome.seed for outcome, _ in slices}) == 1
+
+
 def test_a_kind_of_finding_is_told_once_and_the_format_goes_on_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fuzz_soak, "FORMATS", {"findings": (lambda: letters(b"gvcvnc"),)})
+    monkeypatch.setattr(fuzz_soak, "FORMATS", {"findings": (lambda: letters(b"gvcvnc" * 2),)})
     monkeypatch.setattr(fuzz_soak, "INPUTS", 12)
-    # Half of them at a time: all are met once more.
+    # Half of them at a time, in which each is met once more.
     monkeypatch.setattr(fuzz_soak, "fuzz", lambda target, inputs, **options: fuzz(target, min(inputs, 6), **options))
     [row] = fuzz_soak.run(20, guided=False)
     assert (row["tried"], row["of"], row["failed"]) == (12, 12, 3)

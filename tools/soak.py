@@ -135,7 +135,7 @@ def in_process(part: str, seconds: float, core: int | None, joined: Path | None 
         words = [sys.executable, "-m", "tools.soak", "--part", part, "--seconds", str(seconds), "--out", str(out)]
         # Processes that this one starts stay on its core, and count it alone.
         pinned = ["taskset", "--cpu-list", str(core), *words] if core is not None and _has_taskset() else words
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **({_JOINED: str(joined)} if joined else {})}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "RUNS_A_PAGE": "256", **({_JOINED: str(joined)} if joined else {})}
         try:
             done = subprocess.run(
                 pinned, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=5 * seconds + 600, check=False
