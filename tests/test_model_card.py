@@ -98,7 +98,15 @@ def test_a_model_json_that_somebody_edited_is_said_and_the_exit_code_is_2(
     assert shown.err == ""
 
 
-@pytest.mark.parametrize(("change", "code", "says"), [("bytes", 2, "changed since it was written"), ("model", 0, "of another model than")])
+@pytest.mark.parametrize(
+    ("change", "code", "says"),
+    [
+        ("bytes", 2, "changed since it was written"),
+        ("model", 0, "of another model than"),
+        ("no manifest", 0, "not complete: its writing was broken off;"),
+        ("half a manifest", 0, "not complete: its writing was broken off;"),
+    ],
+)
 def test_a_graph_that_is_not_this_models_is_said(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], change: str, code: int, says: str
 ) -> None:
@@ -111,6 +119,10 @@ def test_a_graph_that_is_not_this_models_is_said(
     assert "graph.onnx" not in capsys.readouterr().out
     if change == "bytes":
         (engines / "graph.onnx").write_bytes(b"a Graph")
+    elif change == "no manifest":
+        (engines / "graph.json").unlink()
+    elif change == "half a manifest":
+        (engines / "graph.json").write_bytes((engines / "graph.json").read_bytes()[:20])
     else:
         save_bundle(run / "model", replace(bundle, provenance={}))
     assert called(monkeypatch, "model", run) == code

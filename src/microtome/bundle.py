@@ -36,6 +36,7 @@ from microtome.json_files import parse_json, read_limited
 FILE = "model.safetensors"
 COPY = "model.json"
 CHANGED, OF_ANOTHER = "changed since it was written", "of another model than the weights"
+INCOMPLETE = "not complete: its writing was broken off"
 # Real ones have 20 to 200 kB.
 MOST_HEADER_BYTES = 16_000_000
 

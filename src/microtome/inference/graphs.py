@@ -19,7 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
-from microtome.bundle import CHANGED, OF_ANOTHER, Bundle
+from microtome.bundle import CHANGED, INCOMPLETE, OF_ANOTHER, Bundle
 from microtome.errors import ConfigError, RunError
 from microtome.files import write_json
 
@@ -47,7 +47,11 @@ def damaged_graph(bundle: Bundle, kind: Kind) -> Path | None:
 
 
 def faults_of_graphs(bundle: Bundle) -> dict[str, str]:
-    """The graphs beside a model that is there on disk, by the file that an engine is given: CHANGED, OF_ANOTHER, or "" for a whole one."""
+    """The graphs beside a model that is there on disk, by the file that an engine is given.
+
+    Returns:
+        CHANGED, OF_ANOTHER, INCOMPLETE, or "" for a whole one.
+    """
     if bundle.folder is None or not bundle.hash:
         return {}
     beside = _folders(bundle)[0]
@@ -145,12 +149,16 @@ def _is_whole(folder: Path, bundle: Bundle, kind: Kind) -> bool:
 
 
 def _fault(folder: Path, bundle: Bundle, kind: Kind) -> str:
-    """What is wrong with a graph in the folder: CHANGED, where it is not there too, or OF_ANOTHER; "" if nothing."""
+    """What is wrong with a graph in the folder: CHANGED, OF_ANOTHER, or INCOMPLETE, where it is not there too; "" if nothing."""
     try:
         manifest = json.loads((folder / MANIFEST[kind]).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        # It is written last: what is killed before it is whole was changed by nobody.
+        return INCOMPLETE
+    try:
         if manifest["kind"] == kind and manifest["bundle"] != bundle.hash:
             return OF_ANOTHER
         whole = manifest["kind"] == kind and all(file_hash(folder / name) == manifest["files"][name] for name in FILES[kind])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, LookupError, TypeError):
         return CHANGED
     return "" if whole else CHANGED
