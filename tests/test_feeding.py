@@ -1,5 +1,6 @@
 """Batches: the same whoever makes them and when; what goes wrong in a thread is heard of; nothing hangs."""
 
+import os
 import threading
 import time
 from dataclasses import replace
@@ -160,7 +161,7 @@ def test_an_error_of_the_caller_ends_the_threads() -> None:
 def test_as_many_threads_as_there_are_cores_and_work_for(
     cores: int, batch: int, ahead: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feeding.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     monkeypatch.setattr(feeding, "Lane", lambda device: None)
     before = threading.active_count()
     with Batches(CASES, small_plan(batch=batch), CPU if ahead == 0 else torch.device("cuda")):

@@ -271,7 +271,7 @@ def test_two_hundred_files_are_stored_and_read_where_a_process_may_open_fewer(tm
 
 def at_once(sizes: list[int], memory: int, monkeypatch: pytest.MonkeyPatch, cores: int = 64) -> tuple[list[set[int]], list[int]]:
     """The sets of numbers that were worked on at the same time, and the numbers in the order in which they were done."""
-    monkeypatch.setattr(store.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
     now: set[int] = set()
     seen, order, lock = [], [], threading.Lock()
 
@@ -310,7 +310,7 @@ def test_without_memory_or_cores_one_is_done_after_the_other(monkeypatch: pytest
 
 
 def test_after_an_error_nothing_more_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     begun: list[int] = []
 
     def work(number: int) -> None:
@@ -343,7 +343,7 @@ def test_the_files_are_the_same_however_many_are_prepared_at_once(
     kind: str, cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for cores in (1, 8):
-        monkeypatch.setattr(store.os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
         store_cases(cells, cells.labelled, small_plan(loss=BORDERS), tmp_path / str(cores))
     assert contents(tmp_path / "1") == contents(tmp_path / "8")
     assert any(kind in name for name in contents(tmp_path / "1"))
@@ -360,7 +360,7 @@ def test_a_killed_preparation_taken_up_again_gives_the_same_bytes(
         "from microtome.config import Plan; from microtome.yaml_files import load_yaml; from microtome.data.dataset import open_dataset\n"
         "from microtome.training import arrays, store\n"
         "data, out, kind, left = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])\n"
-        "os.cpu_count = lambda: 1; store._choose_kind = lambda *_: kind\n"
+        "store.usable_cores = lambda: 1; store._choose_kind = lambda *_: kind\n"
         "def killing(write):\n"
         "    def part(*arguments):\n"
         "        global left; left -= 1; found = write(*arguments)\n"
@@ -503,7 +503,7 @@ def test_what_was_stored_with_other_planes_or_sections_is_not_taken(tubules: Dat
 def test_a_disk_that_fills_is_an_error_that_says_what_is_missing_and_the_run_goes_on_from_there(
     kind: str, cells: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: list[str]
 ) -> None:
-    monkeypatch.setattr(store.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     target, name = (arrays, "_write_chunks") if kind == SHARDED else (np, "save")
     write, calls = getattr(target, name), []
 

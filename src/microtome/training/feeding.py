@@ -7,7 +7,6 @@ A sample is the same on every device up to rounding: also its noise is drawn by 
 bit for bit, however many threads there are and whatever is made ahead.
 """
 
-import os
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from microtome.config import Plan
 from microtome.machine import release_memory
+from microtome.threads import usable_cores
 from microtome.training.device_warp import warp_on_device
 from microtome.training.sampling import Pool, change_values, draw_sample, load_sample, read_crop
 from microtome.training.store import StoredCase
@@ -76,7 +76,7 @@ class Batches:
         self.positions = range(plan.batch) if positions is None else positions
         self.lane = Lane(device)
         self.waiting: dict[int, list[Future[tuple[Patch, torch.cuda.Event | None]]]] = {}
-        self.pool = _started_pool(max(2, min(os.cpu_count() or 2, len(self.positions) * (self.ahead + 1))))
+        self.pool = _started_pool(max(2, min(usable_cores(), len(self.positions) * (self.ahead + 1))))
 
     def get(self, step: int) -> Batch:
         """The batch of a step, on the device.

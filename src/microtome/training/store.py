@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import os
 import re
 import shutil
 import warnings
@@ -22,6 +21,7 @@ from microtome.errors import DataWarning, RunError
 from microtome.files import atomic_path, make_folder
 from microtome.geometry import Shape
 from microtome.machine import free_memory_bytes
+from microtome.threads import usable_cores
 from microtome.training.arrays import MAPPED, SHARDED, Arrays, Scale, StoredArray, packed_bytes, smallest, write_array
 from microtome.training.direct import DirectImage, DirectLabel, Facts, gather, open_views
 from microtome.training.preparing import class_counts, draw_voxels, prepare, quantiles, stored_bytes, working_bytes
@@ -177,7 +177,7 @@ def run_within(memory_bytes: int, sizes: Mapping[int, int], work: Callable[[int]
         work: is called with a number.
         done: is called with a number whose work is done.
     """
-    threads = max(1, min(MOST_THREADS, os.cpu_count() or 1))
+    threads = max(1, min(MOST_THREADS, usable_cores()))
     running: dict[Future[None], int] = {}
 
     def collect() -> None:
