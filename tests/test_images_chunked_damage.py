@@ -1,5 +1,6 @@
 """Stores that are damaged, hostile, too large or not what they say."""
 
+import gc
 import gzip
 import json
 import os
@@ -258,5 +259,13 @@ def test_a_folder_in_place_of_a_document_is_refused(tmp_path):
     store = tmp_path / "a.zarr"
     put_array(store, STACK, zarr_format=2, chunks=(2, 4, 3))
     (store / "zarr.json").mkdir()
-    with pytest.raises(DataError, match=r"a\.zarr: expected a whole chunked store, got what cannot be read \(IsADirectoryError"):
+    words = r"a\.zarr: expected a whole chunked store, got what cannot be read \(.*zarr\.json is a folder"
+    with pytest.raises(DataError, match=words):
         open_volume(store)
+    gc.collect()
+    handles = len(os.listdir("/proc/self/fd"))
+    # A handle that is left to the collector is a warning, and warnings are errors.
+    for _ in range(10):
+        with pytest.raises(DataError, match=words):
+            open_volume(store)
+    assert len(os.listdir("/proc/self/fd")) == handles

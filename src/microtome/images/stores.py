@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -253,6 +254,9 @@ def _local(place: Path, name: str) -> bytes | None:
             handle = os.open(f"{place}/{name}", os.O_RDONLY | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             return None
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise IsADirectoryError(f"{name} is a folder")
         with open(handle, "rb") as file:
             # One byte more than may be, which is then said.
             return file.read(_MOST_JSON_BYTES + 1)
