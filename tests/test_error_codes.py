@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from microtome.codes.findings import BY_FINDING
-from microtome.codes.lookup import AREAS, BLANK, FAULTS, PACKAGE, PARTS, Line, all_lines, forms_of, lines_of
+from microtome.codes.lookup import AREAS, BLANK, FAULTS, PARTS, Line, all_lines, forms_of, lines_of
 from microtome.errors import PREFIX
 from tools import errors, measure
 from tools.layers import REPOSITORY
@@ -126,18 +126,30 @@ def test_every_code_of_the_table_is_used(lines: tuple[Line, ...]) -> None:
     assert sorted(FAULTS.keys() - {line.code for line in lines} - set(BY_FINDING.values())) == []
 
 
-def test_every_error_of_inspect_has_a_code_of_the_table() -> None:
-    words = set()
-    for tree in (ast.parse(path.read_text(encoding="utf-8")) for path in (PACKAGE / "data").glob("*.py")):
-        for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-            severity = next((word.value for word in call.keywords if word.arg == "severity"), None)
-            code = next((word.value for word in call.keywords if word.arg == "code"), None)
-            said = ast.unparse(severity) if severity else ""
-            # `_about` is given them in their order; an expression may come to be an error.
-            if isinstance(call.func, ast.Name) and call.func.id == "_about" and ast.unparse(call.args[1]) == "'error'":
-                words.add(ast.literal_eval(call.args[2]))
-            elif code is not None and severity is not None and said not in ("'warning'", "'note'"):
-                words |= {node.value for node in ast.walk(code) if isinstance(node, ast.Constant)} or {"missing-file", "repeated-case"}
+def severity_and_code(call: ast.Call) -> tuple[str, ast.expr] | None:
+    """What the call of a finding says; None of other calls. `_about` is given them in their order."""
+    if not isinstance(call.func, ast.Name) or call.func.id not in ("Finding", "_about"):
+        return None
+    if call.func.id == "_about":
+        return ast.unparse(call.args[1]), call.args[2]
+    words = {str(word.arg): word.value for word in call.keywords}
+    return ast.unparse(words["severity"]), words["code"]
+
+
+def test_every_error_of_inspect_has_a_code_of_the_table(calls: list[Call]) -> None:
+    told = [(source, *said) for source, call in calls if (said := severity_and_code(call))]
+    assert len(told) >= 40
+    # Of `a if x else b` both count.
+    said = [
+        (source, severity, code)
+        for source, severity, found in told
+        for code in ((found.body, found.orelse) if isinstance(found, ast.IfExp) else (found,))
+    ]
+    # `_about` hands on what it was given.
+    named = [f"{source.name}: {ast.unparse(code)}" for source, _, code in said if not isinstance(code, ast.Constant)]
+    assert named == ["src/microtome/data/checks.py: code"], "the code of a finding is a literal"
+    # An expression may come to be an error.
+    words = {code.value for _, severity, code in said if severity not in ("'warning'", "'note'") and isinstance(code, ast.Constant)}
     assert words == set(BY_FINDING)
     assert set(BY_FINDING.values()) <= set(FAULTS)
 

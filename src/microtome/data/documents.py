@@ -123,10 +123,12 @@ def _present(named: Iterable[Case]) -> tuple[list[Case], list[Finding]]:
     findings = []
     for case in named:
         missing = [path for path in case.images + case.labels if not path.is_file()]
-        if missing or case.name in cases:
-            fault = f"names {missing[0]}, which is not there" if missing else f"names the case {case.name} twice; the first is used"
-            code = "missing-file" if missing else "repeated-case"
-            findings.append(Finding(severity="error", code=code, case=case.name, message=f"dataset.json {fault}", files=tuple(missing)))
+        if missing:
+            message = f"dataset.json names {missing[0]}, which is not there"
+            findings.append(Finding(severity="error", code="missing-file", case=case.name, message=message, files=tuple(missing)))
+        elif case.name in cases:
+            message = f"dataset.json names the case {case.name} twice; the first is used"
+            findings.append(Finding(severity="error", code="repeated-case", case=case.name, message=message))
         else:
             cases[case.name] = case
     return list(cases.values()), findings
