@@ -54,14 +54,13 @@ def card_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
         *_origin(found["provenance"]),
         ("hash", f"{found['hash']}: {found['bytes']:,} bytes of weights, and the rest, are as they were written"),
         ("model.json", found["copy_for_people"] and f"{found['copy_for_people']}; nothing is read from it"),
-        *((name, f"{fault}; it is not used, and written anew when an engine needs it") for name, fault in _graphs(found) if fault),
+        *(
+            (name, f"{fault}; it is not used, and written anew when an engine needs it")
+            for name, fault in found.get("graphs", {}).items()
+            if fault
+        ),
     ]
     return [(name, words) for name, words in rows if words]
-
-
-def _graphs(found: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The graphs beside the model and what is wrong with each; none where nobody looked."""
-    return list(found.get("graphs", {}).items())
 
 
 def origin_rows(run: Path) -> list[tuple[str, str]]:

@@ -326,7 +326,8 @@ class _Session:
         """Write log, checkpoint and model."""
         self.files.keep_log()
         # Now it has learned from other files, or was chosen by them; before its first step they could be put back.
-        self.files.note_changed(self.begun_with, _changed_words(self.begun_with))
+        if self.begun_with:
+            self.files.note_changed(self.begun_with, _changed_words(self.begun_with))
         state.progress.seconds = self.seconds()
         save_checkpoint(self.files.checkpoint, state)
         if is_best:
