@@ -342,19 +342,24 @@ def test_patches_that_memory_was_too_short_for_are_made_again_and_the_run_is_the
 
 
 def test_patches_that_are_made_again_are_made_one_by_one_when_those_of_before_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    plan, threads = small_plan(batch=4), threading.Lock()
-    plain, both, going_on = feeding.load_sample, threading.Barrier(2), threading.Event()
-    asked, at_once, most = 0, 0, 0
+    plan, threads, here = small_plan(batch=4), threading.Lock(), threading.local()
+    drawn, plain, both, going_on = feeding.draw_sample, feeding.load_sample, threading.Barrier(2), threading.Event()
+    at_once, most = 0, 0
+
+    def drawn_at(cases: Any, plan: Any, step: int, position: int, border: int) -> Any:
+        here.position = position
+        return drawn(cases, plan, step, position, border)
 
     def short(*words: Any) -> Any:
-        nonlocal asked, at_once, most
+        nonlocal at_once, most
         with threads:
-            asked, at_once = asked + 1, at_once + 1
-            number, most = asked, max(most, at_once)
+            at_once += 1
+            most = max(most, at_once)
         try:
-            if number <= 2:
-                # Of two at once one fails, and the other goes on until it is waited for.
-                if both.wait(60) == 0:
+            if here.position <= 1 and not going_on.is_set():
+                # Of two at once the one that is asked for first fails, and the other goes on until it is waited for.
+                both.wait(60)
+                if here.position == 0:
                     raise SHORT["CPU"]()
                 assert going_on.wait(60)
             return plain(*words)
@@ -371,6 +376,7 @@ def test_patches_that_are_made_again_are_made_one_by_one_when_those_of_before_ha
 
     with feeding.Batches(CASES, plan, CPU) as batches:
         wanted = batches.get(1)
+        monkeypatch.setattr(feeding, "draw_sample", drawn_at)
         monkeypatch.setattr(feeding, "load_sample", short)
         monkeypatch.setattr(feeding, "wait", waited)
         with pytest.raises(RuntimeError, match="can't allocate memory"):
