@@ -13,6 +13,7 @@ from folders import nifti, png, text, tiff
 from microtome.data import labels, reading
 from microtome.data.dataset import Case, Dataset, fit_channels, open_dataset, read_case_image
 from microtome.data.inputs import list_images
+from microtome.data.split import split_dataset
 from microtome.errors import ConfigError, DataError, DataWarning
 from microtome.geometry import affine_from_spacing, same_grid
 from microtome.images.files import read_image, write_image
@@ -335,6 +336,15 @@ def test_not_annotated_of_the_description_joins_the_names_of_dataset_json(tmp_pa
 def test_groups_are_stated_or_read_from_names(tmp_path: Path, document: str) -> None:
     text(folder(tmp_path, "p1_a", "p1_b", "q") / "microtome.yaml", document)
     assert [case.group for case in open_dataset(tmp_path).cases] == ["p1", "p1", "q"]
+
+
+def test_cases_are_named_as_they_are_typed_though_a_mac_stores_accents_as_two_letters(tmp_path: Path) -> None:
+    stored, typed = "pru\u0308fung", "pr\u00fcfung"
+    text(folder(tmp_path, stored, "a", "b") / "microtome.yaml", f"groups: {{one: [{typed}, a]}}\nvalidation: [b]")
+    dataset = open_dataset(tmp_path)
+    assert {case.name: case.group for case in dataset.cases} == {"a": "one", "b": "b", stored: "one"}
+    text(tmp_path / "microtome.yaml", f"validation: [{typed}]")
+    assert [case.name for case in split_dataset(open_dataset(tmp_path)).validation] == [stored]
 
 
 @pytest.mark.parametrize("document", ["groups: {p: [a, z]}", "validation: [z]"])

@@ -403,6 +403,23 @@ def test_stated_pairs_are_taken_as_stated(tmp_path: Path) -> None:
         layout_of(tmp_path)
 
 
+def test_stated_names_are_typed_though_a_mac_stores_accents_as_two_letters(tmp_path: Path) -> None:
+    make(tmp_path, "no\u0308/p.png", "no\u0308/te\u0301.png")
+    text(tmp_path / "microtome.yaml", "pairs: {n\u00f6/p.png: n\u00f6/t\u00e9.png}")
+    assert pairs_of(tmp_path) == {"p": ["no\u0308/p.png", "no\u0308/te\u0301.png"]}
+    # Where both are there, the one that is stated is meant.
+    make(tmp_path, "n\u00f6/p.png", "n\u00f6/t\u00e9.png")
+    assert pairs_of(tmp_path) == {"p": ["n\u00f6/p.png", "n\u00f6/t\u00e9.png"]}
+
+
+def test_stated_names_that_two_files_could_have_are_neither(tmp_path: Path) -> None:
+    # Three forms of one name: the letter, the sign that stands for it (Angstrom), and a letter with a ring.
+    make(tmp_path, "\u212b.png", "A\u030a.png", "t.png")
+    text(tmp_path / "microtome.yaml", "pairs: {\u00c5.png: t.png}")
+    with pytest.raises(DataError, match="no such file"):
+        layout_of(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("document", "image", "label"),
     [

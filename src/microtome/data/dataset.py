@@ -13,7 +13,7 @@ import numpy as np
 from microtome.data.case import NOT_ANNOTATED, Case, Declared, Finding, LabelValue, Layout
 from microtome.data.classes import LegendRules, choose_background, doubts, make_legend, void_doubts
 from microtome.data.containers import container_layout, contents_of
-from microtome.data.description import DatasetConfig, load_description, unknown_name
+from microtome.data.description import DatasetConfig, as_stored, load_description, unknown_name
 from microtome.data.headers import channel_names, geometry_findings
 from microtome.data.inputs import list_images
 from microtome.data.labels import LabelScan, class_counts, label_findings, read_label_image, scan_labels
@@ -249,6 +249,7 @@ def open_dataset(path: Path) -> Dataset:
         raise DataError(root, expected="a folder of images and labels", got=got, do="give the folder that holds both", code="D001")
     config, named_by = load_description(root)
     layout = find_layout(root, config, named_by)
+    config = as_stored(config, (case.name for case in layout.cases))
     layout = replace(layout, cases=_grouped(layout.cases, config, named_by))
     return _opened(root, layout, config, named_by)
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -146,7 +147,7 @@ def inside(root: Path, name: str, named_by: str | Path) -> Path:
     Raises:
         DataError: an absolute name, one that climbs out with `..`, or a link that leads out.
     """
-    path = root / name
+    path = _stored(root, name)
     try:
         short = len(os.fsencode(path)) < _MOST_PATH_BYTES and all(len(os.fsencode(part)) < _MOST_NAME_BYTES for part in path.parts)
         safe = short and not Path(name).is_absolute() and path.resolve().is_relative_to(root.resolve())
@@ -174,11 +175,47 @@ def existing(root: Path, name: str, named_by: str | Path) -> Path:
     return path
 
 
+def as_stored(config: DatasetConfig, cases: Iterable[str]) -> DatasetConfig:
+    """What is said of cases under the names that their files have: a Mac stores an accent as two letters, a keyboard types one."""
+    known = set(cases)
+    alike = {_typed(case): case for case in known}
+
+    def stored(names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(name if name in known else alike.get(_typed(name), name) for name in names)
+
+    groups = {group: stored(members) for group, members in config.groups.items()}
+    return config.model_copy(update={"groups": groups, "validation": stored(config.validation)})
+
+
 def unknown_name(where: str, kind: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a case that a document names and the folder does not have."""
     return ConfigError(
         where, expected=f"`{kind}` to name cases out of {some(sorted(known), 8)}", got=repr(name), do="mend the name", code="C017"
     )
+
+
+def _stored(root: Path, name: str) -> Path:
+    """The place of that name, or of one that differs only in how accents are stored, where that alone is there."""
+    path = root / name
+    if name.isascii() or os.path.lexists(path) or Path(name).is_absolute() or ".." in Path(name).parts:
+        return path
+    found = root
+    for part in Path(name).parts:
+        exact = found / part
+        if part.isascii() or os.path.lexists(exact):
+            found = exact
+            continue
+        try:
+            alike = [entry for entry in os.listdir(found) if _typed(entry) == _typed(part)]
+        except (OSError, ValueError):
+            return path
+        found = found / alike[0] if len(alike) == 1 else exact
+    return found
+
+
+def _typed(name: str) -> str:
+    """With accents as one letter each, as they are typed."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _refuse_repeats(kind: str, members: Mapping[str, tuple[Any, ...]]) -> None:
