@@ -335,6 +335,16 @@ def test_file_that_dataset_json_names_and_nobody_has_is_an_error_that_names_it(t
     assert list(pairs_of(tmp_path)) == ["h_1"]
 
 
+def test_case_that_dataset_json_names_twice_is_an_error_that_names_it(tmp_path: Path) -> None:
+    make(tmp_path, "imagesTr/h_1.nii.gz", "labelsTr/h_1.nii.gz", "labelsTr/other.nii.gz")
+    again = {"image": "./imagesTr/h_1.nii.gz", "label": "./labelsTr/other.nii.gz"}
+    text(tmp_path / "dataset.json", MSD | {"training": [MSD["training"][0], again], "test": []})  # type: ignore[index]
+    [finding] = layout_of(tmp_path).findings
+    assert (finding.severity, finding.code, finding.case) == ("error", "repeated-case", "h_1")
+    assert finding.message == "dataset.json names the case h_1 twice; the first is used"
+    assert pairs_of(tmp_path) == {"h_1": ["imagesTr/h_1.nii.gz", "labelsTr/h_1.nii.gz"]}
+
+
 def test_regions_are_refused_by_name_unless_classes_are_stated(tmp_path: Path) -> None:
     make(tmp_path, "imagesTr/a_0000.nii.gz", "imagesTr/a_0001.nii.gz", "labelsTr/a.nii.gz")
     text(tmp_path / "dataset.json", VERSION2 | {"labels": {"background": 0, "whole tumour": [1, 2]}})
