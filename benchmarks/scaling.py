@@ -20,7 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -319,29 +319,34 @@ def tables(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in on_paper(rows)), ""])
 
 
+@cache
+def cut_on_paper() -> tuple[int, int, int, int, int]:
+    """Ten terabytes as a thousand workers would share them: columns, blocks, bricks, tiles, and tiles if none was computed twice."""
+    layout = paper_layout()
+    boxes, cost = stored.blocks(OnPaper(layout), PAPER_WORKERS), stored.Cost(layout)
+    whole = tuple((0, size) for size in PAPER_SHAPE)
+    return len(layout.columns), len(boxes), len(OnPaper(layout).missing(1)), sum(cost(box) for box in boxes), cost(whole)
+
+
 def on_paper(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """The figures of the plan, each from a formula of the page."""
     found = {row["engine"]: row for row in rows}
     one, rest, nothing = found["1 worker"], found["2 workers, no network"], found["2 workers, nothing"]
     mark = found["local disk"]["seconds"]
-    layout = paper_layout()
-    boxes = stored.blocks(OnPaper(layout), PAPER_WORKERS)
-    cost = stored.Cost(layout)
-    voxels, tiles = float(np.prod(PAPER_SHAPE)), sum(cost(box) for box in boxes)
-    once = cost(tuple((0, size) for size in PAPER_SHAPE))
+    columns, blocks, bricks, tiles, once = cut_on_paper()
+    voxels = float(np.prod(PAPER_SHAPE))
     seconds_tile = one["seconds"] / one["tiles"]
     whole = tiles * seconds_tile / PAPER_WORKERS
-    bricks = len(OnPaper(layout).missing(1))
     return [
         ("voxels V", f"{voxels:.3g}"),
-        ("columns x rows of bricks", f"{len(layout.columns)} x {bricks // len(layout.columns)} = {bricks}"),
-        ("blocks N", f"{len(boxes)}"),
+        ("columns x rows of bricks", f"{columns} x {bricks // columns} = {bricks}"),
+        ("blocks N", f"{blocks}"),
         ("tiles T, of which more than once", f"{tiles:.3g}, {1 - once / tiles:.1%}"),
         ("hours, T t / W", f"{whole / 3600:.3g}"),
-        ("seconds a block, T t / N", f"{tiles * seconds_tile / len(boxes):.3g}"),
+        ("seconds a block, T t / N", f"{tiles * seconds_tile / blocks:.3g}"),
         ("of it all but the network", f"{rest['block_seconds'] / one['block_seconds']:.1%}"),
-        ("scheduler: transitions a second, N k / hours", f"{len(boxes) * one['transitions'] / whole:.3g}"),
-        ("scheduler: share of its time, N s / hours", f"{len(boxes) * nothing['seconds'] / whole:.2g}"),
+        ("scheduler: transitions a second, N k / hours", f"{blocks * one['transitions'] / whole:.3g}"),
+        ("scheduler: share of its time, N s / hours", f"{blocks * nothing['seconds'] / whole:.2g}"),
         ("store: read, MB/s of all workers", f"{voxels * one['read_bytes_voxel'] / whole / 1e6:.3g}"),
         ("store: written, MB/s of all workers", f"{voxels * one['written_bytes_voxel'] / whole / 1e6:.3g}"),
         ("listing all marks, seconds", f"{bricks * mark:.3g}"),

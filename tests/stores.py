@@ -24,6 +24,7 @@ def small_bundle(
     background: int | None = 0,
     patch_vox: tuple[int, ...] | None = None,
     sizes: NetworkConfig | None = None,
+    overlap: float | None = None,
 ) -> Path:
     """A run folder with a network of random weights that calls about half of a noisy image an object; the folder."""
     plan: Plan = small_plan() if dims == 2 else small_plan_3d(patch_vox=(8, 16, 16), spacing_mm=(1.0, 1.0, 1.0), batch=1)
@@ -32,6 +33,7 @@ def small_bundle(
             "normalisation": normalisation or NormalisationConfig(kind="image"),
             "patch_vox": patch_vox or plan.patch_vox,
             "network": sizes or plan.network,
+            "overlap": plan.overlap if overlap is None else overlap,
         }
     )
     torch.manual_seed(0)

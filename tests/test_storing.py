@@ -181,8 +181,8 @@ def test_memory_is_kept_or_refused(run: Path, store: Path, tmp_path: Path) -> No
 
 
 def test_an_image_that_needs_more_memory_says_how_much_and_stops_no_other(tmp_path: Path) -> None:
-    # Few tiles: this is about memory, and a picture of 10 million pixels has 20,000 of 32 × 32.
-    run = small_bundle(tmp_path / "run", dims=2, patch_vox=(256, 256))
+    # Few tiles: this is about memory, and a picture of 10 million pixels has 20,000 of 32 × 32 that overlap by half.
+    run = small_bundle(tmp_path / "run", dims=2, patch_vox=(256, 256), overlap=0)
     (tmp_path / "in").mkdir()
     np.save(tmp_path / "in" / "large.npy", np.zeros((3200, 3200), np.uint8))
     np.save(tmp_path / "in" / "small.npy", np.zeros((40, 40), np.uint8))

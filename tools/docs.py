@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ MAP_START, MAP_END = "<!-- map of files: made by `make docs` -->\n", "<!-- end o
 MADE_BY = "<!-- made by `make docs` from the code; change the code, not this page -->\n"
 
 
+@cache
 def purpose(file: Path) -> str:
     """The first line of a module's docstring."""
     words = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
