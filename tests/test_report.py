@@ -799,6 +799,15 @@ def test_what_no_training_writes_is_refused_with_the_name_of_the_file(run_2d: Pa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("left_out", ["mean", "low", "high", "cases", "undefined"])
+def test_of_a_mean_that_says_less_than_all_no_page_is_made(run_2d: Path, left_out: str) -> None:
+    metrics = json.loads((run_2d / "metrics.json").read_text())
+    del metrics["summary"]["dice"][left_out]
+    write_json(run_2d / "metrics.json", metrics)
+    with pytest.raises(DataError, match=rf"metrics\.json: expected .*dice\W+{left_out}"):
+        build_report(run_2d)
+
+
 @pytest.mark.parametrize(
     "line", ['{"event": "step"}', '{"event": "validation", "step": 1, "dice": "x"}', '{"event": "step", "step": 1e308}']
 )

@@ -54,8 +54,8 @@ class _Interval(_Form):
     mean: Real | None
     low: Real | None
     high: Real | None
-    cases: Count = 0
-    undefined: Count = 0
+    cases: Count
+    undefined: Count
 
     @model_validator(mode="after")
     def _check(self) -> Self:
