@@ -35,7 +35,7 @@ from microtome.training.checkpoint import TrainState, load_checkpoint, new_state
 from microtome.training.folder import read_plan
 from microtome.training.initial import begin_with
 from tests.folders import nifti, png
-from tests.fuzz_trees import SAFE_LOADER, changed_tree, json_changed, yaml_changed
+from tests.fuzz_trees import SAFE_LOADER, json_changed, tree_changed, yaml_changed
 from tests.fuzzing import Target
 from tests.small import small_plan
 from tests.stores import small_bundle
@@ -192,8 +192,8 @@ def bundle_changed(data: bytes, rng: random.Random) -> bytes:
     """Another description of a bundle, mostly with the hash that it deserves, or another header of its file."""
     header, rest = _split(data)
     if rng.random() < 0.25:
-        return _joined(changed_tree(header, rng), rest)
-    document = changed_tree(json.loads(header["__metadata__"]["microtome"]), rng)
+        return _joined(tree_changed(header, rng), rest)
+    document = tree_changed(json.loads(header["__metadata__"]["microtome"]), rng)
     if isinstance(document, dict) and "hash" in document and rng.random() < 0.8:
         document.pop("hash")
         document["hash"] = hashlib.blake2b(_json(document).encode(), digest_size=16).hexdigest()
@@ -257,8 +257,8 @@ def foreign_changed(data: bytes, rng: random.Random) -> bytes:
     """Another header, or another list of names in it."""
     header, rest = _split(data)
     if "__metadata__" not in header or rng.random() < 0.6:
-        return _joined(changed_tree(header, rng), rest)
-    header["__metadata__"]["found"] = json.dumps(changed_tree(json.loads(header["__metadata__"]["found"]), rng))
+        return _joined(tree_changed(header, rng), rest)
+    header["__metadata__"]["found"] = json.dumps(tree_changed(json.loads(header["__metadata__"]["found"]), rng))
     return _joined(header, rest)
 
 
@@ -289,10 +289,10 @@ def checkpoint_changed(data: bytes, rng: random.Random) -> bytes:
     """Another description of a checkpoint, held to no hash as those of the first version, or another header of its file."""
     header, rest = _split(data)
     if rng.random() < 0.4:
-        return _joined(changed_tree(header, rng), rest)
+        return _joined(tree_changed(header, rng), rest)
     document = json.loads(header["__metadata__"]["microtome"])
     document.pop("hash", None)
-    header["__metadata__"]["microtome"] = json.dumps(changed_tree(document, rng))
+    header["__metadata__"]["microtome"] = json.dumps(tree_changed(document, rng))
     return _joined(header, rest)
 
 

@@ -1,6 +1,7 @@
 """Changes of what JSON and YAML hold: values become any others, names change, brackets nest; by chance, or as hypothesis draws them."""
 
 import json
+import marshal
 import random
 from collections.abc import Callable
 from functools import lru_cache
@@ -76,7 +77,12 @@ _STOPS = 0.2
 
 def changed_tree(tree: Any, rng: random.Random) -> Any:
     """A copy of a tree with 1 to 4 changes."""
-    tree, nested = _copied(tree), False
+    return tree_changed(_copied(tree), rng)
+
+
+def tree_changed(tree: Any, rng: random.Random) -> Any:
+    """A tree that nobody else has, with 1 to 4 changes, in place where that can be."""
+    nested = False
     for _ in range(1 << rng.randrange(3)):
         change = rng.choice(_CHANGES)
         nested = nested or change is _nest
@@ -86,7 +92,8 @@ def changed_tree(tree: Any, rng: random.Random) -> Any:
 
 def _copied(tree: Any) -> Any:
     """A copy of a tree of plain values."""
-    return json.loads(json.dumps(tree))
+    # In version 2 what stands twice in a tree is twice in its copy.
+    return marshal.loads(marshal.dumps(tree, 2))
 
 
 def _depth(tree: Any) -> int:
@@ -178,7 +185,7 @@ _CHANGES: tuple[_Change, ...] = (_replace, _replace, _replace, _number, _number,
 
 def json_changed(data: bytes, rng: random.Random) -> bytes:
     """A JSON text after a change of what it says; NaN and infinity are written as Python has them."""
-    return json.dumps(changed_tree(json.loads(data), rng)).encode("utf-8", "surrogatepass")
+    return json.dumps(tree_changed(json.loads(data), rng)).encode("utf-8", "surrogatepass")
 
 
 @lru_cache(maxsize=64)

@@ -24,7 +24,7 @@ import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -452,8 +452,10 @@ def limit_memory() -> None:
 def tried(target: Target, data: bytes, file: Path, given: Path) -> tuple[bool, str]:
     """Read one input: whether it is a good one, and what is wrong with how it was refused."""
     # A file of its own: what is written within a tick of the clock looks unchanged to a cache.
-    file.unlink(missing_ok=True)
-    file.write_bytes(data)
+    with suppress(FileNotFoundError):
+        os.unlink(file)
+    with open(file, "wb", buffering=0) as written:
+        written.write(data)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     signal.setitimer(signal.ITIMER_REAL, target.seconds)
     good, what = False, ""

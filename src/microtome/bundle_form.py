@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ def _needed(words: object) -> tuple[int, ...]:
     return tuple(map(int, match[1].split("."))) if match else ()
 
 
+@cache
 def _own_version() -> tuple[int, ...]:
     """The numbers that this version begins with; larger than all where it is not known."""
     try:

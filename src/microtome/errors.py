@@ -66,6 +66,8 @@ class RunError(MicrotomeError):
 
 def in_one_line(text: str) -> str:
     """What every terminal can show in one line: names of files may hold line ends, and bytes that are no letters."""
+    if text.isprintable():
+        return text
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in text)
 
 

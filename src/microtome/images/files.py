@@ -20,7 +20,7 @@ from microtome.images.raster import probe_raster, read_raster, write_png
 from microtome.images.tiff import probe_tiff, read_tiff, write_tiff
 from microtome.images.volume import Volume, url_of, volume_of
 
-# Longest first, so that `.nii.gz` is not cut to `.nii`.
+# Of one part or two, as `suffix_of` has it.
 _SUFFIXES = MappingProxyType(
     {
         ".ome.tiff": "tiff",
@@ -86,17 +86,18 @@ _LABEL_SUFFIXES = MappingProxyType(
 _MARKERS = ((".zgroup", "zarr"), (".zarray", "zarr"), ("zarr.json", "zarr"), ("attributes.json", "n5"), ("info", "precomputed"))
 # Files without the suffix of an image that may come before the slices of a DICOM series.
 _MOST_BESIDE = 8
-_MAGIC = (
-    (rb"\x89PNG\r\n\x1a\n", "png"),
-    (rb"\xff\xd8\xff", "jpeg"),
-    (rb"BM.{4}\0\0\0\0", "bmp"),
-    (rb"GIF8[79]a", "gif"),
-    (rb"II[\x2a\x2b]\0|MM\0[\x2a\x2b]", "tiff"),
-    (rb"\x89HDF\r\n\x1a\n", "hdf5"),
-    (rb"\x93NUMPY", "npy"),
-    (rb"NRRD000", "nrrd"),
-    (rb"ObjectType|NDims", "metaimage"),
-    (rb".{128}DICM", "dicom"),
+_MAGIC = re.compile(
+    rb"(?P<png>\x89PNG\r\n\x1a\n)"
+    rb"|(?P<jpeg>\xff\xd8\xff)"
+    rb"|(?P<bmp>BM.{4}\0\0\0\0)"
+    rb"|(?P<gif>GIF8[79]a)"
+    rb"|(?P<tiff>II[\x2a\x2b]\0|MM\0[\x2a\x2b])"
+    rb"|(?P<hdf5>\x89HDF\r\n\x1a\n)"
+    rb"|(?P<npy>\x93NUMPY)"
+    rb"|(?P<nrrd>NRRD000)"
+    rb"|(?P<metaimage>ObjectType|NDims)"
+    rb"|(?P<dicom>.{128}DICM)",
+    re.DOTALL,
 )
 # Known only so that the message can say what the file is.
 _FOREIGN = (
@@ -235,8 +236,10 @@ def stem_of(path: Path) -> str:
 
 def suffix_of(path: Path) -> str:
     """The known image suffix of a name in small letters (`.nii.gz`, `.ome.tif`, `.png`), or ""."""
-    name = path.name.lower()
-    return next((suffix for suffix in _SUFFIXES if name.endswith(suffix)), "")
+    parts = path.name.lower().split(".")
+    # The longer counts, so that `.nii.gz` is not cut to `.gz`.
+    ends = (f".{'.'.join(parts[-count:])}" for count in (2, 1) if len(parts) > count)
+    return next((end for end in ends if end in _SUFFIXES), "")
 
 
 def _checked_kind(path: Path) -> str:
@@ -298,25 +301,34 @@ def _kind_of(path: Path) -> str:
         from microtome.images.chunked import kind_of_url
 
         return kind_of_url(url)
-    if path.is_dir():
-        if kind := store_kind(path):
-            return kind
-        if (path.parent / "info").is_file():
-            return "precomputed"
-        raise DataError(
-            path, expected="an image", got="a folder that is no store of one", do="give a folder of DICOM, Zarr, N5 or an info", code="D005"
-        )
-    if not path.exists() and any(_kind_of(above) == "hdf5" for above in path.parents if above.is_file()):
-        return "hdf5"
+    if not path.is_file():
+        if path.is_dir():
+            return _kind_of_folder(path)
+        if not path.exists() and any(_kind_of(above) == "hdf5" for above in path.parents if above.is_file()):
+            return "hdf5"
     head = _head(path)
     if is_nifti(_unpacked(path) if head.startswith(GZIP_MAGIC) else head):
         return "nifti"
-    for pattern, kind in _MAGIC:
-        if re.match(pattern, head, re.DOTALL):
-            return kind
+    if (found := _MAGIC.match(head)) and found.lastgroup:
+        return found.lastgroup
     got = next((words for pattern, words in _FOREIGN if re.match(pattern, head, re.DOTALL)), f"bytes {head[:8].hex(' ')}")
     expected = "a PNG, JPEG, BMP, GIF, TIFF, NIfTI, NRRD, MetaImage, DICOM, HDF5 or NPY file"
     raise DataError(path, expected=expected, got=got, do="convert it, or take it out of the folder", code="D005")
+
+
+def _kind_of_folder(path: Path) -> str:
+    """The kind of store that a folder is, or lies in.
+
+    Raises:
+        DataError: it is none.
+    """
+    if kind := store_kind(path):
+        return kind
+    if (path.parent / "info").is_file():
+        return "precomputed"
+    raise DataError(
+        path, expected="an image", got="a folder that is no store of one", do="give a folder of DICOM, Zarr, N5 or an info", code="D005"
+    )
 
 
 def _head(path: Path) -> bytes:
