@@ -5,7 +5,6 @@ import tempfile
 import warnings
 import zlib
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import nibabel as nib
 import numpy as np
 import SimpleITK as sitk  # noqa: N813 - as its makers write it
 import tifffile
-from highdicom import _standard_utils
 from PIL import Image as Pictures
 from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
@@ -328,19 +326,7 @@ def _slices(folder: Path) -> None:
 
 def segmentations() -> Target:
     """Label maps of DICOM."""
-    values: dict[str, Any] = {"file": "case-x.dcm", "dictionary": _TAGS, "growth_bytes": GROWTH_BYTES}
-    return Target(name="DICOM segmentation", seeds=(_written("seg.dcm", _segmentation),), read=read_segmentation, **values)
-
-
-def read_segmentation(path: Path) -> None:
-    """As all images; a third of the time would go to tables of the standard, which highdicom makes anew for each file."""
-    _make_tables_once()
-    read_all(path)
-
-
-@cache
-def _make_tables_once() -> None:
-    _standard_utils.construct_module_tree = cache(_standard_utils.construct_module_tree)
+    return _target(name="DICOM segmentation", seeds=(_written("seg.dcm", _segmentation),), file="case-x.dcm", dictionary=_TAGS)
 
 
 def _segmentation(path: Path) -> None:

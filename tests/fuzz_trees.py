@@ -1,7 +1,6 @@
 """Changes of what JSON and YAML hold: values become any others, names change, brackets nest; by chance, or as hypothesis draws them."""
 
 import json
-import marshal
 import random
 from collections.abc import Callable
 from functools import lru_cache
@@ -92,8 +91,7 @@ def tree_changed(tree: Any, rng: random.Random) -> Any:
 
 def _copied(tree: Any) -> Any:
     """A copy of a tree of plain values."""
-    # In version 2 what stands twice in a tree is twice in its copy.
-    return marshal.loads(marshal.dumps(tree, 2))
+    return json.loads(json.dumps(tree))
 
 
 def _depth(tree: Any) -> int:

@@ -9,7 +9,7 @@ from pydicom.sr.codedict import codes
 from microtome.errors import DataError
 from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
 from microtome.images.image import Limits
-from tests.dicom_series import AXIAL, VOLUME, enhanced, oblique, series
+from tests.dicom_series import AXIAL, VOLUME, dataset, enhanced, oblique, series
 
 RNG = np.random.default_rng(2)
 CLASSES = {5: "liver", 10: "tumour", 77: "never there"}
@@ -68,7 +68,7 @@ def test_labels_of_a_file_of_many_frames_refer_to_it(tmp_path):
     np.testing.assert_array_equal(read_image(tmp_path / "seg.dcm").array[0], labels)
 
 
-def foreign(path, folder, arrays):
+def foreign(path, folder, arrays, kind="BINARY"):
     """A segmentation by another program, with one segment for each array."""
     sources = [pydicom.dcmread(file) for file in read_image(folder).extra["source"]]
     for source in sources:
@@ -77,9 +77,10 @@ def foreign(path, folder, arrays):
         highdicom.seg.SegmentDescription(number, f"organ {number}", codes.SCT.Tissue, codes.SCT.Liver, "MANUAL")
         for number in range(1, len(arrays) + 1)
     ]
-    highdicom.seg.Segmentation(
-        sources, np.stack(arrays, -1).astype(np.uint8), "BINARY", descriptions, highdicom.UID(), 1, highdicom.UID(), 1, "a", "b", "c", "d"
-    ).save_as(path)
+    pixels = np.stack(arrays, -1).astype(np.uint8 if kind == "BINARY" else np.float32)
+    highdicom.seg.Segmentation(sources, pixels, kind, descriptions, highdicom.UID(), 1, highdicom.UID(), 1, "a", "b", "c", "d").save_as(
+        path
+    )
 
 
 def test_segmentations_of_other_programs_have_the_numbers_of_their_segments(tmp_path):
@@ -93,6 +94,94 @@ def test_segmentations_of_other_programs_have_the_numbers_of_their_segments(tmp_
         read_image(tmp_path / "over.dcm")
     with pytest.raises(DataError, match="max_voxels"):
         open_volume(tmp_path / "seg.dcm", limits=Limits(max_voxels=9))
+
+
+def test_frames_of_a_segmentation_lie_where_they_say_and_may_begin_within_a_byte(tmp_path):
+    # 35 bits a frame.
+    arrays = [np.arange(140).reshape(4, 5, 7) % 3 == number for number in (1, 2)]
+    series(tmp_path / "s", VOLUME[:4, :5, :7])
+    foreign(tmp_path / "seg.dcm", tmp_path / "s", arrays)
+    made = pydicom.dcmread(tmp_path / "seg.dcm")
+    order = np.random.default_rng(3).permutation(int(made.NumberOfFrames))
+    made.PixelData = pydicom.pixels.utils.pack_bits(made.pixel_array[order])
+    made.PerFrameFunctionalGroupsSequence = [made.PerFrameFunctionalGroupsSequence[number] for number in order]
+    made.save_as(tmp_path / "mixed.dcm")
+    assert len(order) == 8
+    np.testing.assert_array_equal(read_image(tmp_path / "mixed.dcm").array[0], arrays[0] + 2 * arrays[1])
+    # As highdicom has them, which looks along their normal from the other end.
+    theirs = highdicom.seg.segread(tmp_path / "mixed.dcm").get_volume(combine_segments=True)
+    np.testing.assert_array_equal(read_image(tmp_path / "mixed.dcm").array[0], np.asarray(theirs.array)[::-1])
+    made.PixelData = made.PixelData[:20]
+    made.save_as(tmp_path / "short.dcm")
+    with pytest.raises(DataError, match=r"short\.dcm: .*20 bytes for 8 frames of 35 bits"):
+        read_image(tmp_path / "short.dcm")
+    made.PerFrameFunctionalGroupsSequence.pop()
+    made.save_as(tmp_path / "few.dcm")
+    with pytest.raises(DataError, match=r"few\.dcm: expected a position for each frame, got 8 frames and 7 positions"):
+        probe_image(tmp_path / "few.dcm")
+
+
+def test_fractions_that_are_all_or_nothing_are_labels_and_others_are_refused(tmp_path):
+    series(tmp_path / "s")
+    foreign(tmp_path / "whole.dcm", tmp_path / "s", [VOLUME > 0], "FRACTIONAL")
+    np.testing.assert_array_equal(read_image(tmp_path / "whole.dcm").array[0], VOLUME > 0)
+    foreign(tmp_path / "half.dcm", tmp_path / "s", [(VOLUME > 0) * 0.5], "FRACTIONAL")
+    with pytest.raises(DataError, match=r"half\.dcm: expected whole voxels, got fractions"):
+        read_image(tmp_path / "half.dcm")
+
+
+def test_planes_at_unequal_distances_are_no_segmentation_that_is_read(tmp_path):
+    series(tmp_path / "s")
+    foreign(tmp_path / "seg.dcm", tmp_path / "s", [np.ones(VOLUME.shape, bool)])
+    made = pydicom.dcmread(tmp_path / "seg.dcm")
+    made.PerFrameFunctionalGroupsSequence[5].PlanePositionSequence[0].ImagePositionPatient[2] += 2
+    made.save_as(tmp_path / "seg.dcm")
+    with pytest.raises(DataError, match=r"seg\.dcm: expected planes at equal distances"):
+        read_image(tmp_path / "seg.dcm")
+    made.PerFrameFunctionalGroupsSequence[5] = made.PerFrameFunctionalGroupsSequence[4]
+    made.save_as(tmp_path / "seg.dcm")
+    with pytest.raises(DataError, match=r"seg\.dcm: expected segments that do not overlap, got segment 1 over another"):
+        read_image(tmp_path / "seg.dcm")
+
+
+def item(**elements):
+    """One of a sequence."""
+    made = pydicom.dataset.Dataset()
+    for name, value in elements.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_tiles_of_a_slide_are_one_plane(tmp_path):
+    slide = dataset(
+        np.zeros((8, 8, 3), np.uint8),
+        "1.2.840.10008.5.1.4.1.1.77.1.6",
+        Modality="SM",
+        NumberOfFrames=4,
+        TotalPixelMatrixRows=16,
+        TotalPixelMatrixColumns=16,
+        TotalPixelMatrixFocalPlanes=1,
+        TotalPixelMatrixOriginSequence=[item(XOffsetInSlideCoordinateSystem=1.0, YOffsetInSlideCoordinateSystem=2.0)],
+        ImageOrientationSlide=[0, -1, 0, -1, 0, 0],
+        SharedFunctionalGroupsSequence=[item(PixelMeasuresSequence=[item(PixelSpacing=[0.01, 0.02], SliceThickness=0.001)])],
+        DimensionOrganizationType="TILED_FULL",
+        DimensionOrganizationSequence=[item(DimensionOrganizationUID=highdicom.UID())],
+        OpticalPathSequence=[item(OpticalPathIdentifier="1")],
+        NumberOfOpticalPaths=1,
+        ContainerIdentifier="c",
+        PositionReferenceIndicator="",
+    )
+    labels = np.zeros((1, 16, 16), np.uint8)
+    labels[0, 3:9, 5:12] = 1
+    segment = highdicom.seg.SegmentDescription(1, "organ", codes.SCT.Tissue, codes.SCT.Liver, "MANUAL")
+    highdicom.seg.Segmentation(
+        *([slide], labels, "BINARY", [segment], highdicom.UID(), 1, highdicom.UID(), 1, "a", "b", "c", "d"),
+        tile_pixel_array=True,
+        tile_size=(8, 8),
+    ).save_as(tmp_path / "seg.dcm")
+    image = read_image(tmp_path / "seg.dcm")
+    np.testing.assert_array_equal(image.array[0], labels)
+    assert (image.spacing_mm, image.extra["classes"]) == ((1.0, 0.01, 0.02), {1: "organ"})
 
 
 def test_a_segmentation_with_a_wrong_distance_of_slices_is_read_by_its_positions(tmp_path):

@@ -48,6 +48,7 @@ LAYERS = (
     "images.hdf5",
     "images.itk_text",
     "images.itk",
+    "images.dicom_planes",
     "images.dicom_seg",
     "images.dicom",
     "images.stores",

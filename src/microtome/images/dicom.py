@@ -11,7 +11,8 @@ import numpy as np
 
 from microtome.errors import DataError, DataWarning
 from microtome.geometry import affine_from_spacing, spacing_of
-from microtome.images.dicom_seg import SEGMENTATION, dicom_files, open_segmentation, pydicom_for, tags_of
+from microtome.images.dicom_planes import tags_of
+from microtome.images.dicom_seg import SEGMENTATION, dicom_files, open_segmentation, pydicom_for
 from microtome.images.image import Header, Limits, decoding
 from microtome.images.itk import LPS_TO_RAS
 from microtome.images.parts import BoundedFile, bounds, cut_off, limits_of_parts

@@ -1,10 +1,9 @@
-"""DICOM segmentation objects <-> label map: read by highdicom, and written with references to the slices that were labelled."""
+"""DICOM segmentation objects <-> label map, written by highdicom with references to the slices that were labelled."""
 
 import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from functools import cache
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from microtome.errors import DataError, missing_extra
 from microtome.files import atomic_path
 from microtome.geometry import format_shape, spacing_of
+from microtome.images.dicom_planes import SCHEME, planes_of, values_of
 from microtome.images.image import Header, Image, Limits, decoding
 from microtome.images.itk import LPS_TO_RAS
 from microtome.images.parts import BoundedFile
@@ -24,8 +24,6 @@ SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 _MOST_SEGMENTS = 255
 # Files of a folder that tell whether they are slices of one series.
 _MOST_LOOKED_AT = 16
-# A segment that is written here has the value of the label map as its code in this scheme.
-_SCHEME = "99MICROTOME"
 
 
 def pydicom_for(path: Path) -> Any:
@@ -42,14 +40,6 @@ def read_dicom(path: Path, **options: Any) -> Any:
     dcmread = pydicom_for(path).dcmread
     with BoundedFile(path) as file:
         return dcmread(file, **options)
-
-
-@cache
-def tags_of(names: tuple[str, ...]) -> list[Any]:
-    """The numbers of elements, which take longer to look up by name than to read."""
-    from pydicom.tag import Tag
-
-    return [Tag(name) for name in names]
 
 
 def dicom_files(folder: Path) -> Iterator[Path]:
@@ -94,20 +84,15 @@ def open_segmentation(path: Path, limits: Limits) -> Volume:
         DataError: damaged, segments that overlap, fractions, no place in a patient, or beyond `limits`.
     """
     highdicom = _highdicom(path)
-    with decoding(path, "DICOM"), BoundedFile(path) as file:
-        segments = highdicom.seg.segread(file)
-        place = segments.get_volume_geometry()
-        if place is None:
-            segments = _without_spacing(highdicom, path)
-            place = segments.get_volume_geometry()
-        if place is None:
-            raise DataError(path, expected="planes at equal distances", got="none", do="export it with its series", code="D018")
-        affine = LPS_TO_RAS @ np.asarray(place.affine)
+    with decoding(path, "DICOM"):
+        whole = read_dicom(path)
+        planes = planes_of(highdicom, path, whole)
+        affine = LPS_TO_RAS @ planes.affine
         if not all(0 < side < math.inf for side in spacing_of(affine)):
             got = f"{spacing_of(affine)} mm"
             raise DataError(path, expected="finite voxel sizes above 0", got=got, do="export it again", code="D010")
         header = Header(
-            shape_vox=tuple(place.spatial_shape),
+            shape_vox=planes.shape_vox,
             channels=1,
             dtype="uint16",
             spacing_mm=spacing_of(affine),
@@ -115,13 +100,8 @@ def open_segmentation(path: Path, limits: Limits) -> Volume:
             format="dicom",
         )
         limits.check(path, header)
-        try:
-            volume = segments.get_volume(combine_segments=True, dtype=np.uint16)
-        except RuntimeError as error:
-            got = str(error).splitlines()[0]
-            raise DataError(path, expected="segments that do not overlap", got=got, do="export each as a file", code="D018") from error
-        numbers, names = _values_of(segments)
-    labels = numbers[np.asarray(volume.array)]
+        values, names = values_of(whole.SegmentSequence)
+        labels = values[planes.decode()]
     # As series are: along the normal of rows and columns, which have the opposite order in an affine of z, y, x.
     if np.linalg.det(affine[:3, :3]) > 0:
         labels, affine = labels[::-1], affine @ _turned(len(labels))
@@ -238,7 +218,7 @@ def _segment(highdicom: Any, number: int, value: int, name: str) -> Any:
         segment_number=number,
         segment_label=name[:64],
         segmented_property_category=codes.SCT.Tissue,
-        segmented_property_type=highdicom.sr.CodedConcept(str(value), _SCHEME, name[:64]),
+        segmented_property_type=highdicom.sr.CodedConcept(str(value), SCHEME, name[:64]),
         algorithm_type="AUTOMATIC",
         algorithm_identification=algorithm,
     )
@@ -258,26 +238,6 @@ def _measures(plain: Any) -> Iterator[Any]:
     for name in ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"):
         for groups in plain.get(name, ()):
             yield from groups.get("PixelMeasuresSequence", ())
-
-
-def _without_spacing(highdicom: Any, path: Path) -> Any:
-    """A segmentation whose distance of slices, which its positions belie, is left out."""
-    plain = read_dicom(path)
-    for measures in _measures(plain):
-        measures.pop("SpacingBetweenSlices", None)
-    return highdicom.seg.Segmentation.from_dataset(plain, copy=False)
-
-
-def _values_of(segments: Any) -> tuple[np.ndarray, dict[int, str]]:
-    """The value in the label map of each number of a segment, 0 first; and the names of values."""
-    numbers = [int(number) for number in segments.segment_numbers]
-    values, names = np.zeros(max(numbers) + 1, np.uint16), {}
-    for number in numbers:
-        description = segments.get_segment_description(number)
-        code = description.segmented_property_type
-        values[number] = int(code.value) if code.scheme_designator == _SCHEME else number
-        names[int(values[number])] = str(description.segment_label)
-    return values, names
 
 
 def _turned(sections: int) -> np.ndarray:
