@@ -187,11 +187,12 @@ def test_the_table_has_a_cell_for_each_title() -> None:
     score = Mean(mean=0.5, low=0.25, high=0.75)
     titles, rows = table(
         of_rows(
-            row_of("a", dice=score, iou=score, peak_bytes=2**30, step_seconds=0.25, steps=1200, seconds=60.0), Row(network="b", failure="x")
+            row_of("a", dice=score, iou=score, parameters=31_030_658, peak_bytes=2**30, step_seconds=0.25, steps=1200, seconds=60.0),
+            Row(network="b", failure="x"),
         )
     )
     assert {len(row) for row in rows} == {len(titles)}
-    assert rows[0] == ("a", "0.500 [0.250, 0.750]", "0.500 [0.250, 0.750]", "–", "–", "0.25 s of 4", "1.00 GB", "1,200 in 60 s", "")
+    assert rows[0] == ("a", "0.500 [0.250, 0.750]", "0.500 [0.250, 0.750]", "31.0 M", "–", "0.25 s of 4", "1.00 GB", "1,200 in 60 s", "")
     assert rows[1][-1] == "failed: x"
 
 

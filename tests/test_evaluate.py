@@ -16,6 +16,7 @@ from microtome.errors import ConfigError, DataError, DataWarning
 from microtome.evaluation.evaluate import METRICS, CaseScore, evaluate, score_case, summarise
 from microtome.evaluation.pages import scores_html
 from microtome.evaluation.pairing import Named, bare_name, pair
+from microtome.evaluation.units import Units
 from microtome.files import write_json
 from microtome.geometry import affine_from_spacing
 from microtome.images.files import write_image
@@ -63,7 +64,8 @@ def blocks(seed: int = 0, shape: tuple[int, ...] = (4, 8, 8)) -> np.ndarray:
 def row(case: str, name: str, **values: float) -> CaseScore:
     """A row of which only some numbers matter."""
     truth = values.pop("truth", 0.0)
-    return CaseScore(case=case, class_name=name, values={**dict.fromkeys(METRICS, NAN), **values}, volume_truth_mm3=truth, tolerance_mm=1.0)
+    numbers = {**dict.fromkeys(METRICS, NAN), **values}
+    return CaseScore(case=case, class_name=name, values=numbers, volume_truth_mm3=truth, tolerance_mm=1.0, axes=3)
 
 
 @pytest.fixture
@@ -195,6 +197,27 @@ def test_conventions_name_the_tolerance_the_unit_and_every_row_of_emptiness() ->
     assert set(conventions["empty_cases"]) == {"both_empty", "truth_empty", "prediction_empty"}
     assert summarise(rows, THREE)["conventions"]["unit"] == "mm"
     assert summarise(rows, THREE, in_voxels=["a", "b"])["conventions"]["unit"] == "voxel"
+
+
+def test_of_pictures_areas_are_scored_and_of_volumes_volumes() -> None:
+    picture, volume = (score_case(truth, truth, (1.0,) * truth.ndim, THREE, case=str(truth.ndim)) for truth in (blocks()[0], blocks()))
+    axes = [summarise(rows, THREE)["conventions"]["axes"] for rows in (picture, volume, picture + volume)]
+    assert axes == [2, 3, None]
+
+
+@pytest.mark.parametrize(
+    ("axes", "unit", "words"),
+    [
+        (2, "mm", ("mm", "mm²", "area", "pixel")),
+        (2, "voxel", ("pixels", "pixels", "area", "pixel")),
+        (3, "mm", ("mm", "mm³", "volume", "voxel")),
+        (3, "voxel", ("voxels", "voxels", "volume", "voxel")),
+        (3, "mm, except in the cases of `in_voxels`", ("mm or voxels", "mm³ or voxels", "volume", "voxel")),
+        (None, "mm", ("mm", "mm³", "volume", "voxel")),
+    ],
+)
+def test_tables_say_what_their_numbers_are_in(axes: int | None, unit: str, words: tuple[str, ...]) -> None:
+    assert Units.of({"axes": axes, "unit": unit}) == words
 
 
 # folders
@@ -482,7 +505,7 @@ def test_the_page_shows_the_worst_case_first_and_every_number_and_needs_nothing_
     page = scores_html(result_with("poor"))
     assert page.index('<th scope="row" rowspan="3">poor') < page.index('<th scope="row" rowspan="3">good')
     assert all(
-        word in page for word in ("Dice", "HD95 (mm or voxel)", "pixel accuracy", "wall", "1 of 2 cases have no voxel size", "both empty")
+        word in page for word in ("Dice", "HD95 (mm or voxels)", "pixel accuracy", "wall", "1 of 2 cases have no voxel size", "both empty")
     )
     assert not any(word in page for word in ("http:", "https:", "<script", "<link"))
 
@@ -493,7 +516,7 @@ def test_the_page_shows_the_worst_case_first_and_every_number_and_needs_nothing_
 def test_a_number_is_shown_with_the_digits_that_mean_something(value: float | None, shown: str) -> None:
     result = result_with("poor")
     result["summary"]["volume_mm3"]["mean"] = value
-    assert f"<span>volume (mm³ or voxel³)</span><b>{shown}</b>" in scores_html(result)
+    assert f"<span>volume (mm³ or voxels)</span><b>{shown}</b>" in scores_html(result)
 
 
 def test_a_name_cannot_put_markup_into_the_page() -> None:

@@ -115,6 +115,7 @@ LAYERS = (
     "evaluation.instance_metrics",
     "evaluation.calibration",
     "evaluation.bootstrap",
+    "evaluation.units",
     "evaluation.pairing",
     "evaluation.scores",
     "evaluation.instance_scores",

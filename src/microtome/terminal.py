@@ -15,6 +15,7 @@ from rich.text import Text
 
 from microtome.config import Config, NetworkConfig, Plan
 from microtome.errors import in_one_line
+from microtome.evaluation.units import Units
 from microtome.words import listed, with_short_names
 
 if TYPE_CHECKING:
@@ -264,9 +265,9 @@ def print_plan(plan: Plan, out: Path | None) -> None:
 def print_scores(result: Mapping[str, Any], written: Sequence[Path] = ()) -> None:
     """Summary, classes and the worst cases of a `metrics.json`, and the files that it was written to."""
     console = _page()
-    in_voxels = result["conventions"]["unit"] == "voxel"
+    units = Units.of(result["conventions"])
     shown = OBJECT_SCORES if "objects" in result else CLASS_SCORES
-    words = [name.replace("_mm", " (voxel)") if in_voxels else name for name in shown]
+    words = [name if units.length == "mm" else name.replace("_mm", f" ({units.length})") for name in shown]
     summary = [(word, _interval(result["summary"][name])) for word, name in zip(words, shown, strict=True)]
     _print_table(console, ("over foreground and cases", "mean [95 % interval]"), summary)
     rows = [(name, *(_defined(values[metric]) for metric in shown)) for name, values in result["classes"].items()]

@@ -87,7 +87,8 @@ def table(comparison: Comparison) -> tuple[tuple[str, ...], tuple[tuple[str, ...
     """Titles and rows as text, for a terminal; the last column says what failed or hardly trained, or how far it is behind."""
     rows = []
     for row in comparison.rows:
-        values = (" ".join(filter(None, (cell.words, cell.remark))) for cell in cells(comparison, row))
+        # A space that no line may be broken at is for the page.
+        values = (" ".join(filter(None, (cell.words, cell.remark))).replace("\N{NO-BREAK SPACE}", " ") for cell in cells(comparison, row))
         rows.append((row.network, *values, f"failed: {row.failure}" if row.failure else remark(row)))
     return ("network", *TITLES, "remark"), tuple(rows)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 
+from microtome.evaluation.units import Units
 from microtome.files import write_json, write_text
 
 # Names of metrics as people write them; what is not here is shown as it is, with spaces.
@@ -36,9 +37,8 @@ def scores_html(result: Mapping[str, Any]) -> str:
     rows: dict[str, list[Mapping[str, Any]]] = {case: [] for case in result["worst"]}
     for row in result["cases"]:
         rows[row["case"]].append(row)
-    unit = {"mm": "mm", "voxel": "voxel"}.get(result["conventions"]["unit"], "mm or voxel")
     parts = {"pictures": result.get("pictures", ()), "objects": result.get("objects"), "bars": BARS}
-    values = {**result, **parts, "cases": list(rows.values()), "unit": unit}
+    values = {**result, **parts, "cases": list(rows.values()), "units": Units.of(result["conventions"])}
     return environment().get_template("scores.html").render(values)
 
 
@@ -64,11 +64,11 @@ def _number(value: float | None) -> str:
     return f"{value:.3g}" if 0 < size < 0.1 else f"{value:.3f}" if size < 10 else f"{value:.1f}"
 
 
-def _words(name: str, unit: str = "") -> str:
-    """The name of a metric for people, with its unit if one is given."""
+def _words(name: str, units: Units | None = None) -> str:
+    """The name of a metric for people, with its unit if units are given."""
     words = WORDS.get(name, name.replace("_", " "))
-    if unit and name in LENGTHS:
-        return f"{words} ({unit})"
-    if unit and name in BITS:
-        return f"{words} (bits)"
-    return f"{words} ({unit.replace(' or', '³ or')}³)" if unit and name in VOLUMES else words
+    if units is None:
+        return words
+    if name in VOLUMES:
+        return f"{units.content} ({units.size})"
+    return f"{words} ({units.length})" if name in LENGTHS else f"{words} (bits)" if name in BITS else words

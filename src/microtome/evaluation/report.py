@@ -18,6 +18,7 @@ from microtome.evaluation.curves import Colour, History, charts, foreground_colo
 from microtome.evaluation.gallery import ERROR_COLOURS, Exhibit, Gallery, Predictions, format_share, make_gallery, read_predictions
 from microtome.evaluation.pages import environment
 from microtome.evaluation.run_files import DataForm, EnvironmentForm, FilledForm, MetricsForm, read_file
+from microtome.evaluation.units import Units
 from microtome.files import write_text
 from microtome.model_card import origin_rows
 from microtome.yaml_files import load_yaml
@@ -322,7 +323,7 @@ def _scored(run: Run) -> dict[str, Any] | None:
         "classes": {name: scores for name, scores in metrics["classes"].items() if name in foreground},
         "cases": cases[:MOST_SCORED],
         "left_out": max(0, len(cases) - MOST_SCORED),
-        "unit": {"mm": "mm", "voxel": "voxel"}.get(metrics["conventions"]["unit"], "mm or voxel"),
+        "units": Units.of(metrics["conventions"]),
         "conventions": metrics["conventions"],
         "versions": metrics["versions"],
     }

@@ -91,6 +91,7 @@ class _Conventions(_Form):
     foreground: list[StrictStr]
     unit: StrictStr
     in_voxels: list[StrictStr]
+    axes: Count | None = None
     empty_cases: dict[str, StrictStr]
 
 

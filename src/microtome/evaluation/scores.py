@@ -73,10 +73,12 @@ class CaseScore(Row):
     Attributes:
         volume_truth_mm3: what `volume_mm3` should be.
         tolerance_mm: what `nsd` was computed with.
+        axes: of the image, 2 or 3; of two a volume is an area.
     """
 
     volume_truth_mm3: float
     tolerance_mm: float
+    axes: int
 
     def to_json(self) -> dict[str, Any]:
         """The row of `cases` in `metrics.json`."""
@@ -114,7 +116,8 @@ def score_case(
         masks = truth == index, prediction == index
         values = {**_mask_scores(masks, spacing_mm, tolerance_mm, known), "pixel_accuracy": accuracy}
         volume = metrics.volume_mm3(masks[0], spacing_mm)
-        rows.append(CaseScore(case=case, class_name=name, values=values, volume_truth_mm3=volume, tolerance_mm=tolerance_mm))
+        row = CaseScore(case=case, class_name=name, values=values, volume_truth_mm3=volume, tolerance_mm=tolerance_mm, axes=truth.ndim)
+        rows.append(row)
     return rows
 
 
@@ -225,10 +228,11 @@ def _conventions(
 ) -> dict[str, Any]:
     """What must be known to read the numbers, in words."""
     used = sorted({row.tolerance_mm for row in rows})
-    cases = {row.case for row in rows}
+    cases, axes = {row.case for row in rows}, {row.axes for row in rows}
     return {
         "unit": "mm" if not in_voxels else "voxel" if cases == set(in_voxels) else "mm, except in the cases of `in_voxels`",
         "in_voxels": list(in_voxels),
+        "axes": axes.pop() if len(axes) == 1 else None,
         "tolerance_mm": used[0] if len(used) == 1 else [used[0], used[-1]],
         "tolerance": "the largest voxel side of each case (smallest and largest if they differ)"
         if tolerance_mm is None
