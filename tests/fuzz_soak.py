@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from tests import fuzz_documents, fuzz_images, fuzz_stores
 from tests.fuzz_guided import guided_outcome
@@ -113,6 +113,13 @@ class _Job:
         return self.tried / self.goal
 
 
+class _Core(NamedTuple):
+    """A core by its number, and whether others are served first."""
+
+    number: int
+    aside: bool
+
+
 @cache
 def targets_of(name: str) -> tuple[Target, ...]:
     """What is read of a format: one target, or several for its kinds of files."""
@@ -133,7 +140,7 @@ def run(seconds: float, formats: Sequence[str] | None = None, *, guided: bool = 
         seconds: of wall time, for all of it.
         formats: by name; None: all.
         guided: whether the end of the time is guided by coverage, where atheris is installed.
-        joined: a file that appears when more than the first core is free; None: all are.
+        joined: a file that appears when more than the first core is free; until then, what is left over of them is taken. None: all are.
 
     Returns:
         A row a format: part, what, tried `of` how many (of which `guided` by coverage), failed, seconds of one process, and what was
@@ -154,17 +161,19 @@ def run(seconds: float, formats: Sequence[str] | None = None, *, guided: bool = 
     end = time.monotonic() + seconds
     lock, cores = threading.Lock(), sorted(os.sched_getaffinity(0))
 
+    def aside(number: int) -> bool:
+        """Whether a core is another's."""
+        return number > 0 and joined is not None and not joined.exists()
+
     def work(number: int) -> None:
         """One of the cores: slices until nothing is left, then what coverage guides."""
-        while number and joined is not None and not joined.exists() and time.monotonic() < end:
-            time.sleep(0.5)
         last = end - (_GUIDED_SHARE * seconds if guided else 0.0)
         while last - time.monotonic() > 1 and any(job.tried < job.goal for job in jobs):
             if (job := _next(jobs, lock)) is None:
                 time.sleep(0.1)
             else:
-                _read(job, min(_SLICE_SECONDS, last - time.monotonic()), cores[number], lock)
-        while guided and end - time.monotonic() > 2 * _GUIDED_SECONDS and _guide(random.choice(jobs), lock):
+                _read(job, min(_SLICE_SECONDS, last - time.monotonic()), _Core(cores[number], aside(number)), lock)
+        while guided and not aside(number) and end - time.monotonic() > 2 * _GUIDED_SECONDS and _guide(random.choice(jobs), lock):
             pass
 
     with ThreadPoolExecutor(len(cores)) as pool:
@@ -181,11 +190,12 @@ def _next(jobs: Sequence[_Job], lock: threading.Lock) -> _Job | None:
         return job
 
 
-def _read(job: _Job, seconds: float, core: int, lock: threading.Lock) -> None:
+def _read(job: _Job, seconds: float, core: _Core, lock: threading.Lock) -> None:
     """A slice of a target's inputs."""
     begun = time.monotonic()
     left = job.goal - job.tried
-    outcome = fuzz(job.target, left, seconds=seconds, seed=job.seed, first=job.tried, known=job.tally.known, core=core)
+    known = job.tally.known
+    outcome = fuzz(job.target, left, seconds=seconds, seed=job.seed, first=job.tried, known=known, core=core.number, aside=core.aside)
     took = time.monotonic() - begun
     with lock:
         job.busy, job.tried = False, job.tried + outcome.tried

@@ -25,7 +25,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -35,6 +35,8 @@ from tests.forked import FORKS
 SECONDS_PER_INPUT = 10
 # Of address space above that at the start, and of memory in use that one input may add where no target says another.
 SPACE_BYTES, GROWTH_BYTES = 4 * 2**30, 5 * 2**28
+# A process with others to serve first gets a tenth of a core that one of them wants, so that each second may take ten.
+_NICE, _NICE_SECONDS = 10, 10
 _MOST_FINDINGS = 8
 _BYTES = (0, 1, 0x7F, 0x80, 0xFE, 0xFF, 0x20, 0x2F, 0x2E, 0x0A)
 _WHOLE = (0, 1, -1, 2, 127, 128, 255, 256, 2**15 - 1, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**62, 2**63 - 1, -(2**31), -(2**63))
@@ -295,6 +297,7 @@ def fuzz(
     first: int = 0,
     known: frozenset[str] = frozenset(),
     core: int | None = None,
+    aside: bool = False,
 ) -> Outcome:
     """Read mutants of a target in a process of its own, which is started again where one ends it.
 
@@ -306,25 +309,31 @@ def fuzz(
         first: number of the first of them.
         known: findings, by `Finding.kind`, that were told already.
         core: which reads them; None: any.
+        aside: whether it has others to serve first: inputs then get what these leave of it, and longer.
     """
+    target = replace(target, seconds=_NICE_SECONDS * target.seconds) if aside else target
     outcome = Outcome(target.name, secrets.randbits(32) if seed is None else seed, first)
     sys.stdout.write(f"{target.name}: seed {outcome.seed}\n")
     end = time.monotonic() + seconds
     with _scratch() as folder:
         while outcome.tried < inputs and time.monotonic() < end and len(outcome.findings) < _MOST_FINDINGS:
             told = known.union(finding.kind for finding in outcome.findings)
-            _one_process(target, outcome, _Part(first + inputs, end, told, core), folder)
+            _one_process(target, outcome, _Part(first + inputs, end, told, core, aside), folder)
     return outcome
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a process does of a target: before which input it stops, until when, which findings it does not tell again, on which core."""
+    """What a process does of a target: before which input it stops, until when, which findings it does not tell again, on which core.
+
+    `aside`: with the time that others leave.
+    """
 
     stop: int
     end: float
     known: frozenset[str]
     core: int | None
+    aside: bool
 
 
 def _one_process(target: Target, outcome: Outcome, part: _Part, folder: Path) -> None:
@@ -378,6 +387,8 @@ def _child(target: Target, seed: int, first: int, part: _Part, folder: Path, pip
     """Read the inputs from the first on; every new finding is told at once, and once a second how many were read."""
     if part.core is not None:
         os.sched_setaffinity(0, {part.core})
+    if part.aside:
+        os.nice(_NICE)
     with quiet(folder):
         place = folder / f"inputs-{first}"
         place.mkdir()

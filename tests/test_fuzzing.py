@@ -48,10 +48,14 @@ def read_bravely(path: Path) -> None:
         ctypes.string_at(0)
     if data == b"h":
         time.sleep(60)
+    if data == b"w":
+        time.sleep(1.5)
     if data == b"s":
         bytearray(2**28)
     if data == b"v":
         raise ValueError("a number that is none")
+    if data == b"p":
+        raise ValueError(f"of priority {os.nice(0)}")
     if data in MESSAGES:
         raise ValueError(MESSAGES[data])
     if data == b"n":
@@ -67,7 +71,7 @@ def read_bravely(path: Path) -> None:
 
 def letters(words: bytes) -> Target:
     """Inputs of one letter each, in this order."""
-    seconds = 1 if b"h" in words else 10
+    seconds = 1 if b"h" in words or b"w" in words else 10
     return _Letters(name="letters", seeds=(b"g",), read=read_bravely, growth_bytes=2**26, seconds=seconds, dictionary=(words,))
 
 
@@ -104,6 +108,14 @@ def test_what_is_raised_in_another_line_or_with_another_message_is_another_findi
     outcome = fuzz(letters(b"g1o2vov1"), 8, seed=1)
     assert [(finding.number, finding.data) for finding in outcome.findings] == [(1, b"1"), (2, b"o"), (4, b"v")]
     assert outcome.tried == 8
+
+
+def test_what_is_read_aside_has_others_before_it_and_more_time() -> None:
+    outcome = fuzz(letters(b"gp"), 2, seed=1, aside=True)
+    [finding] = outcome.findings
+    assert f"of priority {min(19, os.nice(0) + 10)}" in finding.what
+    # Longer than a second, of which it has ten.
+    assert fuzz(letters(b"gwg"), 3, seed=1, aside=True).findings == []
 
 
 def test_good_files_and_files_that_are_refused_in_one_line_are_no_findings() -> None:

@@ -3,7 +3,7 @@
     python -m tools.soak [--only kills] [--seconds 60]
 
 Hostile files are read on a core of their own, all the time; the other parts follow each other on a second one, each in a process
-of its own, and lend it to the hostile files when they are done.
+of its own, and lend it to the hostile files while they wait, and when they are done.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def tests(part: str, file: str, seconds: float) -> Rows:
 
 
 def fuzzing(seconds: float) -> Rows:
-    """Mutants of files of each format that is read; on a second core as soon as the other parts are done."""
+    """Mutants of files of each format that is read; on a second core, too, with what the other parts leave of it."""
     joined = os.environ.get(_JOINED)
     return list(importlib.import_module("tests.fuzz_soak").run(seconds, joined=Path(joined) if joined else None))
 
@@ -116,7 +116,7 @@ def main() -> int:
 def run_all(parts: Sequence[tuple[str, float]]) -> Rows:
     """Parts with their seconds: the first beside all others, which follow each other; the rows of all.
 
-    The first has the first core, and the second one too when the file that `_JOINED` names appears; the others have that alone.
+    The first has the first core, and what the others leave of the second one, which is its own when the file that `_JOINED` names appears.
     """
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(1) as pool:
