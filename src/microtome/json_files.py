@@ -89,7 +89,9 @@ def read_limited(path: Path, most_bytes: int) -> bytes:
     if not stat.S_ISREG(found.st_mode):
         raise ValueError("something that is no plain file")
     with path.open("rb") as file:
-        content = file.read(most_bytes + 1)
+        # Memory is taken for as many as are asked for; of a file that grows meanwhile the rest is read after them.
+        content = file.read(min(found.st_size, most_bytes) + 1)
+        content += file.read(most_bytes + 1 - len(content)) if len(content) > found.st_size else b""
     if len(content) > most_bytes:
         raise ValueError(f"{max(found.st_size, len(content))} bytes, of at most {most_bytes}")
     return content

@@ -254,12 +254,13 @@ def _local(place: Path, name: str) -> bytes | None:
             handle = os.open(f"{place}/{name}", os.O_RDONLY | os.O_NONBLOCK)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
+        found = os.fstat(handle)
+        if stat.S_ISDIR(found.st_mode):
             os.close(handle)
             raise IsADirectoryError(f"{name} is a folder")
         with open(handle, "rb") as file:
-            # One byte more than may be, which is then said.
-            return file.read(_MOST_JSON_BYTES + 1)
+            # One byte more than may be, which is then said; memory is taken for as many as are asked for.
+            return file.read(min(found.st_size or _MOST_JSON_BYTES, _MOST_JSON_BYTES) + 1)
 
 
 def _object_of(text: bytes, place: Path, name: str) -> dict[str, Any]:
