@@ -18,7 +18,8 @@ from pydicom.uid import ExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from microtome.errors import MicrotomeError
 from microtome.images.files import open_volume, probe_image, read_image, write_labels
-from microtome.images.image import Image, Limits
+from microtome.images.image import Header, Image, Limits
+from microtome.images.volume import Volume
 from tests.dicom_series import dataset, enhanced, series
 from tests.fuzzing import Target, packed, png_mended
 
@@ -39,8 +40,22 @@ def read_all(path: Path) -> None:
     Raises:
         MicrotomeError: one of the three was refused.
     """
-    header = probe_image(path)
-    whole, part = _refusable(lambda: read_image(path, limits=LIMITS)), _refusable(lambda: _part(path))
+    _compare(probe_image(path), path, lambda: open_volume(path, limits=LIMITS))
+
+
+def read_opened(path: Path) -> None:
+    """The same of kinds that are read in parts, of which `probe_image` has the header of the volume that is opened, by the same function.
+
+    Raises:
+        MicrotomeError: one of the two was refused.
+    """
+    volume = open_volume(path, limits=LIMITS)
+    _compare(volume.header, path, lambda: volume)
+
+
+def _compare(header: Header, path: Path, opened: Callable[[], Volume]) -> None:
+    """Read the whole and a part, and hold them to the header and to each other."""
+    whole, part = _refusable(lambda: read_image(path, limits=LIMITS)), _refusable(lambda: _part(opened()))
     if isinstance(whole, Image):
         shape = (header.channels, *header.shape_vox)
         assert (whole.array.shape, whole.array.dtype.name) == (shape, header.dtype), f"header {header}, image {whole.array.shape}"
@@ -61,9 +76,9 @@ def _refusable(read: Callable[[], Any]) -> Any:
         return error
 
 
-def _part(path: Path) -> np.ndarray:
+def _part(volume: Volume) -> np.ndarray:
     """A corner of at most 3 voxels a side."""
-    pixels = open_volume(path, limits=LIMITS).pixels
+    pixels = volume.pixels
     return np.asarray(pixels[tuple(slice(0, min(3, size)) for size in pixels.shape)])
 
 
@@ -89,7 +104,7 @@ def _rotated() -> Any:
 
 
 def _target(**values: Any) -> Target:
-    return Target(read=read_all, growth_bytes=GROWTH_BYTES, **values)
+    return Target(**{"read": read_all, "growth_bytes": GROWTH_BYTES, **values})
 
 
 def pngs() -> Target:
@@ -221,7 +236,7 @@ def nrrds() -> Target:
         b"encoding: gzip\n",
     )
     seeds = (open_, gz, _itk("a.nrrd", COLOURS, vector=True), text, hexadecimal, segments)
-    return _target(name="NRRD", seeds=seeds, file="case-x.nrrd", dictionary=(*words, *axes))
+    return _target(name="NRRD", read=read_opened, seeds=seeds, file="case-x.nrrd", dictionary=(*words, *axes))
 
 
 def metaimages() -> Target:
@@ -231,7 +246,7 @@ def metaimages() -> Target:
     seeds = (_itk("a.mha"), _itk("a.mha", compressed=True), _itk("a.mha", COLOURS, vector=True), text)
     words = (b"ElementDataFile = /etc/passwd\n", b"ElementDataFile = LIST\n", b"HeaderSize = -1\n", b"ElementNumberOfChannels = 9\n")
     more = (b"CompressedDataSize = 1\n", b"BinaryDataByteOrderMSB = True\n", b"ElementType = MET_STRING\n", b"ObjectType = Mesh\n")
-    return _target(name="MetaImage", seeds=seeds, file="case-x.mha", dictionary=(*words, *more))
+    return _target(name="MetaImage", read=read_opened, seeds=seeds, file="case-x.mha", dictionary=(*words, *more))
 
 
 def detached_headers() -> Target:
@@ -239,6 +254,7 @@ def detached_headers() -> Target:
     head = _itk("a.mha").partition(b"LOCAL\n")
     return _target(
         name="MetaImage",
+        read=read_opened,
         seeds=(head[0] + b"case-x.raw\n",),
         file="case-x.mhd",
         prepare=_raw_beside,
@@ -254,7 +270,7 @@ def npys() -> Target:
     """Both orders of memory, both versions, colours."""
     seeds = tuple(_npy(array) for array in (VOLUME, np.asfortranarray(VOLUME), COLOURS, PICTURE > 9, VOLUME.astype(">f8")))
     words = (b"'descr': '|O'", b"'|V8'", b"True", b"(9223372036854775807, 2)", b"(((((", b"__import__", b"'<m8'", b"'<c16'")
-    return _target(name="NPY", seeds=seeds, file="case-x.npy", dictionary=words)
+    return _target(name="NPY", read=read_opened, seeds=seeds, file="case-x.npy", dictionary=words)
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -276,7 +292,7 @@ def hdf5s() -> Target:
     """In one piece, in chunks, packed."""
     seeds = (_hdf5(), _hdf5(chunks=(2, 3, 3)), _hdf5(chunks=(2, 3, 3), compression="gzip", shuffle=True, fletcher32=True))
     words = (b"TREE", b"HEAP", b"SNOD", b"OHDR", b"FRHP", b"BTHD", b"\x89HDF\r\n\x1a\n", b"/raw", b"raw\0", b"\xff" * 8)
-    return _target(name="HDF5", seeds=seeds, file="case-x.h5", dictionary=words)
+    return _target(name="HDF5", read=read_opened, seeds=seeds, file="case-x.h5", dictionary=words)
 
 
 _ELEMENTS = (
@@ -309,7 +325,7 @@ def dicoms() -> Target:
     seeds.append(_written("a.dcm", lambda path: enhanced(path, [0, 1, 2])))
     syntaxes = (b"1.2.840.10008.1.2.2", b"1.2.840.10008.1.2.1.99", b"1.2.840.10008.1.2.4.90", b"1.2.840.10008.1.2.5")
     words = (*_TAGS, *syntaxes, b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0", b"\xff\xff\xff\xff", b"SQ", b"OB", b"UN")
-    return _target(name="DICOM", seeds=tuple(seeds), file="case-x.dcm", dictionary=words)
+    return _target(name="DICOM", read=read_opened, seeds=tuple(seeds), file="case-x.dcm", dictionary=words)
 
 
 def dicom_series() -> Target:
@@ -317,7 +333,7 @@ def dicom_series() -> Target:
     seeds = [_written("s/IM1.dcm", lambda path: series(path.parent, SLICES, names=range(len(SLICES))))]
     values: dict[str, Any] = {"file": "case-x/IM1.dcm", "given": "case-x", "prepare": _slices, "dictionary": _TAGS}
     # Mostly it is a good one, and the others are read with it.
-    return _target(name="DICOM", seeds=tuple(seeds), weight=0.2, **values)
+    return _target(name="DICOM", read=read_opened, seeds=tuple(seeds), weight=0.2, **values)
 
 
 def _slices(folder: Path) -> None:
@@ -326,7 +342,9 @@ def _slices(folder: Path) -> None:
 
 def segmentations() -> Target:
     """Label maps of DICOM."""
-    return _target(name="DICOM segmentation", seeds=(_written("seg.dcm", _segmentation),), file="case-x.dcm", dictionary=_TAGS)
+    return _target(
+        name="DICOM segmentation", read=read_opened, seeds=(_written("seg.dcm", _segmentation),), file="case-x.dcm", dictionary=_TAGS
+    )
 
 
 def _segmentation(path: Path) -> None:
