@@ -195,8 +195,7 @@ def _connected(address: str, say: Say) -> Iterator[Any]:
             do = "start `dask scheduler` and `dask worker`, and give the address that the scheduler shows (docs/cluster.md)"
             raise RunError(f"--cluster {address}", expected="a scheduler of Dask", got=_line(error), do=do, code="R010") from None
         with client:
-            # Where it is lost meanwhile, what is asked of it next tells.
-            with suppress(KeyError, OSError):
+            with suppress(KeyError, OSError):  # where it is lost meanwhile, what is asked of it next tells
                 say(f"scheduler at {place}; dashboard, if bokeh is installed there: {client.dashboard_link}")
             yield client
 
