@@ -1,10 +1,12 @@
 """The image formats as targets of `fuzzing`: small good files, the words of each format, and what has to hold of what was read."""
 
+import ctypes
 import io
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ PICTURE, VOLUME = RNG.integers(0, 255, (5, 6)).astype(np.uint8), RNG.integers(0,
 SLICES = VOLUME[:2]
 COLOURS = RNG.integers(0, 255, (5, 6, 3)).astype(np.uint8)
 _MOST_COMPARED = 2**20
+_M_PERTURB = -6  # of glibc
 # Smaller than those by default, so that what is just allowed is decoded in milliseconds.
 LIMITS = Limits(unsuspected_bytes=2**22)
 GROWTH_BYTES = 2**28
@@ -55,7 +58,10 @@ def read_opened(path: Path) -> None:
 
 def _compare(header: Header, path: Path, opened: Callable[[], Volume]) -> None:
     """Read the whole and a part, and hold them to the header and to each other."""
-    whole, part = _refusable(lambda: read_image(path, limits=LIMITS)), _refusable(lambda: _part(opened()))
+    with _memory_of(0x11):
+        whole = _refusable(lambda: read_image(path, limits=LIMITS))
+    with _memory_of(0xEE):
+        part = _refusable(lambda: _part(opened()))
     if isinstance(whole, Image):
         shape = (header.channels, *header.shape_vox)
         assert (whole.array.shape, whole.array.dtype.name) == (shape, header.dtype), f"header {header}, image {whole.array.shape}"
@@ -66,6 +72,17 @@ def _compare(header: Header, path: Path, opened: Callable[[], Volume]) -> None:
     for found in (whole, part):
         if isinstance(found, MicrotomeError):
             raise found
+
+
+@contextmanager
+def _memory_of(byte: int) -> Iterator[None]:
+    """Meanwhile new memory is full of a byte, where the system can do so: what a library left undecoded is then another each time."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda *_: 0)
+    mallopt(_M_PERTURB, byte)
+    try:
+        yield
+    finally:
+        mallopt(_M_PERTURB, 0)
 
 
 def _refusable(read: Callable[[], Any]) -> Any:

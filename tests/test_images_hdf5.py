@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
+import struct
 import tracemalloc
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import h5py
+import imagecodecs
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -18,6 +22,7 @@ from microtome.images import hdf5
 from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
 from microtome.images.hdf5_heaps import WatchedFile
 from microtome.images.image import Image, Limits
+from tests.forked import ran
 from tests.resident import grows_by_at_most, packed_zeros
 
 RNG = np.random.default_rng(0)
@@ -380,6 +385,167 @@ def test_a_large_chunk_that_is_what_it_should_be_is_read(tmp_path):
         # So large that it is looked into: deflate could make half a gigabyte of it.
         assert dataset.id.get_chunk_info(0).size * 1032 > 2**29
     np.testing.assert_array_equal(read_image(tmp_path / "a.h5").array[0], values)
+
+
+def packed_by(file, *, precision=16, setters=(), **options):
+    """The dataset `raw`, STACK in chunks of 480 bytes, of which none fits evenly."""
+    if not setters:
+        return file.create_dataset("raw", data=STACK, chunks=CHUNK, **options)
+    packing, kind = h5py.h5p.create(h5py.h5p.DATASET_CREATE), h5py.h5t.STD_U16LE.copy()
+    packing.set_chunk(CHUNK)
+    kind.set_precision(precision)
+    for name, values in setters:
+        getattr(packing, name)(*values)
+    made = h5py.Dataset(h5py.h5d.create(file.id, b"raw", kind, h5py.h5s.create_simple(STACK.shape), packing))
+    made[...] = STACK
+    return made
+
+
+CHUNK = (3, 8, 10)
+NBIT = ("set_filter", (h5py.h5z.FILTER_NBIT, h5py.h5z.FLAG_OPTIONAL, ()))
+WAYS = {
+    "open": {},
+    "deflate": {"compression": "gzip"},
+    "deflate and more": {"compression": "gzip", "shuffle": True, "fletcher32": True},
+    "deflate, then a checksum": {"setters": [("set_deflate", (1,)), ("set_fletcher32", ())]},
+    "lzf": {"compression": "lzf", "shuffle": True, "fletcher32": True},
+    "szip": {"compression": "szip"},
+    "checksum": {"fletcher32": True},
+    "shuffle": {"shuffle": True},
+    "scale": {"scaleoffset": 0},
+    "scale, then deflate": {"scaleoffset": 0, "compression": "gzip"},
+    "n-bit": {"setters": [NBIT]},
+    "n-bit of a type of 16": {"setters": [NBIT, ("set_deflate", (1,))], "precision": 16},
+    "growing": {"maxshape": (None, 20, 25), "compression": "gzip"},
+    "growing everywhere": {"maxshape": (None, None, None)},
+}
+
+
+@pytest.mark.parametrize("version", ["earliest", "latest"])
+@pytest.mark.parametrize("way", WAYS)
+def test_chunks_of_each_way_to_pack_are_read(tmp_path, way, version):
+    with h5py.File(tmp_path / "a.h5", "w", libver=version) as file:
+        packed_by(file, **WAYS[way])
+    np.testing.assert_array_equal(open_volume(tmp_path / "a.h5").pixels[:, 2:5, 3:9, 9:21], STACK[None, 2:5, 3:9, 9:21])
+    np.testing.assert_array_equal(read_image(tmp_path / "a.h5").array[0], STACK)
+
+
+def test_n_bit_of_twelve_bits_is_read(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        packed_by(file, setters=[NBIT], precision=12)
+        wanted = np.minimum(STACK, 2**12 - 1)
+        np.testing.assert_array_equal(file["raw"][:], wanted)
+    np.testing.assert_array_equal(read_image(tmp_path / "a.h5").array[0], wanted)
+
+
+def damage_key(path, corner, *, size=None, mask=None, to=None):
+    """Let the list of chunks say another size, mask of filters or corner of a chunk."""
+    with h5py.File(path) as file:
+        chunk = file["raw"].id.get_chunk_info_by_coord(corner)
+    key = struct.Struct("<II4Q")
+    old = key.pack(chunk.size, chunk.filter_mask, *corner, 0)
+    new = key.pack(chunk.size if size is None else size, chunk.filter_mask if mask is None else mask, *(to or corner), 0)
+    content = path.read_bytes()
+    assert content.count(old) == 1
+    path.write_bytes(content.replace(old, new))
+
+
+LOOK = """
+import sys
+from pathlib import Path
+from microtome.errors import DataError
+from microtome.images.files import open_volume, read_image
+for look in (read_image, lambda path: open_volume(path).pixels[:, 3:, 8:, 10:], lambda path: open_volume(path).pixels[:, :1, :1, :1]):
+    try:
+        print(look(Path(sys.argv[1])).shape)
+    except DataError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "damage", "message"),
+    [
+        # The library subtracts the checksum's size from 0.
+        ({"compression": "gzip", "fletcher32": True}, {"size": 0}, "of some bytes, got 0"),
+        ({"fletcher32": True}, {"size": 2}, "of 484 bytes, got 2"),
+        ({}, {"size": 479}, "of 480 bytes, got 479"),
+        ({}, {"size": 481}, "of 480 bytes, got 481"),
+        # As if it were not packed.
+        ({"compression": "gzip", "shuffle": True}, {"mask": 2}, "of 480 bytes, got "),
+        ({"compression": "gzip"}, {"size": 2**31}, None),
+    ],
+)
+def test_a_chunk_of_another_length_is_refused_and_never_ends_the_process(tmp_path, options, damage, message):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("raw", data=STACK % 256, chunks=CHUNK, **options)
+    damage_key(path, (3, 8, 10), **damage)
+    done = ran(LOOK, str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    *lines, good = done.stdout.splitlines()
+    # The first chunk is as it was.
+    assert good == "(1, 1, 1, 1)"
+    words = (
+        rf"expected a chunk at \[3, 8, 10\] {message}"
+        if message
+        else rf"expected 2147483648 bytes, got {path.stat().st_size}: it was cut off"
+    )
+    assert [bool(re.match(rf"{path}: {words}", line)) for line in lines] == [True, True]
+
+
+@pytest.mark.parametrize(("compression", "pack"), [("gzip", zlib.compress), ("lzf", imagecodecs.lzf_encode)])
+@pytest.mark.parametrize("length", [10, 1023, 1025, 5000])
+def test_a_chunk_that_becomes_more_or_less_than_a_chunk_is_refused(tmp_path, compression, pack, length):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        dataset = file.create_dataset("raw", data=np.ones((64, 64), np.uint8), chunks=(32, 32), compression=compression)
+        dataset.id.write_direct_chunk((0, 32), bytes(pack(bytes(length))))
+    volume = open_volume(tmp_path / "a.h5")
+    assert volume.pixels[:, 32:, :].all()
+    with pytest.raises(DataError, match=r"a\.h5: expected a (chunk at \[0, 32\] of |whole HDF5 file, got damaged data)"):
+        volume.pixels[:, :1, 40:]
+
+
+def test_two_chunks_at_one_place_are_refused(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("raw", data=STACK, chunks=CHUNK)
+    damage_key(tmp_path / "a.h5", (3, 8, 10), to=(3, 8, 0))
+    for look in (read_image, lambda path: open_volume(path).pixels[:, :1, :1, :1]):
+        with pytest.raises(DataError, match=r"a\.h5: expected chunks at different places, got two at \[3, 8, 0\]"):
+            look(tmp_path / "a.h5")
+
+
+def test_a_filter_that_makes_less_than_a_chunk_is_refused(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        packed_by(file, scaleoffset=0)
+    content = (tmp_path / "a.h5").read_bytes()
+    values = struct.pack("<5I", 2, 0, 240, 0, 2)
+    assert content.count(values) == 1
+    (tmp_path / "a.h5").write_bytes(content.replace(values, struct.pack("<5I", 2, 0, 24, 0, 2)))
+    with pytest.raises(DataError, match=r"a\.h5: expected chunks of 480 bytes, got filter 6, which makes 48 of them"):
+        open_volume(tmp_path / "a.h5")
+
+
+def test_a_damaged_list_of_chunks_never_ends_the_process(tmp_path):
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w", libver="latest") as file:
+        packed_by(file, maxshape=(None, None, None))
+    content = bytearray(path.read_bytes())
+    # The size of its nodes: the checksum does not fit any more.
+    content[content.index(b"BTHD") + 6] ^= 1
+    path.write_bytes(content)
+    done = ran(LOOK, str(path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [line.partition(": ")[2][:48] for line in done.stdout.splitlines()] == ["expected a whole HDF5 file, got damaged data (Er"] * 3
+
+
+def test_an_object_of_two_names_is_listed_once_and_circles_end(tmp_path):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["a/raw"] = STACK
+        file["b"] = file["a/raw"]
+        file["a/back"] = file["/"]
+        file["c"] = h5py.SoftLink("/a/raw")
+    assert list(hdf5.datasets(tmp_path / "a.h5").values()) == [STACK.shape]
 
 
 def test_a_virtual_dataset_of_such_chunks_is_refused_too(tmp_path):

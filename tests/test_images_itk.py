@@ -1,7 +1,9 @@
 """NRRD and MetaImage, written by SimpleITK, pynrrd's plain text, and us; places are compared with NIfTI's."""
 
 import gzip
+import re
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import nibabel as nib
@@ -203,6 +205,60 @@ def test_encodings_that_only_simpleitk_knows_are_read(tmp_path):
         "ObjectType = Image\nNDims = 2\nBinaryData = False\nDimSize = 2 2\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n1 2 3 4\n"
     )
     assert read_image(tmp_path / "a.mha").array.tolist() == [[[1, 2], [3, 4]]]
+
+
+def meta(path, data, **fields):
+    """A MetaImage of 3 x 2 numbers of 16 bits by hand, whose text has 200 bytes, so that `HeaderSize = 200` is where it ends."""
+    values = {"ObjectType": "Image", "NDims": "2", "DimSize": "3 2", "ElementType": "MET_SHORT"} | fields
+    text = "".join(f"{name} = {value}\n" for name, value in values.items())
+    last = "ElementDataFile = LOCAL\n"
+    path.write_bytes((text + "Comment = " + "x" * (189 - len(text) - len(last)) + "\n" + last).encode() + data)
+    return path
+
+
+SIX = np.array([[1, -2, 3], [4, 5, 600]], np.int16)
+
+
+@pytest.mark.parametrize(
+    ("fields", "data"),
+    [
+        ({"HeaderSize": "203"}, b"abc" + SIX.tobytes()),
+        ({"HeaderSize": "-1"}, b"abcde" + SIX.tobytes()),
+        ({"HeaderSize": "0"}, SIX.tobytes() + b"abc"),
+        ({"HeaderSize": "203", "CompressedData": "True"}, b"abc" + zlib.compress(SIX.tobytes())),
+        ({"BinaryData": "False"}, b"1 -2 3\n4 5 600\n"),
+    ],
+)
+def test_voxels_of_a_metaimage_are_where_its_header_size_says(tmp_path, fields, data):
+    path = meta(tmp_path / "a.mha", data, **fields)
+    np.testing.assert_array_equal(read_image(path).array[0], SIX)
+    np.testing.assert_array_equal(open_volume(path).pixels[:, 1:, 1:], SIX[None, 1:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("fields", "data", "message"),
+    [
+        # Of these the library reads 6 numbers of 12, and says nothing.
+        (
+            {"BinaryData": "False", "ElementNumberOfChannels": "2"},
+            b"1 2 3 4 5 6 7 8 9 10 11 12 ",
+            "expected binary voxels of several channels, got BinaryData = False, ElementNumberOfChannels = 2",
+        ),
+        (
+            {"CompressedData": "True", "HeaderSize": "-1"},
+            zlib.compress(SIX.tobytes()),
+            "expected voxels that are packed behind a header of known size, got CompressedData = True, HeaderSize = -1",
+        ),
+        ({"CompressedData": "True", "HeaderSize": "200"}, zlib.compress(SIX[:1].tobytes()), "expected 12 bytes, got 6: it was cut off"),
+        ({"HeaderSize": "203"}, SIX.tobytes(), "expected 215 bytes, got 212: it was cut off"),
+        ({"HeaderSize": "-1", "DimSize": "300 2"}, SIX.tobytes(), "expected 1200 bytes, got 2"),
+    ],
+)
+def test_voxels_of_a_metaimage_that_are_not_all_there_are_refused(tmp_path, fields, data, message):
+    path = meta(tmp_path / "a.mha", data, **fields)
+    for look in (read_image, lambda one: open_volume(one).pixels[:, :1, :1]):
+        with pytest.raises(DataError, match=re.escape(f"a.mha: {message}")):
+            look(path)
 
 
 def test_the_unit_of_a_nrrd_is_heeded(tmp_path):

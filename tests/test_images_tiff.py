@@ -334,6 +334,39 @@ def test_pixels_in_one_piece_are_those_of_their_size_whatever_the_file_says_of_t
     np.testing.assert_array_equal(looks(path), [STACK[None, :2]] * 2)
 
 
+def test_planes_of_samples_that_no_strip_holds_are_refused(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, STACK[:3], photometric="rgb", planarconfig="separate", compression="zlib", rowsperstrip=4)
+    np.testing.assert_array_equal(looks(path), [STACK[:3]] * 2)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["PlanarConfiguration"].overwrite(32770)
+    for look in (read_image, open_volume):
+        with pytest.raises(
+            DataError, match=r"a\.tif: expected 9 strips a page, got a header that leads to 3 \(planar configuration 32770\)"
+        ):
+            look(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "tag", "got"),
+    [
+        ({"rowsperstrip": 4}, "StripOffsets", "expected 3 strips a page, got 2"),
+        ({"rowsperstrip": 4}, "StripByteCounts", "expected 3 strips a page, got 2"),
+        ({"tile": (16, 16)}, "TileOffsets", "expected 4 tiles a page, got 3"),
+    ],
+)
+def test_strips_and_tiles_that_are_missing_are_refused(tmp_path, options, tag, got):
+    path, plane = tmp_path / "a.tif", np.tile(STACK[0], (1, 1) if "rowsperstrip" in options else (2, 2))
+    tifffile.imwrite(path, plane, compression="zlib", **options)
+    np.testing.assert_array_equal(looks(path), [plane[None]] * 2)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        one = tiff.pages[0].tags[tag]
+        one.overwrite(one.value[:-1])
+    for look in (read_image, open_volume):
+        with pytest.raises(DataError, match=rf"a\.tif: {got}"):
+            look(path)
+
+
 def test_pages_that_form_a_circle_are_an_error(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", STACK[0], metadata=None)
     whole = bytearray((tmp_path / "a.tif").read_bytes())

@@ -135,8 +135,10 @@ FAULTS = MappingProxyType(
         ),
         "D221": Fault(
             "The numbers in a MetaImage header do not fit",
-            "NDims is missing or is not 1 to 4, or another field has more or fewer numbers than it says, or something that is no number.",
-            "Export the image again; of a series in time save each time point as a file. `NDims = 3` comes first, and then `DimSize`, "
+            "NDims is missing or is not 1 to 4, or another field has more or fewer numbers than it says, or something that is no number. "
+            "Or they do not say where all voxels are: text of several channels, of which the format's library reads the first, or packed voxels "
+            "behind a header of unknown size.",
+            "Export the image again, in binary; of a series in time save each time point as a file. `NDims = 3` comes first, and then `DimSize`, "
             "`ElementSpacing` and `Offset` have three numbers each.",
         ),
     }

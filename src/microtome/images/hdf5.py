@@ -167,13 +167,22 @@ def _h5py(path: Path) -> Any:
 
 def _listed(file: Any) -> dict[str, Shape]:
     """Datasets that may be images, each once; no link is followed."""
-    found = {}
+    found: dict[str, Shape] = {}
+    seen = set()
 
-    def visit(name: str, item: Any) -> None:
-        if hasattr(item, "dtype") and hasattr(item, "chunks") and _LEAST_AXES <= item.ndim <= _MOST_AXES and item.dtype.kind in "biuf":
+    def visit(name: str, link: Any) -> None:
+        if hasattr(link, "path"):
+            return
+        item = file[name]
+        if item.id in seen or not (hasattr(item, "dtype") and hasattr(item, "chunks")):
+            return
+        seen.add(item.id)
+        if _LEAST_AXES <= item.ndim <= _MOST_AXES and item.dtype.kind in "biuf":
             found[name] = tuple(item.shape)
 
-    file.visititems(visit)
+    # By links: a visit of objects asks of each how much room its list of chunks takes, and where that list is damaged the library
+    # does not come back.
+    file.visititems_links(visit)
     return found
 
 

@@ -4,11 +4,12 @@ SimpleITK says where the voxels are in the world. The voxels themselves are mapp
 file, and unpacked at the first touch where they are packed.
 """
 
+import math
 import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -217,7 +218,7 @@ def _segments(fields: dict[str, str]) -> list[_Segment]:
 
 def _pixels(path: Path, found: _Found, limits: Limits) -> Pixels:
     """The voxels, mapped where they lie open."""
-    text, header = found.text, found.header
+    text, header = _placed(found), found.header
     shape = (header.channels, *header.shape_vox)
     components = () if found.file_shape[-1] == 1 else found.file_shape[-1:]
     stored = (*components, *found.file_shape[-2:0:-1], *((found.file_shape[0],) if found.file_shape[0] > 1 else ()))
@@ -240,6 +241,14 @@ def _pixels(path: Path, found: _Found, limits: Limits) -> Pixels:
             return native(array) if found.layers == 1 else _merged(array, found.segments)
 
     return Lazy(shape, np.dtype(header.dtype), decode)
+
+
+def _placed(found: _Found) -> Text:
+    """The text, with the place of voxels that end where their file ends."""
+    if found.text.offset >= 0:
+        return found.text
+    size = math.prod(found.file_shape) * found.dtype.itemsize
+    return replace(found.text, offset=max(0, found.text.data.stat().st_size - size))
 
 
 @contextmanager

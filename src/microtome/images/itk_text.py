@@ -14,8 +14,9 @@ from microtome.geometry import Shape
 _MAX_HEADER_BYTES = 2**22  # Slicer writes a few hundred bytes a segment
 _PACKINGS = MappingProxyType({"raw": "raw", "gzip": "deflate", "gz": "deflate"})
 _MM_PER_UNIT = MappingProxyType({"nm": 1e-6, "um": 1e-3, "µm": 1e-3, "microns": 1e-3, "mm": 1.0, "cm": 10.0, "m": 1e3})
-# How MetaImage packs its voxels if the text does not say: CompressedData, BinaryData, HeaderSize.
-_META_DEFAULTS = (("compresseddata", "false"), ("binarydata", "true"), ("headersize", "0"))
+# How MetaImage packs its voxels if the text does not say: CompressedData, BinaryData.
+_META_DEFAULTS = (("compresseddata", "false"), ("binarydata", "true"))
+_META_AT_END = -1  # as HeaderSize
 # MetaIO trusts the number of axes, writes as many numbers as follow from it into fields of fixed length, and ends the process
 # where that was too many. What is here is checked: numbers for each axis, and for each pair of axes.
 _META_AXES = range(1, 5)
@@ -45,7 +46,7 @@ class Text:
     Attributes:
         fields: values by name in small letters; of NRRD also the pairs `name:=value`.
         data: the file that holds the voxels.
-        offset: where they begin in it.
+        offset: where they begin in it; -1: so that they end where it ends.
         packing: "raw", "deflate", or "" of what SimpleITK alone unpacks.
         big: whether values have their highest byte first.
         sizes: of all axes, the fastest first; empty where the format leaves no doubt.
@@ -113,13 +114,15 @@ def meta_text(path: Path) -> Text:
         raise DataError(path, expected="a line ElementDataFile = NAME", got=repr(lines[-1][:80]), do="export it again", code="D011")
     here = fields["elementdatafile"].lower() == "local"
     data = path if here else _beside(path, fields["elementdatafile"])
-    packed, binary, skipped = (fields.get(name, default).lower() for name, default in _META_DEFAULTS)
-    plain = binary.startswith("t") and skipped == "0"
+    packed, binary = (fields.get(name, default).lower().startswith("t") for name, default in _META_DEFAULTS)
+    skipped, channels = (int(fields.get(name, default)) for name, default in (("headersize", 0), ("elementnumberofchannels", 1)))
+    _check_readable(path, packed=packed, binary=binary, skipped=skipped, channels=channels)
     return Text(
         fields={},
         data=data,
-        offset=offset if here else 0,
-        packing="" if not plain else "deflate" if packed.startswith("t") else "raw",
+        # From the start of the file, its text included.
+        offset=skipped if skipped > 0 or skipped == _META_AT_END else offset if here else 0,
+        packing="" if not binary else "deflate" if packed else "raw",
         big=any(fields.get(name, "").lower().startswith("t") for name in ("binarydatabyteordermsb", "elementbyteordermsb")),
         sizes=(),
         spacing_known="elementspacing" in fields or "elementsize" in fields,
@@ -205,6 +208,17 @@ def _check_meta(path: Path, lines: list[str], fields: dict[str, str]) -> None:
         if len(numbers) != lengths[name] or fields[name].split() != numbers or early or not finite:
             expected = f"NDims first, then {lengths[name]} {'whole' if whole else 'finite'} numbers as {name}"
             raise DataError(path, expected=expected, got=f"`{fields[name][:80]}`", do="export it again", code="D221")
+
+
+def _check_readable(path: Path, *, packed: bool, binary: bool, skipped: int, channels: int) -> None:
+    """Refuse voxels of which MetaIO reads a part, and gives the memory as it was for the rest."""
+    if not binary and channels > 1:
+        expected, got = "binary voxels of several channels", f"BinaryData = False, ElementNumberOfChannels = {channels}"
+    elif packed and skipped == _META_AT_END:
+        expected, got = "voxels that are packed behind a header of known size", f"CompressedData = True, HeaderSize = {skipped}"
+    else:
+        return
+    raise DataError(path, expected=expected, got=got, do="export it again", code="D221")
 
 
 def _beside(path: Path, name: str) -> Path:

@@ -1,5 +1,6 @@
 """What is checked of a TIFF file before and after tifffile looks at it: its chain of pages, its ends, and the files that it names."""
 
+import math
 import struct
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
@@ -78,7 +79,7 @@ def check_whole(path: Path, series: Any) -> None:
     """Refuse a file that ends before its pixels do, as some decoders fill the rest with grey, and pages of files that are elsewhere.
 
     Raises:
-        DataError: cut off, without a plane that it names, or with planes outside of its folder.
+        DataError: cut off, without a plane, strip or tile that it names, or with planes outside of its folder.
     """
     # Other metadata than OME's (Micro-Manager's) lead to further files too.
     _check_beside(path, {Path(page.parent.filehandle.path) for page in series.pages if page is not None})
@@ -90,6 +91,7 @@ def check_whole(path: Path, series: Any) -> None:
         if (end := max((last for _, last in ends), default=0)) > size:
             raise cut_off(path, end, size)
         _check_in_one_piece(path, page, ends)
+        _check_covered(path, page)
 
 
 def _check_in_one_piece(path: Path, page: Any, ends: Sequence[tuple[int, int]]) -> None:
@@ -108,3 +110,24 @@ def _check_in_one_piece(path: Path, page: Any, ends: Sequence[tuple[int, int]]) 
             if last != start:
                 got = f"a page with strips at bytes {last} and {start}"
                 raise DataError(path, expected="strips one after the other, as its first page", got=got, do="export it again", code="D002")
+
+
+def _check_covered(path: Path, page: Any) -> None:
+    """Refuse strips or tiles that are fewer than make up a page.
+
+    Of what none of them holds, tifffile gives the memory as it was. That happens where a word for how samples lie, or a number of
+    rows, is none that it knows; where offsets are missing, it gives zeros, as for a tile that was never written, which has an offset.
+    """
+    key = page.keyframe
+    # Read by its size, in one piece, or by the marks in the one JPEG picture of a vendor's page.
+    if key.is_contiguous or key.jpegheader is not None or 0 in key.shaped:
+        return
+    separate, depth, length, width, _ = key.shaped
+    sides = (key.tiledepth, key.tilelength, key.tilewidth) if key.is_tiled else (1, key.rowsperstrip, width)
+    pieces = separate * math.prod(-(-size // side) for size, side in zip((depth, length, width), sides, strict=True))
+    what = "tiles" if key.is_tiled else "strips"
+    if pieces != math.prod(key.chunked):
+        got = f"a header that leads to {math.prod(key.chunked)} (planar configuration {int(key.planarconfig)})"
+        raise DataError(path, expected=f"{pieces} {what} a page", got=got, do="export it again", code="D011")
+    if (there := min(len(page.dataoffsets), len(page.databytecounts))) < pieces:
+        raise DataError(path, expected=f"{pieces} {what} a page", got=f"{there}", do="copy or export it again", code="D002")
