@@ -3,7 +3,7 @@
 Of a chunk that is shorter than it should be, unpacked or as it is stored, the library hands out the memory behind it, whatever is there,
 or reads past the end of that and ends the interpreter; of one whose checksum does not fit in it, it takes a size below 0. So each chunk
 that a part touches is unpacked here first, once, and has to be exactly as long as a chunk. Nothing of that is done when a file
-is opened, and nothing again for a chunk that was read before; the first time, chunks that are packed by deflate take about 1.6 times as long.
+is opened, and nothing again for a chunk that was read before; the first time, chunks packed by deflate take about 1.6 times as long.
 A process for each file, which could die in our place, would cost more, and not see what is merely filled with other memory.
 """
 
