@@ -19,6 +19,7 @@ import signal
 import struct
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import warnings
@@ -63,6 +64,8 @@ _NOTE = struct.Struct("<?QQ")
 # How a finding begins that was raised, up to its message; a frame of a trace; and what differs from one to the next in words.
 _RAISED, _FRAME = re.compile(r"raised \w+ at [^\n]*?:\d+: "), re.compile(r'File "[^"\n]*", line \d+')
 _DIFFERS, _LONGEST_KIND = re.compile(r"0x[0-9a-f]+|\d+|/\S*/"), 160
+# Whoever starts a process asks after the ends of all others; of two threads that do so at once one would find its code read already.
+_ENDS = threading.Lock()
 _Words = tuple[Sequence[bytes], Sequence[bytes]]  # a dictionary, and other seeds
 
 
@@ -342,13 +345,15 @@ def _one_process(target: Target, outcome: Outcome, part: _Part, folder: Path) ->
     """Read on from where the last process ended."""
     ours, theirs = FORKS.Pipe()
     child = FORKS.Process(target=_child, args=(target, outcome.seed, outcome.next, part, folder, theirs))
-    child.start()
+    with _ENDS:
+        child.start()
     theirs.close()
     for behind, good, slowest, finding in _received(ours):
         outcome.tried, outcome.good = behind - outcome.first, outcome.good + good
         outcome.slowest_s = max(outcome.slowest_s, slowest)
         outcome.findings += [finding] if finding else []
-    child.join()
+    with _ENDS:
+        child.join()
     if child.exitcode == 0:
         return
     noted, number, untold = _NOTE.unpack((folder / "number").read_bytes()) if (folder / "number").exists() else (0, 0, 0)
