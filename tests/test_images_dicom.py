@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydicom.dataset import Dataset
-from pydicom.uid import JPEG2000Lossless, RLELossless
+from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
 from microtome.errors import ConfigError, DataError, DataWarning
+from microtome.images import dicom_seg
 from microtome.images.dicom_seg import are_separate
 from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
 from microtome.images.image import Limits
@@ -191,6 +192,34 @@ def test_slices_that_are_packed_are_unpacked(tmp_path, syntax):
         made.file_meta.TransferSyntaxUID = syntax
     made.save_as(tmp_path / "a.dcm", enforce_file_format=True)
     np.testing.assert_array_equal(read_image(tmp_path / "a.dcm").array[0, 0], volume[0])
+
+
+def deflated(path, made):
+    """The same file as pydicom deflates it."""
+    made.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    made.save_as(path, enforce_file_format=True)
+    return path
+
+
+def test_slices_whose_elements_are_deflated_are_read(tmp_path):
+    path = deflated(tmp_path / "a.dcm", dataset(VOLUME[0]))
+    np.testing.assert_array_equal(read_image(path).array[0], VOLUME[0])
+
+
+def test_a_deflated_bomb_is_refused_before_memory_is_taken(tmp_path, monkeypatch):
+    monkeypatch.setattr(dicom_seg, "_UNSUSPECTED_BYTES", 2**22)
+    words = r"bomb\.dcm: expected a deflated data set of at most 6\d{6} bytes, got one that becomes more"
+    just = deflated(tmp_path / "just.dcm", dataset(np.zeros((1024, 1024), np.int16)))
+    assert not read_image(just).array.any()
+    bomb = deflated(tmp_path / "bomb.dcm", dataset(np.zeros((8192, 8192), np.int16)))
+    tracemalloc.start()
+    try:
+        for read in (probe_image, read_image, open_volume):
+            with pytest.raises(DataError, match=words):
+                read(bomb)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_compression_that_nothing_unpacks_is_named_with_what_to_install(tmp_path, monkeypatch):

@@ -12,10 +12,10 @@ import numpy as np
 from microtome.errors import DataError, DataWarning
 from microtome.geometry import affine_from_spacing, spacing_of
 from microtome.images.dicom_planes import tags_of
-from microtome.images.dicom_seg import SEGMENTATION, dicom_files, open_segmentation, pydicom_for
+from microtome.images.dicom_seg import SEGMENTATION, DicomFile, dicom_files, open_segmentation, pixels_of, pydicom_for
 from microtome.images.image import Header, Limits, decoding
 from microtome.images.itk import LPS_TO_RAS
-from microtome.images.parts import BoundedFile, bounds, cut_off, limits_of_parts
+from microtome.images.parts import bounds, cut_off, limits_of_parts
 from microtome.images.volume import Volume
 
 # What is read of a header; pixels and the thousand other elements are left where they are.
@@ -64,6 +64,7 @@ class _Slice:
 
     path: Path
     frame: int
+    deflated: bool
     series: str
     description: str
     look: _Look
@@ -146,7 +147,7 @@ class _Series:
 
 def _header(path: Path) -> Any:
     """The elements that count; `pixels_at` is where those that were not read begin."""
-    with decoding(path, "DICOM"), BoundedFile(path) as file:
+    with decoding(path, "DICOM"), DicomFile(path) as file:
         header = pydicom_for(path).dcmread(file, stop_before_pixels=True, specific_tags=tags_of(_TAGS))
         header.pixels_at = file.tell()
         # Elements are parsed when they are looked at; those of a segmentation by its own reader.
@@ -227,6 +228,7 @@ def _slice(path: Path, number: int, header: Any, look: _Look, groups: list[Any])
     return _Slice(
         path=path,
         frame=number,
+        deflated=header.file_meta.TransferSyntaxUID.is_deflated,
         series=str(header.get("SeriesInstanceUID", "")),
         description=str(header.get("SeriesDescription", "")),
         look=look,
@@ -385,10 +387,8 @@ def _type(slices: Sequence[_Slice]) -> np.dtype[Any]:
 
 def _values(one: _Slice, dtype: np.dtype[Any]) -> np.ndarray:
     """A slice decoded and rescaled, (samples, Y, X)."""
-    from pydicom.pixels.utils import pixel_array
-
-    with decoding(one.path, "DICOM"), BoundedFile(one.path) as file:
-        stored = pixel_array(file, index=one.frame)
+    with decoding(one.path, "DICOM"):
+        stored = pixels_of(one.path, one.frame, deflated=one.deflated)
     if stored.shape[:2] != one.look[:2]:
         raise DataError(one.path, expected=f"pixels {one.look}", got=f"{stored.shape}", do="export it again", code="D017")
     if one.look.photometric == "MONOCHROME1":

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -24,6 +25,8 @@ SEGMENTATION = "1.2.840.10008.5.1.4.1.1.66.4"
 _MOST_SEGMENTS = 255
 # Files of a folder that tell whether they are slices of one series.
 _MOST_LOOKED_AT = 16
+# What a deflated data set may become whatever its size, or for each of its bytes; and what is inflated at once.
+_UNSUSPECTED_BYTES, _MOST_GROWTH, _PIECE_BYTES = Limits().unsuspected_bytes, 50, 2**20
 
 
 def pydicom_for(path: Path) -> Any:
@@ -38,8 +41,49 @@ def pydicom_for(path: Path) -> Any:
 def read_dicom(path: Path, **options: Any) -> Any:
     """What a file holds; `options` are those of `pydicom.dcmread`."""
     dcmread = pydicom_for(path).dcmread
-    with BoundedFile(path) as file:
+    with DicomFile(path) as file:
         return dcmread(file, **options)
+
+
+def pixels_of(path: Path, frame: int, *, deflated: bool) -> np.ndarray:
+    """A frame (Y, X) or (Y, X, samples) as it is stored; of a deflated file, of which pydicom finds no single frame, from all of it."""
+    from pydicom.pixels.utils import pixel_array
+
+    if deflated:
+        return np.asarray(pixel_array(read_dicom(path), index=frame))
+    with DicomFile(path) as file:
+        return np.asarray(pixel_array(file, index=frame))
+
+
+class DicomFile(BoundedFile):
+    """A file for pydicom, which asks for all that is left only where that is deflated, and inflates it whatever becomes of it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._path = path
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """As of any file.
+
+        Raises:
+            DataError: what is left becomes more than any image of it would.
+        """
+        found = super().read(size)
+        if size is None or size < 0:
+            _check_inflated(self._path, found)
+        return found
+
+
+def _check_inflated(path: Path, packed: bytes) -> None:
+    """Inflate a piece at a time, keeping none; what cannot be inflated is left to whoever reads it."""
+    most, done, unpacker = max(_UNSUSPECTED_BYTES, _MOST_GROWTH * len(packed)), 0, zlib.decompressobj(-zlib.MAX_WBITS)
+    with suppress(zlib.error):
+        while packed and not unpacker.eof:
+            done += len(unpacker.decompress(packed, _PIECE_BYTES))
+            packed = unpacker.unconsumed_tail
+            if done > most:
+                expected = f"a deflated data set of at most {most} bytes"
+                raise DataError(path, expected=expected, got="one that becomes more", do="export it without compression", code="D003")
 
 
 def dicom_files(folder: Path) -> Iterator[Path]:
