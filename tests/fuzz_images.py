@@ -56,11 +56,21 @@ def read_opened(path: Path) -> None:
     _compare(volume.header, path, lambda: volume)
 
 
-def _compare(header: Header, path: Path, opened: Callable[[], Volume]) -> None:
+def read_store(path: Path) -> None:
+    """The same of stores. What tensorstore unpacks it holds to its size; what of its memory is never used is not filled, and no use of it.
+
+    Raises:
+        MicrotomeError: one of the two was refused.
+    """
+    volume = open_volume(path, limits=LIMITS)
+    _compare(volume.header, path, lambda: volume, filled=False)
+
+
+def _compare(header: Header, path: Path, opened: Callable[[], Volume], *, filled: bool = True) -> None:
     """Read the whole and a part, and hold them to the header and to each other."""
-    with _memory_of(0x11):
+    with _memory_of(0x11 if filled else 0):
         whole = _refusable(lambda: read_image(path, limits=LIMITS))
-    with _memory_of(0xEE):
+    with _memory_of(0xEE if filled else 0):
         part = _refusable(lambda: _part(opened()))
     if isinstance(whole, Image):
         shape = (header.channels, *header.shape_vox)

@@ -9,7 +9,7 @@ from pathlib import Path
 import tensorstore as ts
 
 from tests.chunked_stores import AXES, STACK, TRANSFORM, put_array, put_image, put_stack, write_json
-from tests.fuzz_images import GROWTH_BYTES, read_opened
+from tests.fuzz_images import GROWTH_BYTES, read_store
 from tests.fuzz_trees import json_changed
 from tests.fuzzing import Target
 
@@ -107,7 +107,7 @@ def _target(name: str, file: str, write: Callable[[Path], None]) -> Target:
     return Target(
         name=name,
         seeds=(seed,),
-        read=read_opened,
+        read=read_store,
         file=f"{_NAME}/{file}",
         given=_NAME,
         prepare=partial(_put, write),

@@ -11,6 +11,7 @@ import pydicom
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.uid import DeflatedExplicitVRLittleEndian, JPEG2000Lossless, RLELossless
 
@@ -120,7 +121,7 @@ def test_two_slices_at_one_position_are_refused(tmp_path):
         ({"PixelSpacing": lambda n: [1, 1] if n else [2, 2]}, "expected pixels of"),
         ({"ImagePositionPatient": lambda n: [0, 0, n] if n else None}, "a position|none: these are pictures"),
         ({"PhotometricInterpretation": lambda n: "MONOCHROME2" if n else "MONOCHROME1"}, "expected 8×10 MONOCHROME"),
-        ({"PixelSpacing": [0, 1]}, "voxel sizes above 0"),
+        ({"PixelSpacing": [0, 1]}, "sizes above 0"),
         ({"ImagePositionPatient": None}, "none: these are pictures, or time points"),
     ],
 )
@@ -168,6 +169,16 @@ def test_values_are_rescaled_in_a_type_that_holds_them(tmp_path, volume, element
     np.testing.assert_array_equal(image.array[0], expected)
     if len(set(slopes)) == 1:
         np.testing.assert_allclose(by_simpleitk(tmp_path / "s")[0], expected)
+
+
+@pytest.mark.parametrize("name", ["RescaleSlope", "RescaleIntercept"])
+def test_a_rescaling_to_infinity_is_refused(tmp_path, name):
+    made = dataset(VOLUME[0], RescaleSlope=1, RescaleIntercept=0)
+    # pydicom writes what it would not make of a number.
+    made[name] = RawDataElement(made[name].tag, "DS", 6, b"1e999 ", 0, False, True)
+    made.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    with pytest.raises(DataError, match=r"a\.dcm: expected finite places and rescaling, .*1e999"):
+        open_volume(tmp_path / "a.dcm")
 
 
 def test_low_values_that_are_bright_are_turned_round(tmp_path):

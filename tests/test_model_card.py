@@ -71,6 +71,11 @@ def test_a_command_that_an_earlier_version_wrote_is_shown_as_people_type_it(tmp_
     assert dict(card_rows(card(load_bundle(tmp_path))))["command"] == "microtome train cells --out runs/cells"
 
 
+def test_facts_of_several_lines_are_shown_in_one(tmp_path: Path) -> None:
+    save_bundle(tmp_path / "model", replace(saved_model(tmp_path), provenance=ORIGIN | {"date": "today\nhash  another"}))
+    assert dict(card_rows(card(load_bundle(tmp_path))))["date"] == r"today\nhash  another"
+
+
 def test_a_model_of_data_that_changed_during_its_training_says_so(tmp_path: Path) -> None:
     origin = ORIGIN | {"data_changed_since": {"train": "ef" * 16}}
     save_bundle(tmp_path / "model", replace(saved_model(tmp_path), provenance=origin))

@@ -83,7 +83,7 @@ class Part(NamedTuple):
 PARTS = (
     Part("fuzz", 1.0, fuzzing),
     Part("predictions", 0.35, predictions),
-    Part("kills", 0.08, kills),
+    Part("kills", 0.12, kills),
     Part("processes", 0.06, processes),
     Part("faults", 0.12, faults),
 )

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from microtome.bundle import Bundle, fault_of_copy, load_bundle
-from microtome.errors import DataError
+from microtome.errors import DataError, in_one_line
 from microtome.geometry import format_shape
 from microtome.words import listed
 
@@ -60,7 +60,7 @@ def card_rows(found: Mapping[str, Any]) -> list[tuple[str, str]]:
             if fault
         ),
     ]
-    return [(name, words) for name, words in rows if words]
+    return [(name, in_one_line(words)) for name, words in rows if words]
 
 
 def origin_rows(run: Path) -> list[tuple[str, str]]:

@@ -217,14 +217,14 @@ def _slice(path: Path, number: int, header: Any, look: _Look, groups: list[Any])
         places = [group[sequence].value[0] for group in groups if sequence in group]
         return next((place[name].value for place in places if name in place), header.get(name))
 
-    position = find("PlanePositionSequence", "ImagePositionPatient")
-    orientation = find("PlaneOrientationSequence", "ImageOrientationPatient")
+    position, orientation = (find(f"Plane{word}Sequence", f"Image{word}Patient") for word in ("Position", "Orientation"))
     placed = bool(position) and bool(orientation)
     spacing = find("PixelMeasuresSequence", "PixelSpacing") or header.get("ImagerPixelSpacing")
     thickness, slope = find("PixelMeasuresSequence", "SliceThickness"), find("PixelValueTransformationSequence", "RescaleSlope")
-    numbers = [*(spacing or ()), *(position if placed else ()), *(orientation if placed else ())]
+    intercept = find("PixelValueTransformationSequence", "RescaleIntercept") or 0
+    numbers = [*(spacing or ()), *(position if placed else ()), *(orientation if placed else ()), slope or 0, intercept]
     if not np.isfinite(np.array(numbers, float)).all() or any(float(size) <= 0 for size in spacing or ()):
-        raise DataError(path, expected="finite positions, and voxel sizes above 0", got=f"{numbers}", do="export it again", code="D010")
+        raise DataError(path, expected="finite places and rescaling, sizes above 0", got=f"{numbers}", do="export it again", code="D010")
     return _Slice(
         path=path,
         frame=number,
@@ -237,7 +237,7 @@ def _slice(path: Path, number: int, header: Any, look: _Look, groups: list[Any])
         spacing=(float(spacing[0]), float(spacing[1])) if spacing else None,
         thickness=None if thickness in (None, "") else float(thickness),
         slope=1.0 if slope is None else float(slope),
-        intercept=float(find("PixelValueTransformationSequence", "RescaleIntercept") or 0),
+        intercept=float(intercept),
     )
 
 
