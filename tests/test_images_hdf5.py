@@ -1,6 +1,7 @@
 """Datasets of HDF5 files, written by h5py and by us."""
 
 import json
+import mmap
 import os
 import re
 import struct
@@ -461,6 +462,41 @@ for look in (read_image, lambda path: open_volume(path).pixels[:, 3:, 8:, 10:], 
     except DataError as error:
         print(error)
 """
+
+
+def test_sequences_of_a_kind_that_is_none_are_not_read(tmp_path):
+    path = written(tmp_path / "a.h5", {"raw": STACK}, axes="zyx", DIMENSION_LABELS=["z", "y", "x"])
+    content = bytearray(path.read_bytes())
+    for name in (b"axes\0\0\0\0", b"DIMENSION_LABELS\0\0\0\0\0\0\0\0"):
+        # A sequence of any length, of the kind that texts are: the type behind the name, in the first version of the format.
+        kind = content.index(name + b"\x19\x01") + len(name) + 1
+        content[kind] = 3
+    path.write_bytes(content)
+    code = "import sys, pathlib\nfrom microtome.images.files import read_image\nprint(read_image(pathlib.Path(sys.argv[1])).array.shape)"
+    done = ran(code, str(path))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(1, 6, 20, 25)\n", "")
+
+
+def test_sequences_of_numbers_are_no_names_of_axes(tmp_path):
+    rows = np.empty(2, object)
+    rows[:] = [np.array([1, 2], np.int32), np.array([3], np.int32)]
+    with h5py.File(written(tmp_path / "a.h5", {"raw": STACK}), "a") as file:
+        file["raw"].attrs.create("axes", rows, dtype=h5py.vlen_dtype(np.int32))
+    np.testing.assert_array_equal(read_image(tmp_path / "a.h5").array[0], STACK)
+
+
+def test_more_than_is_there_is_refused_before_it_is_filled_with_zeros(tmp_path):
+    path = written(tmp_path / "a.h5", {"raw": STACK})
+    with WatchedFile(path) as file:
+        file.seek(path.stat().st_size - 3)
+        piece = bytearray(b"x" * 99)
+        assert file.readinto(piece) == 99
+        assert bytes(piece) == path.read_bytes()[-3:] + bytes(96)
+        file.seek(2000)
+        # What is mapped, and never touched, takes no memory.
+        words = rf"1073741824 bytes from byte 2000 on, {2**30 + 2000 - path.stat().st_size} of them"
+        with mmap.mmap(-1, 2**30) as room, grows_by_at_most(2**24), pytest.raises(ValueError, match=words):
+            file.readinto(room)
 
 
 @pytest.mark.parametrize(

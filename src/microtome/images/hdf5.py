@@ -34,6 +34,8 @@ _LEAST_AXES, _MOST_AXES = 2, 5
 _MOST_LINKS = 16  # soft links that lead to each other are a circle
 _CHUNK_VOX = 64
 _TEXTS = frozenset({"axistags", "axes", "unit", "units", "DIMENSION_LABELS"})  # attributes
+# Classes of types (HDF5 file format, IV.A.2.d): whole numbers, real ones, text, bits, words for numbers; and an array of them.
+_PLAIN_CLASSES, _ARRAY_CLASS = (0, 1, 3, 4, 8), 10
 _MOST_ATTRIBUTE_BYTES = 2**20  # ilastik's JSON of axes takes some hundred
 
 
@@ -301,13 +303,14 @@ def _written_names(dataset: Any) -> Iterator[str]:
 
 def _labels(dataset: Any) -> str:
     """The first letters of the labels of the dimensions; the library takes for granted that there are as many as dimensions."""
-    if "DIMENSION_LABELS" not in dataset.attrs or dataset.attrs.get_id("DIMENSION_LABELS").shape != (dataset.ndim,):
+    found = dataset.attrs.get_id("DIMENSION_LABELS") if "DIMENSION_LABELS" in dataset.attrs else None
+    if found is None or found.shape != (dataset.ndim,) or not _is_plain(found):
         return ""
     return "".join(dimension.label[:1] for dimension in dataset.dims)
 
 
 def _attribute(dataset: Any, name: str) -> Any:
-    """The value of an attribute; None where there is none.
+    """The value of an attribute; None where there is none, or none of numbers or text.
 
     Raises:
         ValueError: it claims more than any program writes, for which the library would take the memory.
@@ -315,9 +318,17 @@ def _attribute(dataset: Any, name: str) -> Any:
     if name not in dataset.attrs:
         return None
     found = dataset.attrs.get_id(name)
+    if not _is_plain(found):
+        return None
     if (size := math.prod(found.shape) * found.dtype.itemsize) > _MOST_ATTRIBUTE_BYTES:
         raise ValueError(f"{size} bytes as {name}")
     return dataset.attrs[name]
+
+
+def _is_plain(found: Any) -> bool:
+    """Whether an attribute holds numbers or text; of a sequence of any length, the library believes the kind, and may end the process."""
+    kind = found.get_type()
+    return (kind.get_super() if kind.get_class() == _ARRAY_CLASS else kind).get_class() in _PLAIN_CLASSES
 
 
 def _text(value: Any) -> str:

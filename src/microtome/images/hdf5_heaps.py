@@ -23,6 +23,8 @@ _CLASS, _ANY_LENGTH, _TEXT = 0x0F, 9, struct.Struct("<I12x")
 # The number of axes of an extent (IV.A.2.b) is its second byte; where their sides begin, by its version.
 _SIDES_AT = MappingProxyType({1: 8, 2: 4})
 _PLACE_BYTES, _MOST_KEPT_BYTES = 8, 2**16
+# The library reads what describes a dataset in pieces, of a megabyte at most, that may reach past the end of a good file.
+_MOST_BEHIND_BYTES = 2**21
 
 
 class WatchedFile(io.BufferedReader):
@@ -44,9 +46,12 @@ class WatchedFile(io.BufferedReader):
         """Fill a piece, with zeros behind the end of the file.
 
         Raises:
-            ValueError: it begins a heap through which nobody comes.
+            ValueError: it begins a heap through which nobody comes, or is more than is there; filled, it would take the memory it claims.
         """
         at, view = self.tell(), memoryview(piece).cast("B")
+        behind = at + len(view) - os.fstat(self.fileno()).st_size
+        if behind > _MOST_BEHIND_BYTES:
+            raise ValueError(f"{len(view)} bytes from byte {at} on, {behind} of them behind the end")
         got = super().readinto(view)
         view[got:] = bytes(len(view) - got)
         start = bytes(view[: len(_SUPERBLOCK)])
