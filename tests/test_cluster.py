@@ -49,12 +49,12 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def two_workers() -> Iterator[Any]:
-    """A cluster of two processes, where a block may kill one worker and not two."""
+def two_workers(killed: int = 1) -> Iterator[Any]:
+    """A cluster of two processes, where a block may kill so many workers and none more."""
     words = {"memory_limit": 0, "dashboard_address": "127.0.0.1:0", "silence_logs": 60}
     with (
         forked_workers(),
-        dask.config.set({"distributed.scheduler.allowed-failures": 1}),
+        dask.config.set({"distributed.scheduler.allowed-failures": killed}),
         distributed.LocalCluster(n_workers=2, threads_per_worker=1, **words) as made,
     ):
         yield made
@@ -265,7 +265,8 @@ def test_workers_that_never_come_back_are_not_waited_for(run: Path, image: Path,
     for name, value in (("fill_block", asleep), ("LOOK_SECONDS", 0.05), ("MOST_MISSED", 2)):
         monkeypatch.setattr(cluster, name, value)
     said = list[str]()
-    with two_workers() as made, distributed.Client(made, set_as_default=False) as client:
+    # The block goes from the one that ends first to the other, which then ends too.
+    with two_workers(killed=2) as made, distributed.Client(made, set_as_default=False) as client:
         order = cluster._order_of(begun(run, image, tmp_path / "a.ome.zarr")[0])
         ended = cluster._ended(client, cluster._submitted(client, order, [((0, 1),)]), said.append)
         made.scale(0)

@@ -23,7 +23,7 @@ _CLASS, _ANY_LENGTH, _TEXT = 0x0F, 9, struct.Struct("<I12x")
 # The number of axes of an extent (IV.A.2.b) is its second byte; where their sides begin, by its version.
 _SIDES_AT = MappingProxyType({1: 8, 2: 4})
 _PLACE_BYTES, _MOST_KEPT_BYTES = 8, 2**16
-# The library reads what describes a dataset in pieces, of a megabyte at most, that may reach past the end of a good file.
+# What describes a dataset is read in pieces, of a megabyte at most; one that begins near the end of a good file might reach past it.
 _MOST_BEHIND_BYTES = 2**21
 
 
