@@ -1,9 +1,12 @@
 """What a process does whose store answers no more: the machine that holds it is gone, and with it whoever could say so."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 
@@ -11,6 +14,8 @@ import pytest
 
 from microtome.errors import RunError
 from microtome.training import watch
+from microtome.training.clock import handled_by, leave
+from microtome.training.processes import LostError, Processes, joined
 from microtome.training.watch import Watch, own_status
 
 # Two processes, of which this one is the first; its store stops to answer, while the main thread waits in some library.
@@ -123,3 +128,24 @@ def test_without_a_store_the_first_process_of_each_machine_speaks() -> None:
     assert found.speaks()
     found.others[1] = here
     assert not found.speaks()
+
+
+class AskedToStop(Watch):
+    """Is asked to stop while it finds out who is gone, as torchrun asks all that are left."""
+
+    def verdict(self, seconds: float) -> RunError:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.05)
+        return RunError("rank 1", expected="2 processes until the end", got="process 7 ended without a word", do="", code="R130")
+
+
+def test_a_process_that_is_asked_to_stop_while_it_ends_still_says_why(mute: Mute, monkeypatch: pytest.MonkeyPatch) -> None:
+    mute.released.set()
+    monkeypatch.setattr(Processes, "join", lambda self: setattr(self, "watch", AskedToStop(mute, 0, 2)))
+    words = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    with handled_by(leave, (signal.SIGTERM,)):
+        with pytest.raises(RunError, match="process 7 ended"), joined("cpu", words):
+            raise LostError("connection closed by peer")
+        # Requests end the program again.
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)

@@ -188,6 +188,16 @@ def _leave_when_insisted(heard: socket.socket, ended: threading.Event) -> None:
 
 
 @contextmanager
+def ending_anyway() -> Iterator[None]:
+    """Inside of it SIGTERM changes nothing: the process ends as it is, and has to say why. A second one still ends it, by `leaving`."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with handled_by(lambda *_: None, (signal.SIGTERM,)):
+        yield
+
+
+@contextmanager
 def handled_by(handler: Callable[[int, FrameType | None], None], numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
     """Inside of it these signals go to a handler, but for those that belong to somebody else."""
     ours = [number for number in numbers if is_free(number)]

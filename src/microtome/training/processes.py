@@ -21,6 +21,7 @@ from microtome.config import Plan
 from microtome.errors import ConfigError, MicrotomeError, RunError
 from microtome.inference.devices import pick_device
 from microtome.training.checkpoint import Progress
+from microtome.training.clock import ending_anyway
 from microtome.training.losses import Total, own_sums
 from microtome.training.ranks import ALONE, Number, Piece, Ranks, ShortElsewhereError, flat, spread
 from microtome.training.watch import Watch
@@ -103,7 +104,9 @@ def joined(device: str = "auto", environ: Mapping[str, str] | None = None) -> It
         ranks.join()
         yield ranks
     except BaseException as error:  # whatever ends this process, the others must not wait for it
-        ended = ranks.end(error)
+        # torchrun asks all others to stop as soon as it sees that one is gone, which may be while this one finds out why.
+        with ending_anyway():
+            ended = ranks.end(error)
         if ended is error:
             raise
         raise ended from error
