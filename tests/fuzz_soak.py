@@ -29,11 +29,9 @@ _SLICE_SECONDS = 15.0
 # Of the time, what is kept for coverage to guide, and how long it does so of a target, whose start takes as long.
 _GUIDED_SHARE, _GUIDED_SECONDS = 0.05, 10.0
 _Makers = tuple[Callable[[], Target | tuple[Target, ...]], ...]
-# In order of speed, the fastest first.
+# As people name them: a format's versions, and the documents of a run, are one. In order of speed, the fastest first.
 FORMATS: MappingProxyType[str, _Makers] = MappingProxyType(
     {
-        "predictions.json": (fuzz_documents.listings,),
-        "compare.json": (fuzz_documents.comparisons,),
         "PNG": (fuzz_images.pngs,),
         "BMP": (fuzz_images.bmps,),
         "NPY": (fuzz_images.npys,),
@@ -49,16 +47,13 @@ FORMATS: MappingProxyType[str, _Makers] = MappingProxyType(
         "foreign weights": (fuzz_documents.foreign_weights,),
         "checkpoint": (fuzz_documents.checkpoints,),
         "plan.yaml": (fuzz_documents.plans,),
-        "OME-Zarr 0.4": (fuzz_stores.ome_zarr_4,),
-        "OME-Zarr 0.5": (fuzz_stores.ome_zarr_5,),
+        "OME-Zarr": (fuzz_stores.ome_zarr_4, fuzz_stores.ome_zarr_5),
         "N5": (fuzz_stores.n5,),
         "precomputed": (fuzz_stores.precomputed,),
-        "Zarr 2": (fuzz_stores.zarr_2,),
-        "Zarr 3": (fuzz_stores.zarr_3,),
-        "run folder": (fuzz_documents.runs,),
+        "Zarr": (fuzz_stores.zarr_2, fuzz_stores.zarr_3),
+        "run folder": (fuzz_documents.runs, fuzz_documents.listings, fuzz_documents.comparisons),
         "HDF5": (fuzz_images.hdf5s,),
-        "DICOM": (fuzz_images.dicoms, fuzz_images.dicom_series),
-        "DICOM segmentation": (fuzz_images.segmentations,),
+        "DICOM": (fuzz_images.dicoms, fuzz_images.dicom_series, fuzz_images.segmentations),
     }
 )
 

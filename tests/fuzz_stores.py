@@ -121,7 +121,7 @@ def _target(name: str, file: str, write: Callable[[Path], None]) -> Target:
 
 def ome_zarr_4() -> tuple[Target, ...]:
     """OME-Zarr 0.4: Zarr of version 2."""
-    write, name = partial(_ome, "0.4"), "OME-Zarr 0.4"
+    write, name = partial(_ome, "0.4"), "OME-Zarr"
     return (
         _target(name, ".zattrs", write),
         _target(name, ".zattrs", _pyramid),
@@ -132,21 +132,21 @@ def ome_zarr_4() -> tuple[Target, ...]:
 
 def ome_zarr_5() -> tuple[Target, ...]:
     """OME-Zarr 0.5: Zarr of version 3."""
-    write, name = partial(_ome, "0.5"), "OME-Zarr 0.5"
+    write, name = partial(_ome, "0.5"), "OME-Zarr"
     return (_target(name, "zarr.json", write), _target(name, "0/zarr.json", write), _target(name, "0/c/0/0/0", write))
 
 
 def zarr_2() -> tuple[Target, ...]:
     """Plain arrays of Zarr 2."""
     write = partial(_zarr, 2)
-    return (_target("Zarr 2", ".zarray", write), _target("Zarr 2", "0.0.0", write))
+    return (_target("Zarr", ".zarray", write), _target("Zarr", "0.0.0", write))
 
 
 def zarr_3() -> tuple[Target, ...]:
     """Plain arrays of Zarr 3, with shards too."""
     write = partial(_zarr, 3)
-    shard = _target("Zarr 3", "c/0/0/0", _sharded)
-    return (_target("Zarr 3", "zarr.json", write), _target("Zarr 3", "zarr.json", _sharded), _target("Zarr 3", "c/0/0/0", write), shard)
+    shard = _target("Zarr", "c/0/0/0", _sharded)
+    return (_target("Zarr", "zarr.json", write), _target("Zarr", "zarr.json", _sharded), _target("Zarr", "c/0/0/0", write), shard)
 
 
 def n5() -> tuple[Target, ...]:

@@ -147,7 +147,7 @@ def kill_again_and_again(start: Callable[[], BaseProcess], place: Path, kills: i
         shutil.rmtree(place)
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.soak)])
 def test_a_process_killed_at_any_instant(
     run: Path, image: Path, unbroken: tuple[Contents, float], tmp_path: Path, kills: int, record_property: Record
 ) -> None:

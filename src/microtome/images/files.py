@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import math
+import os
 import re
 import warnings
 from importlib import import_module
@@ -136,7 +137,7 @@ def read_image(path: Path, *, palette: Palette = "colours", limits: Limits = Lim
         return read_nifti(path, limits)
     if kind == "tiff":
         return read_tiff(path, palette, limits)
-    return _loaded(path, kind, limits) if kind in _OPENERS else read_raster(path, kind, palette, limits)
+    return all_of(path, _opened(path, kind, limits), limits) if kind in _OPENERS else read_raster(path, kind, palette, limits)
 
 
 def open_volume(path: Path, *, limits: Limits = Limits()) -> Volume:  # noqa: B008 - frozen
@@ -258,14 +259,13 @@ def _opened(path: Path, kind: str, limits: Limits) -> Volume:
     return volume
 
 
-def _loaded(path: Path, kind: str, limits: Limits) -> Image:
-    """All of what an opener gives, which may be more than fits in memory.
+def all_of(path: Path, volume: Volume, limits: Limits) -> Image:
+    """All of a volume that was opened by this path, which may be more than fits in memory.
 
     Raises:
-        DataError: it is beyond the limits.
+        DataError: it is damaged, or beyond the limits.
     """
-    volume = _opened(path, kind, limits)
-    if kind == "hdf5":
+    if volume.format == "hdf5":
         # Alone of these, its chunks may hold a million times their size.
         limits.check(next(above for above in (path, *path.parents) if above.is_file()), volume.header)
     if math.prod(volume.pixels.shape) > limits.max_voxels:
@@ -279,7 +279,8 @@ def _loaded(path: Path, kind: str, limits: Limits) -> Image:
 def store_kind(folder: Path) -> str:
     """The kind of store that a folder is: "zarr", "n5", "precomputed", "dicom"; "" of one that is none."""
     for marker, kind in _MARKERS:
-        if (folder / marker).is_file():
+        # Asked of every folder of a dataset: by words, as making paths takes longer than the answer.
+        if os.path.isfile(f"{folder}/{marker}"):
             return kind
     files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
     # One that is no series says so when it is opened; a licence or a table beside the slices is none.
