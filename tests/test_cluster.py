@@ -274,6 +274,23 @@ def test_workers_that_never_come_back_are_not_waited_for(run: Path, image: Path,
     assert said == ["no workers are left; waiting for new ones"]
 
 
+def test_a_scheduler_that_is_lost_just_after_it_was_found_is_one_line(
+    run: Path, image: Path, tmp_path: Path, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: object) -> None:
+        raise OSError("Timed out")
+
+    job, bricks = begun(run, image, tmp_path / "a.ome.zarr")
+    monkeypatch.setattr(distributed.Client, "dashboard_link", property(lost))
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster, "_check_versions", lost)
+        line = line_of(RunError, lambda: fill(scheduler, job, bricks))
+    assert line.startswith(f"--cluster {scheduler}: expected a scheduler until the end, got the connection to it was lost; ")
+    # Its page alone is no reason to stop.
+    fill(scheduler, job, bricks)
+    assert bricks.done() == (12, 12)
+
+
 def idle(order: Order, box: Box) -> None:
     """A worker that says it is done and wrote nothing where we look."""
 

@@ -207,6 +207,6 @@ def test_a_warning_is_one_line_with_the_name_of_the_file(tmp_path: Path) -> None
     assert done.returncode == 0, done.stderr
     suffix, spacing = done.stderr.splitlines()
     assert suffix == "warning: strange name.tif: the suffix says tiff but the file is png; it is read as png"
-    assert spacing.startswith("warning: strange name.png: 1 of 1 cases have no voxel size")
+    assert spacing.startswith("warning: strange name.png: the one case has no voxel size")
     # Labels of background alone have no score, and that is no reason to stop.
     assert "no class beside the background" in done.stdout

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 from microtome.errors import DataError, DataWarning, MicrotomeError
 from microtome.evaluation.report import build_report
-from tests import fuzz_documents, fuzz_soak
+from tests import fuzz_documents, fuzz_soak, fuzzing
+from tests.forked import FORKS
 from tests.fuzz_soak import FORMATS, goals, targets_of
 from tests.fuzz_trees import changed_tree, changed_trees, yaml_text
 from tests.fuzzing import Outcome, Target, fuzz, mutated, png_mended
@@ -102,6 +104,33 @@ def test_what_no_input_may_do_is_found_and_told_by_its_number(letter: str, words
     assert (outcome.tried, outcome.good) == (6, 5 if letter == "s" else 4)
     with pytest.raises(AssertionError, match=r"letters, seed 1:\ninput 3: "):
         outcome.check()
+
+
+def test_while_a_reader_is_started_or_awaited_no_other_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, bool]] = []
+
+    class Watched:
+        """A process that notes whether others are kept from being started and awaited meanwhile."""
+
+        def __init__(self, **words: Any) -> None:
+            self.process = FORKS.Process(**words)
+
+        def start(self) -> None:
+            calls.append(("start", fuzzing._ENDS.locked()))
+            self.process.start()
+
+        def join(self) -> None:
+            calls.append(("join", fuzzing._ENDS.locked()))
+            self.process.join()
+
+        @property
+        def exitcode(self) -> int | None:
+            return self.process.exitcode
+
+    monkeypatch.setattr(fuzzing, "FORKS", SimpleNamespace(Pipe=FORKS.Pipe, Process=Watched))
+    [finding] = fuzz(letters(b"gcg"), 3, seed=1).findings
+    assert "ended the interpreter" in finding.what
+    assert calls == [("start", True), ("join", True)] * 2
 
 
 def test_what_is_raised_in_another_line_or_with_another_message_is_another_finding() -> None:

@@ -181,6 +181,17 @@ def test_a_rescaling_to_infinity_is_refused(tmp_path, name):
         open_volume(tmp_path / "a.dcm")
 
 
+@pytest.mark.parametrize("stored", [0, 17, 65535])
+def test_more_bits_than_a_value_has_are_refused(tmp_path, stored):
+    made = dataset(VOLUME[0])
+    made.BitsStored = stored
+    made.save_as(tmp_path / "a.dcm", enforce_file_format=True)
+    with pytest.raises(
+        DataError, match=rf"a\.dcm: expected grey values or RGB colours, got MONOCHROME2 with 1 samples of {stored} of 16 bits"
+    ):
+        open_volume(tmp_path / "a.dcm")
+
+
 def test_low_values_that_are_bright_are_turned_round(tmp_path):
     series(tmp_path / "s", UNSIGNED, PhotometricInterpretation="MONOCHROME1", BitsStored=12, HighBit=11)
     np.testing.assert_array_equal(read_image(tmp_path / "s").array[0], 4095 - UNSIGNED)

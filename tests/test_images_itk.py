@@ -17,6 +17,7 @@ from microtome.errors import ConfigError, DataError
 from microtome.geometry import affine_from_spacing
 from microtome.images.files import label_suffix, open_volume, probe_image, read_image, write_image, write_labels
 from microtome.images.image import Image, Limits
+from tests.forked import ran
 from tests.resident import grows_by_at_most, packed_zeros
 
 RNG = np.random.default_rng(0)
@@ -245,6 +246,11 @@ def test_voxels_of_a_metaimage_are_where_its_header_size_says(tmp_path, fields, 
             "expected binary voxels of several channels, got BinaryData = False, ElementNumberOfChannels = 2",
         ),
         (
+            {"CompressedData": "True", "BinaryData": "False"},
+            zlib.compress(SIX.tobytes()),
+            "expected binary voxels where they are packed, got BinaryData = False, CompressedData = True",
+        ),
+        (
             {"CompressedData": "True", "HeaderSize": "-1"},
             zlib.compress(SIX.tobytes()),
             "expected voxels that are packed behind a header of known size, got CompressedData = True, HeaderSize = -1",
@@ -259,6 +265,30 @@ def test_voxels_of_a_metaimage_that_are_not_all_there_are_refused(tmp_path, fiel
     for look in (read_image, lambda one: open_volume(one).pixels[:, :1, :1]):
         with pytest.raises(DataError, match=re.escape(f"a.mha: {message}")):
             look(path)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        # The library takes the next line's value for it: 248 axes, which end the process.
+        "NDims \nCompressedDataSize = 248",
+        "BinaryData ElementDataFile = /etc/passwd\n= False",
+    ],
+)
+def test_lines_of_a_metaimage_without_one_name_and_one_value_are_refused(tmp_path, line):
+    path = meta(tmp_path / "a.mha", SIX.tobytes())
+    path.write_bytes(path.read_bytes().replace(b"NDims = 2", line.encode() + b"\nNDims = 2"))
+    first = line.partition("\n")[0].strip()
+    # In a process of its own, which it ended before.
+    code = "import sys, pathlib\nfrom microtome.images.files import read_image\nread_image(pathlib.Path(sys.argv[1]))"
+    done = ran(code, str(path))
+    assert f"a.mha: expected a header of plain lines, each field once, got the line {first!r}" in done.stderr
+
+
+def test_fields_of_a_metaimage_that_nobody_knows_may_have_names_of_several_words(tmp_path):
+    path = meta(tmp_path / "a.mha", SIX.tobytes())
+    path.write_bytes(path.read_bytes().replace(b"NDims = 2", b"Patient Name : A B\n\nNDims = 2"))
+    np.testing.assert_array_equal(read_image(path).array[0], SIX)
 
 
 def test_the_unit_of_a_nrrd_is_heeded(tmp_path):

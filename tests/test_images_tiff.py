@@ -334,6 +334,27 @@ def test_pixels_in_one_piece_are_those_of_their_size_whatever_the_file_says_of_t
     np.testing.assert_array_equal(looks(path), [STACK[None, :2]] * 2)
 
 
+def test_a_tile_of_gigabytes_for_a_small_picture_is_refused_before_it_is_made(tmp_path):
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, STACK[0], tile=(16, 16), compression="zlib")
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        tiff.pages[0].tags["TileLength"].overwrite(2**26)
+    for look in (read_image, open_volume):
+        with pytest.raises(DataError, match=r"a\.tif: expected a file of \d+ bytes to hold at most 2000 .*, got a tile of .*67108864"):
+            look(path)
+
+
+def test_planes_by_the_billion_in_ome_xml_are_refused_before_they_are_listed(tmp_path):
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, STACK, ome=True, metadata={"axes": "ZYX"})
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        described = tiff.pages[0].tags["ImageDescription"]
+        described.overwrite(described.value.replace(f'SizeZ="{len(STACK)}"', 'SizeZ="8589934588"'))
+    for look in (probe_image, read_image, open_volume):
+        with pytest.raises(DataError, match=r"a\.ome\.tif: expected at most 4194304 planes, got 8589934588 in its OME-XML"):
+            look(path)
+
+
 def test_planes_of_samples_that_no_strip_holds_are_refused(tmp_path):
     path = tmp_path / "a.tif"
     tifffile.imwrite(path, STACK[:3], photometric="rgb", planarconfig="separate", compression="zlib", rowsperstrip=4)

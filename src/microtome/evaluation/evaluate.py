@@ -97,9 +97,8 @@ def evaluate(
     scored = _each(truths, lambda item: _score(item, found[item.named.case], legend, tolerance_mm))
     in_voxels = [item.named.case for item in truths if not item.spacing_known]
     if in_voxels:
-        message = (
-            f"{truth}: {len(in_voxels)} of {len(truths)} cases have no voxel size (first: {in_voxels[0]}); their distances are in voxels"
-        )
+        those = f"{len(in_voxels)} of {len(truths)} cases have" if len(truths) > 1 else "the one case has"
+        message = f"{truth}: {those} no voxel size (first: {in_voxels[0]}); distances are then in voxels"
         warnings.warn(message, DataWarning, stacklevel=2)
     rows = [row for rows in scored for row in rows]
     return summarise(rows, legend, tolerance_mm=tolerance_mm, in_voxels=in_voxels, groups=_groups(truths))

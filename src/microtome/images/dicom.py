@@ -28,8 +28,7 @@ _TAGS = (
 )
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
-_SAME_DIRECTION = 1e-4  # of cosines
-_SAME_PLACE_MM = 1e-3
+_SAME_DIRECTION, _SAME_PLACE_MM = 1e-4, 1e-3  # the first of cosines
 _MOST_UNEVEN = 0.01  # of the distance of slices
 _MOST_LISTED = 8
 _BITS = (8, 16, 32)
@@ -248,9 +247,10 @@ def _look(path: Path, header: Any) -> _Look:
         DataError: neither grey values nor colours.
     """
     photometric, samples, bits = str(header.PhotometricInterpretation), int(header.get("SamplesPerPixel", 1)), int(header.BitsAllocated)
+    stored = int(header.get("BitsStored", bits))
     grey, colour = photometric in _GREY and samples == 1, photometric in _COLOURS and samples == 3
-    if not (grey or colour) or bits not in _BITS:
-        got = f"{photometric} with {samples} samples of {bits} bits"
+    if not (grey or colour) or bits not in _BITS or not 0 < stored <= bits:
+        got = f"{photometric} with {samples} samples of {str(stored)[:20]} of {bits} bits"
         raise DataError(path, expected="grey values or RGB colours", got=got, do="export it as MONOCHROME2 or RGB", code="D017")
     if "ModalityLUTSequence" in header:
         warnings.warn(f"{path}: its look-up table of values (Modality LUT) is not applied", DataWarning, stacklevel=6)
@@ -259,7 +259,7 @@ def _look(path: Path, header: Any) -> _Look:
         columns=int(header.Columns),
         samples=samples,
         bits_allocated=bits,
-        bits_stored=int(header.get("BitsStored", bits)),
+        bits_stored=stored,
         signed=bool(header.get("PixelRepresentation", 0)),
         photometric="RGB" if colour else photometric,
     )

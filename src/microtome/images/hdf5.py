@@ -283,7 +283,7 @@ def _elsewhere(path: Path, got: str) -> DataError:
 
 def _axis_names(path: Path, dataset: Any) -> str:
     """A letter of TCZYX for each axis of a dataset, as it says or by their number."""
-    for name in (*_written_names(dataset), _labels(dataset)):
+    for name in (*_written_names(path, dataset), _labels(path, dataset)):
         letters = name.upper()
         if len(set(letters)) == len(letters) == dataset.ndim and {"Y", "X"} <= set(letters) <= set("TCZYX"):
             return letters
@@ -292,25 +292,25 @@ def _axis_names(path: Path, dataset: Any) -> str:
     return _guessed_names(tuple(dataset.shape))
 
 
-def _written_names(dataset: Any) -> Iterator[str]:
+def _written_names(path: Path, dataset: Any) -> Iterator[str]:
     """What attributes say of the axes: ilastik's JSON, a word, or a list of letters."""
-    tags, axes = _text(_attribute(dataset, "axistags")), _text(_attribute(dataset, "axes"))
+    tags, axes = _text(_attribute(path, dataset, "axistags")), _text(_attribute(path, dataset, "axes"))
     if tags:
         yield "".join(str(tag["key"]) for tag in json.loads(tags)["axes"])
     if axes:
         yield axes
 
 
-def _labels(dataset: Any) -> str:
+def _labels(path: Path, dataset: Any) -> str:
     """The first letters of the labels of the dimensions; the library takes for granted that there are as many as dimensions."""
     found = dataset.attrs.get_id("DIMENSION_LABELS") if "DIMENSION_LABELS" in dataset.attrs else None
-    if found is None or found.shape != (dataset.ndim,) or not _is_plain(found):
+    if found is None or found.shape != (dataset.ndim,) or not _is_plain(path, "DIMENSION_LABELS", found):
         return ""
     return "".join(dimension.label[:1] for dimension in dataset.dims)
 
 
-def _attribute(dataset: Any, name: str) -> Any:
-    """The value of an attribute; None where there is none, or none of numbers or text.
+def _attribute(path: Path, dataset: Any, name: str) -> Any:
+    """The value of an attribute; None where there is none, or, with a warning, none of numbers or text.
 
     Raises:
         ValueError: it claims more than any program writes, for which the library would take the memory.
@@ -318,17 +318,20 @@ def _attribute(dataset: Any, name: str) -> Any:
     if name not in dataset.attrs:
         return None
     found = dataset.attrs.get_id(name)
-    if not _is_plain(found):
+    if not _is_plain(path, name, found):
         return None
     if (size := math.prod(found.shape) * found.dtype.itemsize) > _MOST_ATTRIBUTE_BYTES:
         raise ValueError(f"{size} bytes as {name}")
     return dataset.attrs[name]
 
 
-def _is_plain(found: Any) -> bool:
+def _is_plain(path: Path, name: str, found: Any) -> bool:
     """Whether an attribute holds numbers or text; of a sequence of any length, the library believes the kind, and may end the process."""
     kind = found.get_type()
-    return (kind.get_super() if kind.get_class() == _ARRAY_CLASS else kind).get_class() in _PLAIN_CLASSES
+    plain = (kind.get_super() if kind.get_class() == _ARRAY_CLASS else kind).get_class() in _PLAIN_CLASSES
+    if not plain:
+        warnings.warn(f"{path}: its {name} is neither numbers nor text, and is not used", DataWarning, stacklevel=6)
+    return bool(plain)
 
 
 def _text(value: Any) -> str:
@@ -362,11 +365,11 @@ def _arranged(path: Path, dataset: Any) -> tuple[int | None, ...]:
 def _spacing(path: Path, dataset: Any, dims: int) -> tuple[Spacing, bool]:
     """The voxel size along S in mm, and whether the dataset says it."""
     for name, mm in _SPACINGS:
-        if (written := _attribute(dataset, name)) is None:
+        if (written := _attribute(path, dataset, name)) is None:
             continue
         # Numbers that are none raise, as all damage does.
         values = np.asarray(written, np.float64).reshape(-1)
-        unit = _text(_attribute(dataset, "unit" if "unit" in dataset.attrs else "units")) if name != "element_size_um" else ""
+        unit = _text(_attribute(path, dataset, "unit" if "unit" in dataset.attrs else "units")) if name != "element_size_um" else ""
         if len(values) >= dims and np.isfinite(values).all() and (values > 0).all():
             return tuple(float(value) * _mm(unit, mm) for value in values[-dims:]), True
         warnings.warn(f"{path}: its {name} {values.tolist()} is not used; the voxel size is not known", DataWarning, stacklevel=4)

@@ -3,7 +3,7 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from types import MappingProxyType
@@ -23,6 +23,11 @@ _META_AXES = range(1, 5)
 _META_PER_AXIS = ("dimsize", "elementspacing", "elementsize", "offset", "position", "origin", "centerofrotation")
 _META_PER_PAIR = ("transformmatrix", "rotation", "orientation")
 _META_COUNTS = ("elementnumberofchannels", "headersize", "compresseddatasize")
+# What decides where voxels are and how they are read.
+_META_VITAL = (
+    *("ndims", "objecttype", "elementtype", "elementdatafile", "binarydata", "compresseddata", "binarydatabyteordermsb"),
+    *("elementbyteordermsb", *_META_PER_AXIS, *_META_PER_PAIR, *_META_COUNTS),
+)
 _META_LONGEST = 2000  # letters of a line; MetaIO has room for 4096
 # What a NRRD says of its place -> what its numbers have to be beside finite, in words and of the smallest and the largest of an axis.
 # A direction may point backwards; of a size, programs that read it drop the sign or turn the axis.
@@ -104,7 +109,7 @@ def meta_text(path: Path) -> Text:
         DataError: they are in a list of files, or outside of the folder, or numbers are missing or too many.
     """
     lines, offset = _lines(path, lambda line: line.replace(" ", "").lower().startswith("elementdatafile"))
-    pairs = [re.split(r"\s*[=:]\s*", line, maxsplit=1) for line in lines if re.search("[=:]", line)]
+    pairs = _pairs(path, lines)
     # As MetaIO has it, a name ends at a space.
     names = [next(iter(name.lower().split()), "") for name, _ in pairs]
     fields = {name: value.strip() for name, (_, value) in zip(names, pairs, strict=True)}
@@ -128,6 +133,20 @@ def meta_text(path: Path) -> Text:
         spacing_known="elementspacing" in fields or "elementsize" in fields,
         mm=1.0,
     )
+
+
+def _pairs(path: Path, lines: Sequence[str]) -> list[list[str]]:
+    """Names and values of the lines of a MetaImage.
+
+    Raises:
+        DataError: a line without a value, for which MetaIO takes that of the next, or with further words behind a name that counts.
+    """
+    pairs = [re.split(r"\s*[=:]\s*", line, maxsplit=1) for line in lines if line]
+    for pair, line in zip(pairs, filter(None, lines), strict=True):
+        words = pair[0].lower().split()
+        if len(pair) == 1 or (len(words) > 1 and words[0] in _META_VITAL):
+            raise _unclear(path, f"the line {line[:40]!r}")
+    return pairs
 
 
 def _lines(path: Path, is_last: Callable[[str], bool]) -> tuple[list[str], int]:
@@ -214,6 +233,9 @@ def _check_readable(path: Path, *, packed: bool, binary: bool, skipped: int, cha
     """Refuse voxels of which MetaIO reads a part, and gives the memory as it was for the rest."""
     if not binary and channels > 1:
         expected, got = "binary voxels of several channels", f"BinaryData = False, ElementNumberOfChannels = {channels}"
+    elif packed and not binary:
+        # What it cannot unpack it takes for numbers in letters, and says nothing.
+        expected, got = "binary voxels where they are packed", "BinaryData = False, CompressedData = True"
     elif packed and skipped == _META_AT_END:
         expected, got = "voxels that are packed behind a header of known size", f"CompressedData = True, HeaderSize = {skipped}"
     else:

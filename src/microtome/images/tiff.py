@@ -80,7 +80,7 @@ def read_tiff(path: Path, palette: Palette, limits: Limits) -> Image:
     with opened_tiff(path) as tiff:
         plan = describe_tiff(path, tiff, palette)
         limits.check(path, plan.header)
-        check_whole(path, plan.series)
+        check_whole(path, plan.series, limits)
         for fault in plan.faults:
             warnings.warn(f"{path}: {fault}", DataWarning, stacklevel=3)
         array = decode_tiff(plan)

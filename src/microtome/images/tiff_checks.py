@@ -10,6 +10,8 @@ from typing import IO, Any
 from xml.etree import ElementTree
 
 from microtome.errors import DataError
+from microtome.geometry import format_shape
+from microtome.images.image import Limits
 from microtome.images.parts import cut_off
 
 _MAX_PAGES = 2**22
@@ -52,14 +54,20 @@ def _exactly(path: Path, file: IO[bytes], length: int, size: int) -> bytes:
 
 
 def check_companions(path: Path, tiff: Any) -> None:
-    """Refuse OME-XML that names files outside of the folder, before tifffile opens them.
+    """Refuse OME-XML that names files outside of the folder, before tifffile opens them, or absurdly many planes.
 
     Raises:
-        DataError: names the file that is elsewhere.
+        DataError: names the file that is elsewhere, or how many planes.
     """
     if not tiff.is_ome:
         return
     root = ElementTree.fromstring(tiff.ome_metadata or "")
+    # tifffile makes a list of them, of as many as are named.
+    pixels = [element for element in root.iter() if element.tag.rpartition("}")[2] == "Pixels"]
+    planes = [math.prod(int(element.get(f"Size{axis}", 1)) for axis in "CZT") for element in pixels]
+    if max(planes, default=0) > _MAX_PAGES:
+        got = f"{max(planes)} in its OME-XML"
+        raise DataError(path, expected=f"at most {_MAX_PAGES} planes", got=got, do="copy or export it again", code="D011")
     # Of the file itself the name does not count.
     others = (element for element in root.iter() if element.get("FileName") and element.text != root.get("UUID", ""))
     _check_beside(path, (Path(str(element.get("FileName"))) for element in others))
@@ -75,14 +83,15 @@ def _check_beside(path: Path, files: Iterable[Path]) -> None:
             raise DataError(path, expected="planes in files of its folder", got=got, do="save all planes in one file", code="D012")
 
 
-def check_whole(path: Path, series: Any) -> None:
+def check_whole(path: Path, series: Any, limits: Limits) -> None:
     """Refuse a file that ends before its pixels do, as some decoders fill the rest with grey, and pages of files that are elsewhere.
 
     Raises:
-        DataError: cut off, without a plane, strip or tile that it names, or with planes outside of its folder.
+        DataError: cut off, without a plane, strip or tile that it names, with planes outside of its folder, or tiles beyond `limits`.
     """
     # Other metadata than OME's (Micro-Manager's) lead to further files too.
     _check_beside(path, {Path(page.parent.filehandle.path) for page in series.pages if page is not None})
+    _check_tile(path, series.keyframe, limits)
     for page in series.pages:
         if page is None:
             raise DataError(path, expected="all planes", got="a plane that its OME-XML names is missing", do="export it again", code="D002")
@@ -92,6 +101,15 @@ def check_whole(path: Path, series: Any) -> None:
             raise cut_off(path, end, size)
         _check_in_one_piece(path, page, ends)
         _check_covered(path, page)
+
+
+def _check_tile(path: Path, key: Any, limits: Limits) -> None:
+    """Refuse a tile that becomes far more than the file is large, however small the image that is cut out of it."""
+    claimed = math.prod(key.chunks) * key.dtype.itemsize if key.is_tiled else 0
+    if claimed > max(limits.unsuspected_bytes, limits.max_expansion * path.stat().st_size):
+        got = f"a tile of {format_shape(key.chunks)} {key.dtype.name}"
+        expected = f"a file of {path.stat().st_size} bytes to hold at most {limits.max_expansion:g} times as many (max_expansion)"
+        raise DataError(path, expected=expected, got=got, do="check that the file is whole, or read it with other Limits", code="D003")
 
 
 def _check_in_one_piece(path: Path, page: Any, ends: Sequence[tuple[int, int]]) -> None:

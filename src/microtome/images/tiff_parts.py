@@ -32,7 +32,7 @@ def open_tiff(path: Path, limits: Limits) -> Volume:
     with opened_tiff(path) as tiff:
         plan = describe_tiff(path, tiff, "colours")
         limits_of_parts(limits).check(path, plan.header)
-        check_whole(path, plan.series)
+        check_whole(path, plan.series, limits)
         pixels: Pixels | None = _mapped(path, tiff, plan) or _paged(path, tiff, plan)
         if pixels is None:
             limits.check(path, plan.header)
